@@ -1,0 +1,183 @@
+"""`ChunkedLayer`: a Flax NNX module that makes any layer able to grow."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from esper_jax.blueprints import Blueprint, init_bank, resolve
+from esper_jax.chunks import ChunkLayout
+from esper_jax.grafting import Strategy
+from esper_jax.kernels.blend import blend
+from esper_jax.stages import Incubation
+from esper_jax.state import init_seeds, record, slot_coefficients
+
+__all__ = [
+    "DEFAULT_CAPACITY",
+    "BlueprintParam",
+    "ChunkedLayer",
+    "GraftProbe",
+    "SeedBed",
+    "SeedVariable",
+]
+
+DEFAULT_CAPACITY = 8
+"""Slots of a layer that is not told how many it should have (or one a seed)."""
+
+
+class BlueprintParam(nnx.Param):
+    """The bank: parameters of the blueprints. To be optimized with `optim.per_slot`."""
+
+
+class SeedVariable(nnx.Variable):
+    """Holds the layer's `SeedState`."""
+
+
+class GraftProbe(nnx.Variable):
+    """Added to each slot's alpha; always 0 while training.
+
+    The loss's gradient with respect to it is the one with respect to alpha. Set to
+    ``-alpha`` of one slot, it gives the loss without that seed: a counterfactual.
+    """
+
+
+nnx.register_variable_name("bank", BlueprintParam)
+nnx.register_variable_name("seeds", SeedVariable)
+nnx.register_variable_name("probe", GraftProbe)
+
+
+class SeedBed(nnx.Module):
+    """Watches the chunks of an activation and lets blueprints grow in them.
+
+    The part of `ChunkedLayer` that follows the base layer; usable by itself wherever
+    there is an activation and no layer.
+
+    Args:
+      features: width of the last axis.
+      num_seeds: chunks that the features are cut into, one seed each.
+      capacity: seeds that can live at once, the slots of the bank; from 1 to
+        ``num_seeds``, by default the lesser of that and `DEFAULT_CAPACITY`.
+      blueprints: what may grow: names, `Dense` or `Custom`. A seed's blueprint id is
+        the index into them.
+      strategy: grafting strategy that each seed starts with.
+      incubation: what a seed in TRAINING learns from: ``"task"`` or
+        ``"reconstruction"``.
+      implementation: of `blend`.
+      deterministic: if True, a call collects no statistics. `nnx.Module.eval` and
+        ``train`` switch it.
+      rngs: key ``params`` draws the first bank.
+
+    Raises:
+      TypeError, ValueError: naming the argument that does not fit.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        num_seeds: int,
+        *,
+        capacity: int | None = None,
+        blueprints: Sequence[str | Blueprint] = ("residual_mlp",),
+        strategy: Strategy = Strategy.LINEAR,
+        incubation: Incubation = "task",
+        implementation: str | Sequence[str] | None = None,
+        deterministic: bool = False,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.layout = ChunkLayout(features, num_seeds)
+        self.blueprints = resolve(blueprints)
+        self.incubation = incubation
+        self.implementation = implementation
+        self.deterministic = deterministic
+        if capacity is None:
+            capacity = min(DEFAULT_CAPACITY, num_seeds)
+        self.seeds = SeedVariable(init_seeds(num_seeds, capacity, Strategy(strategy)))
+        self.bank = BlueprintParam(
+            init_bank(rngs.params(), capacity, self.blueprints, self.layout.width)
+        )
+        self.probe = GraftProbe(jnp.zeros(capacity, jnp.float32))
+
+    def __call__(self, y: Float[Array, "*B F"]) -> Float[Array, "*B F"]:
+        """``y`` with the living seeds blended in, of the same shape and dtype."""
+        seeds = self.seeds.get_value()
+        alpha, beta, blueprint = slot_coefficients(seeds)
+        out, statistics, reconstruction = blend(
+            y,
+            self.bank.get_value(),
+            alpha + self.probe.get_value(),
+            beta,
+            blueprint,
+            seeds.seed_of_slot,
+            layout=self.layout,
+            blueprints=self.blueprints,
+            incubation=self.incubation,
+            implementation=self.implementation,
+        )
+        if not self.deterministic:
+            self.seeds.set_value(record(seeds, statistics, reconstruction))
+        return out
+
+
+class ChunkedLayer(nnx.Module):
+    """A layer that can grow.
+
+    While all its seeds are dormant, output and gradients are bit-identical to the base
+    layer's; so they are while a seed is in TRAINING.
+
+    Args:
+      base: any callable module whose output has its features on the last axis.
+      num_seeds: chunks that the features are cut into, one seed each.
+      features: width of the output; by default read off the base layer
+        (``out_features``, ``features`` or ``num_features``).
+      enabled: if False, calls go to the base layer alone.
+      **options: as for `SeedBed`.
+
+    Raises:
+      TypeError: if the width of the base layer's output cannot be found out.
+      ValueError: naming the argument that does not fit; by a call, if the output has
+        another width.
+    """
+
+    def __init__(
+        self,
+        base: Callable[..., Any],
+        num_seeds: int,
+        *,
+        features: int | None = None,
+        enabled: bool = True,
+        rngs: nnx.Rngs,
+        **options: Any,
+    ) -> None:
+        if features is None:
+            features = _output_features(base)
+        self.base = base
+        self.enabled = enabled
+        self.bed = SeedBed(features, num_seeds, rngs=rngs, **options)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The base layer's output on the same arguments, with the seeds blended in."""
+        y = self.base(*args, **kwargs)
+        if not self.enabled:
+            return y
+        features = self.bed.layout.features
+        if not hasattr(y, "shape") or y.ndim < 1 or y.shape[-1] != features:
+            raise ValueError(
+                f"base must return an array with {features} features on its last axis; "
+                f"{type(self.base).__name__} returned "
+                f"{getattr(y, 'shape', type(y).__name__)}. Pass features= to "
+                "ChunkedLayer to say its true width"
+            )
+        return self.bed(y)
+
+
+def _output_features(base: Any) -> int:
+    for name in ("out_features", "features", "num_features"):
+        value = getattr(base, name, None)
+        if isinstance(value, int):
+            return value
+    raise TypeError(
+        f"features must be given: {type(base).__name__} has none of out_features, "
+        "features, num_features that tells the width of its output"
+    )

@@ -1,0 +1,373 @@
+"""The lifecycle of seeds: ageing, gates, transitions and the ownership of slots.
+
+`step` is the one function that changes a stage. It is pure, has no branch on values and
+no loop over seeds, so it can be jitted, donated and vmapped.
+"""
+
+import dataclasses
+import math
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Bool, Int
+
+from esper_jax import grafting
+from esper_jax.grafting import GraftConfig, Strategy
+from esper_jax.signals import Signals
+from esper_jax.stages import LEGAL, NO_REQUEST, NUM_STAGES, Outcome, Stage
+from esper_jax.state import HISTORY, SeedState
+
+__all__ = [
+    "Commands",
+    "Gate",
+    "LifecycleConfig",
+    "age",
+    "commands_for",
+    "gates",
+    "no_commands",
+    "step",
+    "transition",
+]
+
+_MIN_EPOCHS = {
+    Stage.TRAINING: 100,
+    Stage.GRAFTING: 50,
+    Stage.STABILIZATION: 20,
+    Stage.EVALUATING: 30,
+    Stage.FINE_TUNING: 50,
+    Stage.CULLED: 10,
+    Stage.ROLLED_BACK: 10,
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LifecycleConfig:
+    """Minima and thresholds of the gates; hashable. The defaults are the original's.
+
+    Args:
+      min_epochs: epochs a seed spends in each stage at least, by stage code.
+      max_epochs: a seed this long in EVALUATING may be culled; 0 turns it off.
+      reconstruction_threshold: largest reconstruction loss that may be grafted.
+      min_stability: stability score needed to leave EVALUATING for FINE_TUNING.
+      cull_delta: a worth below this culls,
+      cull_error_rate: an error rate above this,
+      cull_error_count: or an error count above this.
+      min_improvement: total improvement needed for FOSSILIZED,
+      min_final_stability: and the stability.
+      grafting: numbers of the grafting strategies.
+
+    Raises:
+      ValueError: naming the field that is out of its range.
+    """
+
+    min_epochs: tuple[int, ...] = tuple(_MIN_EPOCHS.get(s, 0) for s in Stage)
+    max_epochs: int = 0
+    reconstruction_threshold: float = 0.01
+    min_stability: float = 0.8
+    cull_delta: float = -0.05
+    cull_error_rate: float = 0.1
+    cull_error_count: int = 5
+    min_improvement: float = 0.01
+    min_final_stability: float = 0.95
+    grafting: GraftConfig = dataclasses.field(default_factory=GraftConfig)
+
+    def __post_init__(self) -> None:
+        if len(self.min_epochs) != NUM_STAGES:
+            raise ValueError(
+                f"min_epochs must have one number for each of the {NUM_STAGES} stages, "
+                f"got {self.min_epochs!r}"
+            )
+        for name, epochs in [
+            *((f"min_epochs[{s.name}]", self.min_epochs[s]) for s in Stage),
+            ("max_epochs", self.max_epochs),
+        ]:
+            if not 0 <= epochs <= 65535:
+                raise ValueError(f"{name} must be from 0 to 65535, got {epochs!r}")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, float) and math.isnan(value):
+                raise ValueError(f"{field.name} must be a number, got nan")
+
+
+@struct.dataclass
+class Commands:
+    """What is asked of each seed; -1 asks for nothing.
+
+    ``blueprint`` is read at germination. ``strategy`` may change at any time; it comes
+    with the transition where one is requested, and is dropped if that is refused.
+    """
+
+    target: Int[Array, "*S"]
+    """`Stage` to go to."""
+    blueprint: Int[Array, "*S"]
+    strategy: Int[Array, "*S"]
+
+
+def no_commands(num_seeds: int) -> Commands:
+    """Commands that ask for nothing."""
+    nothing = jnp.full((num_seeds,), NO_REQUEST, jnp.int8)
+    return Commands(target=nothing, blueprint=nothing, strategy=nothing)
+
+
+def commands_for(
+    num_seeds: int,
+    targets: Mapping[int, Stage] | None = None,
+    *,
+    blueprints: Mapping[int, int] | None = None,
+    strategies: Mapping[int, Strategy] | None = None,
+) -> Commands:
+    """Commands from dictionaries, checked on the host.
+
+    Args:
+      num_seeds: number of seeds of the layer.
+      targets: seed to requested stage.
+      blueprints: seed to index into the layer's blueprints.
+      strategies: seed to grafting strategy.
+
+    Raises:
+      IndexError: if a seed does not exist.
+      ValueError: if a stage, blueprint index or strategy does not exist.
+    """
+
+    def column(name: str, requests: Mapping[int, Any] | None, limit: int) -> np.ndarray:
+        values = np.full(num_seeds, NO_REQUEST, np.int8)
+        for seed, value in (requests or {}).items():
+            if not 0 <= operator.index(seed) < num_seeds:
+                raise IndexError(
+                    f"{name}: there is no seed {seed}; the layer has seeds 0 to "
+                    f"{num_seeds - 1}"
+                )
+            if not 0 <= operator.index(value) < limit:
+                raise ValueError(
+                    f"{name}: value for seed {seed} must be from 0 to {limit - 1}, "
+                    f"got {value!r}"
+                )
+            values[seed] = value
+        return values
+
+    return Commands(
+        target=jnp.asarray(column("targets", targets, NUM_STAGES)),
+        blueprint=jnp.asarray(column("blueprints", blueprints, 128)),
+        strategy=jnp.asarray(column("strategies", strategies, len(Strategy))),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Gate:
+    """One comparison that a transition must pass: ``metric compare threshold``."""
+
+    metric: str
+    compare: Callable[[Any, Any], Any]
+    threshold: float
+
+    def measured(self, state: SeedState, signals: Signals) -> Array:
+        """The value that the gate reads, for every seed."""
+        source = signals if hasattr(signals, self.metric) else state
+        return getattr(source, self.metric)
+
+    def passes(self, state: SeedState, signals: Signals) -> Array:
+        """Whether each seed meets it. False where the value is NaN."""
+        return self.compare(self.measured(state, signals), self.threshold)
+
+
+def gates(config: LifecycleConfig) -> dict[tuple[Stage, Stage], tuple[str, list[Gate]]]:
+    """The gates of each guarded transition, and whether ``"all"`` or ``"any"`` of them
+    must pass."""
+    timed_out = Gate("epochs_in_stage", operator.ge, config.max_epochs)
+    return {
+        (Stage.TRAINING, Stage.GRAFTING): (
+            "all",
+            [Gate("reconstruction_loss", operator.le, config.reconstruction_threshold)],
+        ),
+        (Stage.EVALUATING, Stage.FINE_TUNING): (
+            "all",
+            [
+                Gate("performance_delta", operator.gt, 0.0),
+                Gate("stability_score", operator.ge, config.min_stability),
+            ],
+        ),
+        (Stage.EVALUATING, Stage.CULLED): (
+            "any",
+            [
+                Gate("performance_delta", operator.lt, config.cull_delta),
+                Gate("error_rate", operator.gt, config.cull_error_rate),
+                Gate("error_count", operator.gt, config.cull_error_count),
+                *([timed_out] if config.max_epochs > 0 else []),
+            ],
+        ),
+        (Stage.FINE_TUNING, Stage.FOSSILIZED): (
+            "all",
+            [
+                Gate("total_improvement", operator.ge, config.min_improvement),
+                Gate("final_stability", operator.ge, config.min_final_stability),
+            ],
+        ),
+    }
+
+
+def _legal_table() -> np.ndarray:
+    table = np.zeros((NUM_STAGES, NUM_STAGES), bool)
+    for source, targets in LEGAL.items():
+        table[source, list(targets)] = True
+    return table
+
+
+def _gates_pass(
+    state: SeedState, target: Array, signals: Signals, config: LifecycleConfig
+) -> Bool[Array, "*S"]:
+    passed = jnp.ones(target.shape, bool)
+    for (source, goal), (rule, tests) in gates(config).items():
+        results = [test.passes(state, signals) for test in tests]
+        combine = jnp.logical_and if rule == "all" else jnp.logical_or
+        met = results[0]
+        for result in results[1:]:
+            met = combine(met, result)
+        passed &= ~((state.stage == source) & (target == goal)) | met
+    return passed
+
+
+def _allocate(
+    wanting: Bool[Array, " S"], free: Bool[Array, " K"]
+) -> tuple[Int[Array, " S"], Int[Array, " K"]]:
+    """Gives the first free slot to the first seed that wants one, and so on.
+
+    Returns:
+      The slot that each seed got and the seed that each slot got; -1 for none.
+    """
+    s, k = wanting.shape[0], free.shape[0]
+    queue = jnp.cumsum(wanting, dtype=jnp.int32)
+    turn = jnp.cumsum(free, dtype=jnp.int32)
+    # The n-th free slot, and the n-th seed in the queue.
+    slot_at = jnp.searchsorted(turn, jnp.arange(1, k + 1, dtype=jnp.int32))
+    seed_at = jnp.searchsorted(queue, jnp.arange(1, k + 1, dtype=jnp.int32))
+    served = wanting & (queue <= turn[-1])
+    slot = jnp.where(served, slot_at[jnp.clip(queue - 1, 0, k - 1)], -1)
+    taken = free & (turn <= queue[-1])
+    seed = jnp.where(taken, seed_at[jnp.clip(turn - 1, 0, k - 1)], -1)
+    return slot.astype(jnp.int32), jnp.minimum(seed, s - 1).astype(jnp.int32)
+
+
+def transition(
+    state: SeedState, commands: Commands, signals: Signals, config: LifecycleConfig
+) -> tuple[SeedState, Int[Array, " S"]]:
+    """Carries out or refuses the requested transitions of all seeds at once.
+
+    Slots that this call frees can be taken in the same call. Where more seeds want to
+    germinate than slots are free, the lower seed numbers get them.
+
+    Args:
+      state: the seeds, ``S`` of them with ``K`` slots.
+      commands: what is requested, each field of shape (S,).
+      signals: measurements that the gates read, of shape (S,) or ().
+      config: minima and thresholds.
+
+    Returns:
+      The new state, and an `Outcome` per seed (int8[S]). A refused seed is left exactly
+      as it was.
+
+    Raises:
+      ValueError: if the commands are not for ``S`` seeds.
+    """
+    for field in dataclasses.fields(commands):
+        shape = getattr(commands, field.name).shape
+        if shape != state.stage.shape:
+            raise ValueError(
+                f"commands.{field.name} must have one entry for each of the "
+                f"{state.num_seeds} seeds, shape {state.stage.shape}; got {shape}. "
+                "commands_for(num_seeds, ...) builds and checks them"
+            )
+    stage = state.stage.astype(jnp.int32)
+    requested = commands.target != NO_REQUEST
+    known = (commands.target >= 0) & (commands.target < NUM_STAGES)
+    target = jnp.where(known, commands.target, 0).astype(jnp.int32)
+
+    legal = known & jnp.asarray(_legal_table())[stage, target]
+    exempt = (target == Stage.CANCELLED) | (target == Stage.ROLLED_BACK)
+    minimum = jnp.asarray(config.min_epochs, jnp.int32)[stage]
+    late_enough = exempt | (state.epochs_in_stage >= minimum)
+    passed = _gates_pass(state, target, signals, config)
+    allowed = requested & legal & late_enough & passed
+
+    born = allowed & (target == Stage.GERMINATED)
+    freed = allowed & (target >= Stage.CULLED)
+    owner = state.seed_of_slot
+    kept_owner = jnp.where((owner >= 0) & freed[jnp.maximum(owner, 0)], -1, owner)
+    new_slot, new_owner = _allocate(born, kept_owner < 0)
+    born = new_slot >= 0
+    accepted = allowed & ((target != Stage.GERMINATED) | born)
+
+    outcome = jnp.select(
+        [~requested, ~legal, ~late_enough, ~passed, ~accepted],
+        [
+            Outcome.NONE,
+            Outcome.ILLEGAL,
+            Outcome.TOO_EARLY,
+            Outcome.GATE,
+            Outcome.NO_CAPACITY,
+        ],
+        Outcome.OK,
+    ).astype(jnp.int8)
+
+    def put(where: Array, new: Any, old: Array) -> Array:
+        return jnp.where(where, jnp.asarray(new, old.dtype), old)
+
+    entry = (stage * 16 + target).astype(state.history.dtype)
+    shifted = jnp.concatenate([entry[:, None], state.history[:, : HISTORY - 1]], axis=1)
+    restyled = (commands.strategy >= 0) & (commands.strategy < len(Strategy))
+    new = state.replace(
+        stage=put(accepted, target, state.stage),
+        parent_stage=put(accepted, stage, state.parent_stage),
+        blueprint=put(
+            born & (commands.blueprint >= 0), commands.blueprint, state.blueprint
+        ),
+        strategy=put(
+            restyled & (accepted | ~requested), commands.strategy, state.strategy
+        ),
+        epochs_in_stage=put(accepted, 0, state.epochs_in_stage),
+        error_count=put(born, 0, state.error_count),
+        history=jnp.where(accepted[:, None], shifted, state.history),
+        slot_of_seed=jnp.where(
+            born, new_slot, jnp.where(freed, -1, state.slot_of_seed)
+        ),
+        graft=grafting.begin(
+            state.graft, accepted & (target == Stage.GRAFTING), config.grafting
+        ),
+        worth=put(accepted, jnp.nan, state.worth),
+        seed_of_slot=jnp.where(new_owner >= 0, new_owner, kept_owner),
+    )
+    return new, outcome
+
+
+def age(state: SeedState, signals: Signals, config: LifecycleConfig) -> SeedState:
+    """One more epoch in its stage for every seed; those in GRAFTING climb the ramp."""
+    limit = jnp.iinfo(state.epochs_in_stage.dtype).max
+    epochs = state.epochs_in_stage + (state.epochs_in_stage < limit).astype(
+        state.epochs_in_stage.dtype
+    )
+    climbed = grafting.update(
+        state.graft, state.strategy, signals, epochs, config.grafting
+    )
+    climbing = state.stage == Stage.GRAFTING
+    graft = jax.tree.map(
+        lambda new, old: jnp.where(climbing, new, old), climbed, state.graft
+    )
+    return state.replace(epochs_in_stage=epochs, graft=graft)
+
+
+def step(
+    state: SeedState, commands: Commands, signals: Signals, config: LifecycleConfig
+) -> tuple[SeedState, Int[Array, " S"]]:
+    """One tick: every seed gets an epoch older (`age`), then the requests are decided
+    (`transition`), which raises what that raises.
+
+    A seed that entered a stage in one tick can leave it ``min_epochs`` ticks later.
+
+    Returns:
+      The new state, and an `Outcome` per seed (int8[S]).
+    """
+    return transition(age(state, signals, config), commands, signals, config)

@@ -1,0 +1,101 @@
+"""An optimizer for banks: each slot is optimized alone, and only while it learns."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool
+
+__all__ = ["PerSlot", "per_slot"]
+
+
+class PerSlot(NamedTuple):
+    """An optimizer over trees whose leaves have a leading axis of ``K`` slots.
+
+    Attributes:
+      init: ``init(params) -> state``.
+      update: ``update(grads, state, params, *, active, born=None, **extra) ->
+        updates, state`` with ``active`` and ``born`` bool[K].
+      reset: ``reset(state, params, born) -> state``: fresh moments for the slots where
+        ``born``.
+    """
+
+    init: Callable[[Any], Any]
+    update: Callable[..., tuple[Any, Any]]
+    reset: Callable[[Any, Any, Any], Any]
+
+
+def per_slot(inner: optax.GradientTransformation) -> PerSlot:
+    """Runs ``inner`` in every slot separately, as if each had its own optimizer.
+
+    A slot that is not active gets updates of 0 and keeps its state bit for bit,
+    whatever its gradient is (NaN included); where ``born``, the state starts afresh
+    before the update. Schedules count a slot's own active steps, and norms (as in
+    `optax.clip_by_global_norm`) are taken over one slot. ``active`` and ``born`` are
+    run-time values: no change of them recompiles.
+
+    Args:
+      inner: any optax optimizer.
+
+    Returns:
+      The optimizer. It is not an `optax.GradientTransformation`, since an update that
+      is not told which slots are active would be wrong in silence.
+
+    Raises:
+      TypeError: if ``inner`` is no optax optimizer.
+      ValueError: by ``update``, if ``active`` or ``born`` does not have one entry a
+        slot.
+    """
+    if not (hasattr(inner, "init") and hasattr(inner, "update")):
+        raise TypeError(f"inner must be an optax optimizer, got {inner!r}")
+    inner = optax.with_extra_args_support(inner)
+
+    def init(params: Any) -> Any:
+        return jax.vmap(inner.init)(params)
+
+    def reset(state: Any, params: Any, born: Bool[Array, " K"]) -> Any:
+        _check_slots("born", born, params)
+        return _where(born, init(params), state)
+
+    def update(
+        grads: Any,
+        state: Any,
+        params: Any,
+        *,
+        active: Bool[Array, " K"],
+        born: Bool[Array, " K"] | None = None,
+        **extra: Any,
+    ) -> tuple[Any, Any]:
+        _check_slots("active", active, params)
+        if born is not None:
+            state = reset(state, params, born)
+        # `extra` is closed over: every slot gets the same.
+        updates, new = jax.vmap(lambda g, s, p: inner.update(g, s, p, **extra))(
+            grads, state, params
+        )
+        return _where(active, updates, jax.tree.map(jnp.zeros_like, updates)), _where(
+            active, new, state
+        )
+
+    return PerSlot(init, update, reset)
+
+
+def _where(condition: Array, new: Any, old: Any) -> Any:
+    """Per slot, new or old. Selects, never multiplies: 0 times NaN is NaN."""
+
+    def select(a: Array, b: Array) -> Array:
+        return jnp.where(condition.reshape(condition.shape + (1,) * (a.ndim - 1)), a, b)
+
+    return jax.tree.map(select, new, old)
+
+
+def _check_slots(name: str, flags: Array, params: Any) -> None:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if leaf.ndim < 1 or flags.shape != leaf.shape[:1]:
+            raise ValueError(
+                f"{name} must have one entry for each slot, the first axis of every "
+                f"parameter: params{jax.tree_util.keystr(path)} has shape {leaf.shape},"
+                f" {name} has {flags.shape}"
+            )

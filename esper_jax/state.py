@@ -1,0 +1,205 @@
+"""`SeedState`: everything that is remembered about the seeds of one layer.
+
+Letters: ``S`` seeds (chunks of the layer), ``K`` slots of its bank.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, Int, UInt
+
+from esper_jax.grafting import GraftMemory
+from esper_jax.signals import Statistics
+from esper_jax.stages import Stage
+
+__all__ = [
+    "HISTORY",
+    "SeedState",
+    "coefficients",
+    "init_seeds",
+    "record",
+    "slot_coefficients",
+    "start_tick",
+    "transitions",
+]
+
+HISTORY = 10
+"""Number of past transitions that a seed remembers."""
+
+
+@struct.dataclass
+class SeedState:
+    """The seeds of one layer, struct-of-arrays.
+
+    All changes are pure functions ``state -> state``. Under `jax.vmap` every field
+    gets a further leading axis.
+    """
+
+    stage: Int[Array, "*S"]
+    """`Stage` code, int8."""
+    parent_stage: Int[Array, "*S"]
+    """The stage before this one, int8."""
+    blueprint: Int[Array, "*S"]
+    """Index into the layer's blueprints, int8. Has a meaning while the seed lives."""
+    strategy: Int[Array, "*S"]
+    """`Strategy` code, int8."""
+    epochs_in_stage: UInt[Array, "*S"]
+    """Ticks since the last transition, uint16, saturating at 65535."""
+    error_count: UInt[Array, "*S"]
+    """Steps with gradients that were not finite since germination, uint8, saturating
+    at 255."""
+    history: UInt[Array, "*S 10"]
+    """Last transitions, newest first, one byte each: ``source << 4 | target``; 0 for
+    none (DORMANT to DORMANT is no transition)."""
+    slot_of_seed: Int[Array, "*S"]
+    """The bank slot that the seed owns, or -1."""
+    graft: GraftMemory
+    health: Float[Array, "*S"]
+    """Score of the chunk at the last tick, in [0, 1]; NaN before the first."""
+    worth: Float[Array, "*S"]
+    """Mean worth over the ticks in this stage, in units of the held-out loss; NaN where
+    none was measured."""
+    statistics: Statistics
+    seed_of_slot: Int[Array, "*K"]
+    """The seed that owns each slot, or -1."""
+    reconstruction: Float[Array, "*K"]
+    """Sum over the tick's steps of ``mean((f(y) - y)**2)`` of each slot."""
+    gain: Float[Array, "*K"]
+    """Sum over the tick's steps of the loss's gradient with respect to alpha; its
+    negative is the first-order gain of grafting the slot."""
+    errors: UInt[Array, "*K"]
+    """Steps of this tick whose gradients in the slot were not finite, uint16."""
+    steps: Int[Array, "*"]
+    """Steps since the last tick."""
+
+    @property
+    def num_seeds(self) -> int:
+        """``S``."""
+        return self.stage.shape[-1]
+
+    @property
+    def capacity(self) -> int:
+        """``K``."""
+        return self.seed_of_slot.shape[-1]
+
+
+def init_seeds(num_seeds: int, capacity: int, strategy: int = 0) -> SeedState:
+    """All seeds dormant, all slots free.
+
+    Args:
+      num_seeds: number of seeds, ``S``.
+      capacity: number of slots, ``K``, from 1 to ``num_seeds``.
+      strategy: `Strategy` code that each seed starts with.
+
+    Raises:
+      ValueError: if the capacity is out of its range.
+    """
+    if not 1 <= capacity <= num_seeds:
+        raise ValueError(
+            f"capacity must be from 1 to num_seeds ({num_seeds}): it is the number of "
+            f"seeds that can live at once; got {capacity}"
+        )
+
+    def full(n: int, value: float, dtype: jnp.dtype | type) -> Array:
+        return jnp.full((n,), value, dtype)
+
+    s, k = num_seeds, capacity
+    return SeedState(
+        stage=full(s, Stage.DORMANT, jnp.int8),
+        parent_stage=full(s, Stage.DORMANT, jnp.int8),
+        blueprint=full(s, 0, jnp.int8),
+        strategy=full(s, strategy, jnp.int8),
+        epochs_in_stage=full(s, 0, jnp.uint16),
+        error_count=full(s, 0, jnp.uint8),
+        history=jnp.zeros((s, HISTORY), jnp.uint8),
+        slot_of_seed=full(s, -1, jnp.int32),
+        graft=GraftMemory(
+            alpha=full(s, 0, jnp.float32),
+            velocity=full(s, 0, jnp.float32),
+            stable_alpha=full(s, 0, jnp.float32),
+            previous_loss=full(s, jnp.nan, jnp.float32),
+            pause=full(s, 0, jnp.uint16),
+            unstable_checks=full(s, 0, jnp.uint8),
+        ),
+        health=full(s, jnp.nan, jnp.float32),
+        worth=full(s, jnp.nan, jnp.float32),
+        statistics=Statistics(
+            **{f.name: full(s, 0, jnp.float32) for f in dataclasses.fields(Statistics)}
+        ),
+        seed_of_slot=full(k, -1, jnp.int32),
+        reconstruction=full(k, 0, jnp.float32),
+        gain=full(k, 0, jnp.float32),
+        errors=full(k, 0, jnp.uint16),
+        steps=jnp.zeros((), jnp.int32),
+    )
+
+
+def coefficients(
+    state: SeedState,
+) -> tuple[Float[Array, "*S"], Float[Array, "*S"]]:
+    """What the stages mean to the forward and the backward pass.
+
+    Returns:
+      ``(alpha, beta)``, float32: how much each seed's blueprint counts in the output,
+      and how much it learns. TRAINING is ``0, 1``; GRAFTING the ramp's alpha and 1;
+      STABILIZATION, EVALUATING and FOSSILIZED ``1, 0``; FINE_TUNING ``1, 1``; every
+      other stage ``0, 0``.
+    """
+    stage = state.stage
+    grafted = (stage >= Stage.STABILIZATION) & (stage <= Stage.FOSSILIZED)
+    alpha = jnp.where(
+        stage == Stage.GRAFTING, state.graft.alpha, grafted.astype(jnp.float32)
+    )
+    learns = (
+        (stage == Stage.TRAINING)
+        | (stage == Stage.GRAFTING)
+        | (stage == Stage.FINE_TUNING)
+    )
+    return alpha, learns.astype(jnp.float32)
+
+
+def slot_coefficients(
+    state: SeedState,
+) -> tuple[Float[Array, " K"], Float[Array, " K"], Int[Array, " K"]]:
+    """`coefficients` by slot: ``(alpha, beta, blueprint)``, all 0 where free."""
+    alpha, beta = coefficients(state)
+    owner = jnp.maximum(state.seed_of_slot, 0)
+    owned = state.seed_of_slot >= 0
+    return (
+        jnp.where(owned, alpha[owner], 0.0),
+        jnp.where(owned, beta[owner], 0.0),
+        jnp.where(owned, state.blueprint[owner].astype(jnp.int32), 0),
+    )
+
+
+def record(
+    state: SeedState,
+    statistics: Statistics,
+    reconstruction: Float[Array, " K"],
+) -> SeedState:
+    """Adds one forward pass's statistics to the tick's sums."""
+    return state.replace(
+        statistics=jax.tree.map(jnp.add, state.statistics, statistics),
+        reconstruction=state.reconstruction + reconstruction,
+        steps=state.steps + 1,
+    )
+
+
+def start_tick(state: SeedState) -> SeedState:
+    """Clears the tick's sums."""
+    zero = jnp.zeros_like
+    return state.replace(
+        statistics=jax.tree.map(zero, state.statistics),
+        reconstruction=zero(state.reconstruction),
+        gain=zero(state.gain),
+        errors=zero(state.errors),
+        steps=zero(state.steps),
+    )
+
+
+def transitions(state: SeedState, seed: int) -> list[tuple[Stage, Stage]]:
+    """The last transitions of one seed as ``(source, target)``, newest first."""
+    packed = [int(byte) for byte in jax.device_get(state.history[seed]) if byte]
+    return [(Stage(byte >> 4), Stage(byte & 15)) for byte in packed]

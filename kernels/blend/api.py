@@ -1,0 +1,153 @@
+"""The entry point of blend: validates once, then dispatches."""
+
+from collections.abc import Sequence
+from typing import get_args
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from esper_jax.blueprints import Bank, Blueprint, init_bank
+from esper_jax.chunks import ChunkLayout
+from esper_jax.kernels.blend import reference
+from esper_jax.signals import Statistics
+from esper_jax.stages import Incubation
+
+__all__ = ["IMPLEMENTATIONS", "blend"]
+
+IMPLEMENTATIONS = {"xla": reference.blend}
+"""Implementations by name, in order of preference when the choice is automatic."""
+
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def blend(
+    y: Float[Array, "*B F"],
+    bank: Bank,
+    alpha: Float[Array, " K"],
+    beta: Float[Array, " K"],
+    blueprint: Int[Array, " K"],
+    seed_of_slot: Int[Array, " K"],
+    *,
+    layout: ChunkLayout,
+    blueprints: tuple[Blueprint, ...],
+    incubation: Incubation = "task",
+    implementation: str | Sequence[str] | None = None,
+) -> tuple[Float[Array, "*B F"], Statistics, Float[Array, " K"]]:
+    """Blends the living seeds' blueprints into a layer's output.
+
+    On the chunk ``y_c`` of the seed that owns slot ``k``, with the blueprint's
+    correction ``r(y_c) = f(y_c) - y_c`` and the cotangent ``g`` of the output:
+
+    - forward: ``out = y_c + alpha * r(y_c)``;
+    - backward: ``dy = g + alpha * J_y(r)^T g``, ``dtheta = beta * J_theta(r)^T g`` and
+      ``dalpha = sum(g * r(y_c))``.
+
+    So a slot with ``alpha 0, beta 1`` learns from the task while the output and the
+    gradient of ``y`` stay bit-identical to those without it (a straight-through
+    incubation), and one with ``alpha 1, beta 0`` counts in full but is frozen. ``beta``
+    has no gradient.
+
+    Letters: ``B`` any leading batch shape, ``F`` features, ``S`` seeds, ``K`` slots,
+    ``C`` chunk width, ``H`` hidden width.
+
+    Args:
+      y: output of the base layer, float32, bfloat16 or float16.
+      bank: parameters of the blueprints, as `esper_jax.blueprints.init_bank` makes.
+      alpha: how much each slot counts.
+      beta: how much each slot learns.
+      blueprint: index of each slot's blueprint in ``blueprints``.
+      seed_of_slot: the seed that owns each slot; -1 for a free one, which is ignored.
+        No seed may own two.
+      layout: how the features are cut into chunks.
+      blueprints: what may grow, as `esper_jax.blueprints.resolve` returns.
+      incubation: what a slot learns from while its alpha is 0. With
+        ``"reconstruction"`` its ``dtheta`` is instead ``beta`` times the gradient of
+        ``mean(r(y_c)**2)`` at ``stop_gradient(y_c)``, whatever the task's loss.
+      implementation: ``"xla"`` (plain JAX), a sequence of names to try in order, or
+        None for the fastest one that supports the arguments. A name never falls back.
+
+    Returns:
+      The output, with y's shape and dtype; `Statistics` of ``y`` for each of the ``S``
+      chunks, float32; and ``mean(r(y_c)**2)`` of each slot, float32 (0 for a slot whose
+      alpha and beta are 0). The last two have no gradient.
+
+    Raises:
+      ValueError: if a shape or dtype does not fit the layout, or no implementation of
+        that name exists.
+    """
+    _validate(y, bank, alpha, beta, blueprint, seed_of_slot, layout, blueprints)
+    if implementation is None:
+        names: Sequence[str] = tuple(IMPLEMENTATIONS)
+    else:
+        names = [implementation] if isinstance(implementation, str) else implementation
+    unknown = [name for name in names if name not in IMPLEMENTATIONS]
+    if unknown or not names:
+        raise ValueError(
+            f"implementation must be one of {sorted(IMPLEMENTATIONS)}, a sequence of "
+            f"them or None; got {implementation!r}"
+        )
+    if incubation not in get_args(Incubation):
+        raise ValueError(
+            f"incubation must be one of {get_args(Incubation)}, got {incubation!r}"
+        )
+    flat = y.reshape(-1, layout.features)
+    out, statistics, reconstruction = IMPLEMENTATIONS[names[0]](
+        flat, bank, alpha, beta, blueprint, seed_of_slot, layout, blueprints, incubation
+    )
+    return out.reshape(y.shape), statistics, reconstruction
+
+
+def _validate(
+    y: Array,
+    bank: Bank,
+    alpha: Array,
+    beta: Array,
+    blueprint: Array,
+    seed_of_slot: Array,
+    layout: ChunkLayout,
+    blueprints: tuple[Blueprint, ...],
+) -> None:
+    if y.ndim < 1 or y.shape[-1] != layout.features:
+        raise ValueError(
+            f"y must have {layout.features} features on its last axis, as the layout "
+            f"says; got shape {y.shape}"
+        )
+    if jnp.dtype(y.dtype).name not in _DTYPES:
+        raise ValueError(f"y must be one of {', '.join(_DTYPES)}; got {y.dtype}")
+    slots = seed_of_slot.shape
+    if len(slots) != 1:
+        raise ValueError(f"seed_of_slot must have shape (K,), got {slots}")
+    for name, value, kind in (
+        ("alpha", alpha, jnp.floating),
+        ("beta", beta, jnp.floating),
+        ("blueprint", blueprint, jnp.integer),
+        ("seed_of_slot", seed_of_slot, jnp.integer),
+    ):
+        if value.shape != slots or not jnp.issubdtype(value.dtype, kind):
+            raise ValueError(
+                f"{name} must be {kind.__name__} of shape {slots}, one entry a slot; "
+                f"got {value.dtype} of shape {value.shape}"
+            )
+    expected = jax.eval_shape(
+        lambda: init_bank(jax.random.key(0), slots[0], blueprints, layout.width)
+    )
+    _validate_bank(bank, expected)
+
+
+def _validate_bank(bank: Bank, expected: Bank) -> None:
+    want, structure = jax.tree_util.tree_flatten_with_path(expected)
+    if jax.tree.structure(bank) != structure:
+        raise ValueError(
+            "bank must have the leaves that init_bank makes for these blueprints, "
+            f"{structure}; got {jax.tree.structure(bank)}"
+        )
+    for (path, leaf), got in zip(want, jax.tree.leaves(bank), strict=True):
+        name = "bank" + jax.tree_util.keystr(path)
+        if got.shape != leaf.shape:
+            raise ValueError(
+                f"{name} must have shape {leaf.shape} for this number of slots, this "
+                f"layout and these blueprints; got {got.shape}"
+            )
+        if not jnp.issubdtype(got.dtype, jnp.floating):
+            raise ValueError(f"{name} must be floating point, got {got.dtype}")

@@ -1,0 +1,244 @@
+"""Blend in plain JAX: runs anywhere, and is what faster versions are tested against.
+
+The chunks of the ``K`` slots are gathered, computed as one batch and scattered back, so
+that the cost follows the number of slots and not of seeds. If no slot lives, nothing is
+computed at all.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from esper_jax.blueprints import (
+    ACTIVATIONS,
+    Bank,
+    Blueprint,
+    Custom,
+    Dense,
+    dense_masks,
+)
+from esper_jax.chunks import ChunkLayout
+from esper_jax.signals import Statistics
+from esper_jax.stages import Incubation
+
+__all__ = ["blend", "corrections", "statistics"]
+
+_NEAR_ZERO = 1e-6
+
+
+def statistics(y: Float[Array, "N F"], layout: ChunkLayout) -> Statistics:
+    """Count, sum, sum of squares and near-zero count of each chunk, in float32."""
+    x = y.astype(jnp.float32)
+    columns = (
+        jnp.sum(x, axis=0),
+        jnp.sum(x * x, axis=0),
+        jnp.sum((jnp.abs(x) < _NEAR_ZERO).astype(jnp.float32), axis=0),
+    )
+    total, squares, near_zero = (jnp.sum(layout.split(c), axis=-1) for c in columns)
+    count = jnp.asarray(layout.sizes * float(y.shape[0]), jnp.float32)
+    return Statistics(count=count, total=total, squares=squares, near_zero=near_zero)
+
+
+def corrections(
+    bank: Bank,
+    blueprint: Int[Array, " K"],
+    chunks: Float[Array, "K N C"],
+    blueprints: tuple[Blueprint, ...],
+) -> Float[Array, "K N C"]:
+    """``r(y)`` of each slot on its chunk, float32; differentiable."""
+    blueprint = jnp.clip(blueprint, 0, len(blueprints) - 1)
+    out = jnp.zeros(chunks.shape, jnp.float32)
+    if any(isinstance(b, Dense) for b in blueprints):
+        out = _dense(bank, blueprint, chunks, blueprints)
+    for i, b in enumerate(blueprints):
+        if isinstance(b, Custom):
+            own = jax.vmap(b.apply)(bank.custom[b.name], chunks.astype(jnp.float32))
+            if own.shape != chunks.shape:
+                raise ValueError(
+                    f"blueprint {b.name!r}: apply must return the shape of y, "
+                    f"{chunks.shape[1:]}; got {own.shape[1:]}"
+                )
+            chosen = (blueprint == i)[:, None, None]
+            out = jnp.where(chosen, own.astype(jnp.float32), out)
+    return out
+
+
+def _dense(
+    bank: Bank,
+    blueprint: Int[Array, " K"],
+    chunks: Float[Array, "K N C"],
+    blueprints: tuple[Blueprint, ...],
+) -> Float[Array, "K N C"]:
+    """The built-in form, ``W2 act(W1 y + b1) + b2 + scale * y``, for all slots."""
+    width = chunks.shape[-1]
+    hidden, bias, scale = (
+        jnp.asarray(mask)[blueprint] for mask in dense_masks(blueprints, width)
+    )
+
+    def used(mask: Array, leaf: Array) -> Array:
+        # Parts that a blueprint does not use are 0 and get no gradient.
+        return jnp.where(mask, leaf.astype(jnp.float32), 0.0)
+
+    w1 = used(hidden[:, None, :], bank.w1)
+    b1 = used(bias[:, None] & hidden, bank.b1)
+    w2 = used(hidden[:, :, None], bank.w2)
+    b2 = used(bias[:, None], bank.b2)
+    slope = used(scale[:, None], bank.scale)
+
+    def matmul(x: Array, w: Array) -> Array:
+        return jnp.einsum(
+            "kni,kij->knj",
+            x,
+            w.astype(x.dtype),
+            preferred_element_type=jnp.float32,
+        )
+
+    before = matmul(chunks, w1) + b1[:, None]
+    after = _activate(before, blueprint, blueprints)
+    out = matmul(after.astype(chunks.dtype), w2)
+    return out + b2[:, None] + slope[:, None] * chunks.astype(jnp.float32)
+
+
+def _activate(
+    x: Float[Array, "K N H"],
+    blueprint: Int[Array, " K"],
+    blueprints: tuple[Blueprint, ...],
+) -> Float[Array, "K N H"]:
+    names = [b.activation if isinstance(b, Dense) else "" for b in blueprints]
+    # A blueprint without a hidden layer may take any activation: its units are 0.
+    wanted = [
+        b.activation for b in blueprints if isinstance(b, Dense) and b.expansion > 0
+    ]
+    distinct = list(dict.fromkeys(wanted)) or ["identity"]
+    out = ACTIVATIONS[distinct[0]](x)
+    for name in distinct[1:]:
+        chosen = jnp.asarray(np.array([n == name for n in names]))[blueprint]
+        out = jnp.where(chosen[:, None, None], ACTIVATIONS[name](x), out)
+    return out
+
+
+def _valid(seed_of_slot: Int[Array, " K"], layout: ChunkLayout) -> Array:
+    """Which columns of each slot's chunk are features of it: bool (K, 1, C)."""
+    return (layout.columns(seed_of_slot) < layout.features)[:, None, :]
+
+
+def _chunks(y: Array, seed_of_slot: Array, layout: ChunkLayout) -> Array:
+    return jnp.swapaxes(layout.gather(y, seed_of_slot), 0, 1)
+
+
+def _put(y: Array, seed_of_slot: Array, chunks: Array, layout: ChunkLayout) -> Array:
+    return layout.scatter(y, seed_of_slot, jnp.swapaxes(chunks, 0, 1))
+
+
+def _per_slot(x: Array, like: Array) -> Array:
+    return x.reshape(x.shape + (1,) * (like.ndim - x.ndim))
+
+
+def _elements(seed_of_slot: Array, layout: ChunkLayout, rows: int) -> Array:
+    sizes = jnp.asarray(layout.sizes, jnp.float32)[jnp.maximum(seed_of_slot, 0)]
+    return sizes * max(rows, 1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
+def blend(
+    y: Float[Array, "N F"],
+    bank: Bank,
+    alpha: Float[Array, " K"],
+    beta: Float[Array, " K"],
+    blueprint: Int[Array, " K"],
+    seed_of_slot: Int[Array, " K"],
+    layout: ChunkLayout,
+    blueprints: tuple[Blueprint, ...],
+    incubation: Incubation,
+) -> tuple[Float[Array, "N F"], Statistics, Float[Array, " K"]]:
+    """The public `blend` on arguments already checked, with one batch axis."""
+
+    def living() -> tuple[Array, Array]:
+        chunks = _chunks(y, seed_of_slot, layout)
+        r = corrections(bank, blueprint, chunks, blueprints)
+        r = jnp.where(_valid(seed_of_slot, layout), r, 0.0)
+        a = _per_slot(alpha.astype(jnp.float32), r)
+        mixed = (chunks.astype(jnp.float32) + a * r).astype(y.dtype)
+        out = _put(y, seed_of_slot, jnp.where(a != 0, mixed, chunks), layout)
+        mean = jnp.sum(r * r, axis=(1, 2)) / _elements(seed_of_slot, layout, len(y))
+        return out, jnp.where((alpha != 0) | (beta != 0), mean, 0.0)
+
+    def dormant() -> tuple[Array, Array]:
+        return y, jnp.zeros(alpha.shape, jnp.float32)
+
+    any_living = jnp.any((alpha != 0) | (beta != 0))
+    out, reconstruction = jax.lax.cond(any_living, living, dormant)
+    return out, statistics(y, layout), reconstruction
+
+
+def _forward(
+    y: Array,
+    bank: Bank,
+    alpha: Array,
+    beta: Array,
+    blueprint: Array,
+    seed_of_slot: Array,
+    layout: ChunkLayout,
+    blueprints: tuple[Blueprint, ...],
+    incubation: Incubation,
+) -> tuple[Any, Any]:
+    arrays = (y, bank, alpha, beta, blueprint, seed_of_slot)
+    return blend(*arrays, layout, blueprints, incubation), arrays
+
+
+def _backward(
+    layout: ChunkLayout,
+    blueprints: tuple[Blueprint, ...],
+    incubation: Incubation,
+    saved: Any,
+    cotangents: Any,
+) -> tuple[Any, ...]:
+    y, bank, alpha, beta, blueprint, seed_of_slot = saved
+    g = cotangents[0]
+
+    def living() -> tuple[Array, Bank, Array]:
+        chunks = _chunks(y, seed_of_slot, layout)
+        g_chunks = _chunks(g, seed_of_slot, layout)
+        valid = _valid(seed_of_slot, layout)
+
+        def masked(bank: Bank, chunks: Array) -> Array:
+            r = corrections(bank, blueprint, chunks, blueprints)
+            return jnp.where(valid, r, 0.0)
+
+        r, pull = jax.vjp(masked, bank, chunks)
+        g32 = g_chunks.astype(jnp.float32)
+        a = _per_slot(alpha.astype(jnp.float32), g_chunks)
+        pulled = g32
+        if incubation == "reconstruction":
+            size = _per_slot(_elements(seed_of_slot, layout, len(y)), r)
+            pulled = jnp.where(a == 0, 2.0 * r / size, g32)
+        # One pass serves both: alpha and beta only scale what it gives.
+        d_bank, d_chunks = pull(pulled)
+        mixed = (g32 + a * d_chunks.astype(jnp.float32)).astype(g.dtype)
+        dy = _put(g, seed_of_slot, jnp.where(a != 0, mixed, g_chunks), layout)
+        d_alpha = jnp.sum(g32 * r, axis=(1, 2)).astype(alpha.dtype)
+        return dy, _scaled(d_bank, beta), d_alpha
+
+    def dormant() -> tuple[Array, Bank, Array]:
+        return g, jax.tree.map(jnp.zeros_like, bank), jnp.zeros_like(alpha)
+
+    any_living = jnp.any((alpha != 0) | (beta != 0))
+    dy, d_bank, d_alpha = jax.lax.cond(any_living, living, dormant)
+    return dy, d_bank, d_alpha, jnp.zeros_like(beta), None, None
+
+
+def _scaled(tree: Bank, factor: Array) -> Bank:
+    """Each slot times its factor; 0 where that is 0, whatever the slot holds."""
+
+    def scale(leaf: Array) -> Array:
+        f = _per_slot(factor, leaf)
+        return jnp.where(f != 0, leaf * f.astype(leaf.dtype), 0)
+
+    return jax.tree.map(scale, tree)
+
+
+blend.defvjp(_forward, _backward)
