@@ -160,7 +160,7 @@ def _drift_controlled(
         drifting, jnp.asarray(c.pause_duration, m.pause.dtype), jnp.zeros_like(m.pause)
     )
     step = jnp.where(paused | drifting, 0.0, _base(c))
-    return step, m.replace(pause=jnp.where(paused, counted, started))
+    return step, dataclasses.replace(m, pause=jnp.where(paused, counted, started))
 
 
 def _momentum(m: GraftMemory, s: Signals, epochs: Any, c: GraftConfig) -> _Update:
@@ -168,7 +168,9 @@ def _momentum(m: GraftMemory, s: Signals, epochs: Any, c: GraftConfig) -> _Updat
     gain = jnp.where(jnp.isfinite(s.performance_delta), s.performance_delta, 0.0)
     velocity = c.momentum_factor * m.velocity + 0.01 * gain
     velocity = jnp.where(jnp.isfinite(velocity), velocity, m.velocity)
-    return jnp.maximum(0.0, _base(c) + velocity), m.replace(velocity=velocity)
+    return jnp.maximum(0.0, _base(c) + velocity), dataclasses.replace(
+        m, velocity=velocity
+    )
 
 
 def _adaptive(m: GraftMemory, s: Signals, epochs: Any, c: GraftConfig) -> _Update:
@@ -191,7 +193,8 @@ def _stability(m: GraftMemory, s: Signals, epochs: Any, c: GraftConfig) -> _Upda
     count = jnp.where(check, count, m.unstable_checks)
     revert = count >= 3
     step = jnp.where(revert, 0.0, jnp.where(count > 0, 0.5, 1.0) * _base(c))
-    return step, m.replace(
+    return step, dataclasses.replace(
+        m,
         alpha=jnp.where(revert, m.stable_alpha, m.alpha),
         stable_alpha=jnp.where(check & stable, m.alpha, m.stable_alpha),
         unstable_checks=jnp.where(revert, 0, count).astype(m.unstable_checks.dtype),
@@ -277,7 +280,8 @@ def update(
     )
     alpha = jnp.clip(new.alpha + step, config.min_alpha, config.max_alpha)
     measured = jnp.isfinite(signals.reconstruction_loss)
-    return new.replace(
+    return dataclasses.replace(
+        new,
         alpha=alpha.astype(memory.alpha.dtype),
         previous_loss=jnp.where(
             measured, signals.reconstruction_loss, memory.previous_loss

@@ -319,7 +319,8 @@ def transition(
     entry = (stage * 16 + target).astype(state.history.dtype)
     shifted = jnp.concatenate([entry[:, None], state.history[:, : HISTORY - 1]], axis=1)
     restyled = (commands.strategy >= 0) & (commands.strategy < len(Strategy))
-    new = state.replace(
+    new = dataclasses.replace(
+        state,
         stage=put(accepted, target, state.stage),
         parent_stage=put(accepted, stage, state.parent_stage),
         blueprint=put(
@@ -356,7 +357,7 @@ def age(state: SeedState, signals: Signals, config: LifecycleConfig) -> SeedStat
     graft = jax.tree.map(
         lambda new, old: jnp.where(climbing, new, old), climbed, state.graft
     )
-    return state.replace(epochs_in_stage=epochs, graft=graft)
+    return dataclasses.replace(state, epochs_in_stage=epochs, graft=graft)
 
 
 def step(

@@ -180,7 +180,8 @@ def record(
     reconstruction: Float[Array, " K"],
 ) -> SeedState:
     """Adds one forward pass's statistics to the tick's sums."""
-    return state.replace(
+    return dataclasses.replace(
+        state,
         statistics=jax.tree.map(jnp.add, state.statistics, statistics),
         reconstruction=state.reconstruction + reconstruction,
         steps=state.steps + 1,
@@ -190,7 +191,8 @@ def record(
 def start_tick(state: SeedState) -> SeedState:
     """Clears the tick's sums."""
     zero = jnp.zeros_like
-    return state.replace(
+    return dataclasses.replace(
+        state,
         statistics=jax.tree.map(zero, state.statistics),
         reconstruction=zero(state.reconstruction),
         gain=zero(state.gain),

@@ -136,11 +136,14 @@ def _validate(
 
 
 def _validate_bank(bank: Bank, expected: Bank) -> None:
-    want, structure = jax.tree_util.tree_flatten_with_path(expected)
-    if jax.tree.structure(bank) != structure:
+    want = jax.tree_util.tree_leaves_with_path(expected)
+    paths = [path for path, _ in want]
+    got_paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(bank)]
+    if got_paths != paths:
+        names = [jax.tree_util.keystr(path) for path in paths]
         raise ValueError(
             "bank must have the leaves that init_bank makes for these blueprints, "
-            f"{structure}; got {jax.tree.structure(bank)}"
+            f"{names}; got {[jax.tree_util.keystr(path) for path in got_paths]}"
         )
     for (path, leaf), got in zip(want, jax.tree.leaves(bank), strict=True):
         name = "bank" + jax.tree_util.keystr(path)
