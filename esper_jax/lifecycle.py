@@ -29,6 +29,7 @@ __all__ = [
     "age",
     "commands_for",
     "gates",
+    "gates_pass",
     "no_commands",
     "step",
     "transition",
@@ -217,9 +218,14 @@ def _legal_table() -> np.ndarray:
     return table
 
 
-def _gates_pass(
-    state: SeedState, target: Array, signals: Signals, config: LifecycleConfig
+def gates_pass(
+    state: SeedState,
+    target: Int[Array, "*S"],
+    signals: Signals,
+    config: LifecycleConfig,
 ) -> Bool[Array, "*S"]:
+    """Whether each seed meets the gates between its stage and ``target``; true where
+    that transition has none."""
     passed = jnp.ones(target.shape, bool)
     for (source, goal), (rule, tests) in gates(config).items():
         results = [test.passes(state, signals) for test in tests]
@@ -290,7 +296,7 @@ def transition(
     exempt = (target == Stage.CANCELLED) | (target == Stage.ROLLED_BACK)
     minimum = jnp.asarray(config.min_epochs, jnp.int32)[stage]
     late_enough = exempt | (state.epochs_in_stage >= minimum)
-    passed = _gates_pass(state, target, signals, config)
+    passed = gates_pass(state, target, signals, config)
     allowed = requested & legal & late_enough & passed
 
     born = allowed & (target == Stage.GERMINATED)
