@@ -1,7 +1,7 @@
 """When, where and what to grow: a heuristic over measured signals.
 
-`decide` is a pure, jittable function that sees the seeds of all layers at once. It asks;
-`lifecycle.transition` decides.
+`decide` is a pure, jittable function that sees the seeds of all layers at once. It
+asks; `lifecycle.transition` decides.
 """
 
 import dataclasses
@@ -34,6 +34,8 @@ class ControllerConfig:
         culled.
       grafting_limit: ticks in GRAFTING after which a seed whose ramp has not ended is
         rolled back.
+      evaluation_limit: ticks in EVALUATING after which a seed that is neither worth
+        tuning nor bad enough to be culled is rolled back.
       tuning_limit: ticks in FINE_TUNING after which a seed that may not be kept is
         culled.
       enabled: if False, nothing germinates; what lives goes on.
@@ -48,6 +50,7 @@ class ControllerConfig:
     blueprint: int = 0
     training_limit: int = 200
     grafting_limit: int = 400
+    evaluation_limit: int = 200
     tuning_limit: int = 200
     enabled: bool = True
 
@@ -57,6 +60,7 @@ class ControllerConfig:
             "max_training",
             "training_limit",
             "grafting_limit",
+            "evaluation_limit",
             "tuning_limit",
         ):
             if getattr(self, name) < 1:
@@ -98,8 +102,8 @@ def decide(
     """Requests for the seeds of all layers.
 
     When the held-out loss has not improved for ``patience`` ticks, the least healthy
-    dormant chunk of the model germinates. A seed is moved on as soon as its time and its
-    gate allow, and culled or rolled back when they do not within its limit.
+    dormant chunk of the model germinates. A seed is moved on as soon as its time and
+    its gate allow, and culled or rolled back when they do not within its limit.
 
     Args:
       seeds: the seeds of each layer, by name, already aged by this tick.
@@ -172,10 +176,14 @@ def _advance(
         return jnp.where(epochs >= limit, late, otherwise)
 
     ramp_done = state.graft.alpha >= lifecycle.grafting.max_alpha
-    tune = jnp.where(
-        ~ready(Stage.FINE_TUNING) & ready(Stage.CULLED),
-        Stage.CULLED,
+    judged = jnp.where(
+        ready(Stage.FINE_TUNING),
         Stage.FINE_TUNING,
+        jnp.where(
+            ready(Stage.CULLED),
+            Stage.CULLED,
+            after(config.evaluation_limit, Stage.ROLLED_BACK, Stage.FINE_TUNING),
+        ),
     )
     target = jnp.select(
         [stage == s for s in Stage],
@@ -193,7 +201,7 @@ def _advance(
                 after(config.grafting_limit, Stage.ROLLED_BACK, NO_REQUEST),
             ),
             jnp.full(stage.shape, Stage.EVALUATING),
-            tune,
+            judged,
             jnp.where(
                 ready(Stage.FOSSILIZED),
                 Stage.FOSSILIZED,
