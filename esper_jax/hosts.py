@@ -1,5 +1,6 @@
 """Host models for the command line: ordinary networks whose layers can grow."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -46,7 +47,7 @@ class MLP(nnx.Module):
                     rngs=rngs,
                     **options,
                 )
-                for a, b in zip(widths[:-1], widths[1:], strict=True)
+                for a, b in itertools.pairwise(widths)
             ]
         )
         self.readout = nnx.Linear(widths[-1], outputs, rngs=rngs)

@@ -1,0 +1,290 @@
+"""A run on disk: train from a config into a folder, resume it, evaluate it.
+
+A run's folder holds ``config.json``, ``events.jsonl`` (one event a line, as they
+happened), ``checkpoints/`` and, when it has ended, ``summary.json``.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from rich.console import Console
+
+from esper_jax import checkpoint
+from esper_jax.blueprints import param_counts
+from esper_jax.config import ConfigError, RunConfig, parse_config, to_dict
+from esper_jax.data import DATASETS, Dataset
+from esper_jax.functional import TrainState, state_hash
+from esper_jax.grafting import Strategy
+from esper_jax.hosts import MLP
+from esper_jax.lifecycle import LifecycleConfig, gates
+from esper_jax.monitor.live import LiveView
+from esper_jax.stages import Outcome, Stage
+from esper_jax.state import coefficients
+from esper_jax.tick import TickReport
+from esper_jax.train import Program, build, fit
+
+__all__ = ["EventLog", "RunError", "build_run", "evaluate_run", "train_run"]
+
+
+class RunError(ValueError):
+    """A run's folder that cannot be used as asked; says what to do."""
+
+
+def build_run(config: RunConfig, data: Dataset) -> Program:
+    """The program of a config: an MLP with AdamW for host and blueprints."""
+    growth, train = config.growth, config.train
+    model = MLP(
+        data.train[0].shape[-1],
+        config.model.hidden,
+        data.num_classes,
+        activation=config.model.activation,
+        num_seeds=growth.num_seeds,
+        capacity=growth.capacity,
+        blueprints=growth.blueprints,
+        strategy=Strategy[growth.strategy.upper()],
+        incubation=growth.incubation,
+        rngs=nnx.Rngs(config.seed),
+    )
+    return build(
+        model,
+        optax.adamw(train.learning_rate, weight_decay=train.weight_decay),
+        optax.adamw(
+            train.blueprint_learning_rate, weight_decay=train.blueprint_weight_decay
+        ),
+        lifecycle_config=config.lifecycle,
+        controller_config=config.controller,
+    )
+
+
+def train_run(
+    config: RunConfig,
+    out: Path,
+    *,
+    resume: bool = False,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Trains into the folder ``out`` and returns what ``summary.json`` holds.
+
+    Args:
+      config: of the run.
+      out: must not hold a run yet, unless ``resume``.
+      resume: go on from the newest checkpoint of the run in ``out``, whose config must
+        be the same but for ``train.ticks`` and ``checkpoint``.
+      console: for the live view.
+
+    Raises:
+      RunError: if ``out`` cannot be used so.
+      ConfigError: if the config does not fit the data. Nothing has been written then.
+    """
+    data = DATASETS[config.data.name](config.data.seed)
+    rows = len(data.train[0])
+    if config.train.batch_size > rows:
+        raise ConfigError(
+            f"train.batch_size: expected at most the {rows} training rows of "
+            f"{config.data.name}, got {config.train.batch_size}"
+        )
+    if resume:
+        _check_same(config, _read_config(out))
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RunError(f"{out} is not empty: choose another --out, or --resume the run")
+    program = build_run(config, data)
+    state = program.init(jax.random.key(config.seed))
+    if resume:
+        state = _restore(out, state)
+    out.mkdir(parents=True, exist_ok=True)
+    _write_json(out / "config.json", to_dict(config))
+    log = EventLog(out / "events.jsonl", program.gates, keep_until=int(state.ticks))
+    ticks = config.train.ticks
+
+    with LiveView(ticks, console) as view:
+
+        def on_tick(state: TrainState, report: TickReport) -> None:
+            view.update(report, log.add(report))
+            if report.tick % config.checkpoint.every == 0 or report.tick == ticks:
+                folder = out / "checkpoints"
+                checkpoint.save(folder, int(report.step), state, config.checkpoint.keep)
+
+        state = fit(
+            program,
+            state,
+            data.train,
+            data.held_out,
+            ticks=ticks,
+            batch_size=config.train.batch_size,
+            seed=config.seed,
+            on_tick=on_tick,
+        )
+    summary = _summary(program, state, data, log.events)
+    _write_json(out / "summary.json", summary)
+    return summary
+
+
+def evaluate_run(out: Path) -> dict[str, Any]:
+    """Step, accuracy and loss on the test data of the newest checkpoint in ``out``.
+
+    Raises:
+      RunError: if there is no run or no checkpoint.
+    """
+    config = _read_config(out)
+    data = DATASETS[config.data.name](config.data.seed)
+    program = build_run(config, data)
+    state = _restore(out, program.init(jax.random.key(config.seed)))
+    loss, accuracy = program.evaluate(state, jax.tree.map(jnp.asarray, data.test))
+    return {"step": int(state.step), "accuracy": float(accuracy), "loss": float(loss)}
+
+
+class EventLog:
+    """Every requested transition and its outcome, kept in memory and on disk.
+
+    A refusal that repeats itself tick after tick is written once.
+
+    Args:
+      path: JSON-lines file to append to.
+      lifecycle: the gates, whose numbers go with each event.
+      keep_until: events after this tick in the file are dropped.
+    """
+
+    def __init__(self, path: Path, lifecycle: LifecycleConfig, keep_until: int) -> None:
+        self._path = path
+        self._gates = gates(lifecycle)
+        self.events = [e for e in _read_lines(path) if e["tick"] <= keep_until]
+        self._last: dict[tuple[str, int], tuple[str, str, str]] = {}
+        for event in self.events:
+            self._is_news(event)
+        path.write_text("".join(json.dumps(e) + "\n" for e in self.events))
+
+    def add(self, report: TickReport) -> list[dict[str, Any]]:
+        """The new events of a tick, given its report with host values."""
+        new = [event for event in self._read(report) if self._is_news(event)]
+        with self._path.open("a") as file:
+            file.writelines(json.dumps(event) + "\n" for event in new)
+        self.events += new
+        return new
+
+    def _is_news(self, event: dict[str, Any]) -> bool:
+        key = (event["layer"], event["seed"])
+        what = (event["from"], event["to"], event["outcome"])
+        known = self._last.get(key) == what and event["outcome"] != Outcome.OK.name
+        self._last[key] = what
+        return not known
+
+    def _read(self, report: TickReport) -> list[dict[str, Any]]:
+        events = []
+        for name, layer in report.layers.items():
+            for seed in map(int, np.flatnonzero(layer.outcome != Outcome.NONE)):
+                source = Stage(int(layer.source[seed]))
+                target = Stage(int(layer.target[seed]))
+                event = {
+                    "tick": int(report.tick),
+                    "layer": name,
+                    "seed": seed,
+                    "slot": int(layer.slot[seed]),
+                    "from": source.name,
+                    "to": target.name,
+                    "outcome": Outcome(int(layer.outcome[seed])).name,
+                    "epochs": int(layer.epochs[seed]),
+                }
+                _, tests = self._gates.get((source, target), ("all", []))
+                if tests:
+                    event["gate"] = {
+                        test.metric: _gate_value(layer, test.metric, seed)
+                        for test in tests
+                    }
+                events.append(event)
+        return events
+
+
+def _gate_value(layer: Any, metric: str, seed: int) -> float | None:
+    """The number that a gate read, None where it was not measured."""
+    own = {"epochs_in_stage": layer.epochs, "error_count": layer.errors}
+    values = own[metric] if metric in own else getattr(layer.signals, metric)
+    value = float(np.broadcast_to(values, layer.stage.shape)[seed])
+    return value if np.isfinite(value) else None
+
+
+def _summary(
+    program: Program, state: TrainState, data: Dataset, events: list[dict[str, Any]]
+) -> dict[str, Any]:
+    loss, accuracy = program.evaluate(state, jax.tree.map(jnp.asarray, data.test))
+    return {
+        "final_accuracy": float(accuracy),
+        "final_loss": float(loss),
+        "state_hash": state_hash(state),
+        "host_params": sum(int(np.size(p)) for p in state.params.values()),
+        "grown_params": _grown_params(program, state),
+        "recompiles": program.recompiles(),
+        "events": events,
+    }
+
+
+def _grown_params(program: Program, state: TrainState) -> int:
+    """Parameters of the blueprints that count in the output."""
+    total = 0
+    for name, seeds in state.seeds.items():
+        counts = param_counts(program.kinds[name], program.layouts[name].sizes)
+        grown = np.flatnonzero(coefficients(seeds)[0] != 0)
+        total += int(counts[np.asarray(seeds.blueprint)[grown], grown].sum())
+    return total
+
+
+def _restore(out: Path, like: TrainState) -> TrainState:
+    folder = out / "checkpoints"
+    saved = checkpoint.steps(folder)
+    if not saved:
+        raise RunError(f"{folder} holds no checkpoint: train the run first")
+    return checkpoint.restore(folder, saved[-1], like)
+
+
+def _read_config(out: Path) -> RunConfig:
+    path = out / "config.json"
+    try:
+        return parse_config(json.loads(path.read_text()))
+    except OSError as error:
+        raise RunError(
+            f"{out} holds no run ({path.name}: {error.strerror}); start one with "
+            "esper-jax train"
+        ) from None
+    except json.JSONDecodeError as error:
+        raise RunError(f"{path} is damaged: {error}") from None
+
+
+def _check_same(config: RunConfig, saved: RunConfig) -> None:
+    new, old = _flat(to_dict(config)), _flat(to_dict(saved))
+    for key in sorted(set(new) | set(old)):
+        free = key == "train.ticks" or key.startswith("checkpoint.")
+        if not free and new.get(key) != old.get(key):
+            raise ConfigError(
+                f"{key}: expected {old.get(key)!r}, as the run to resume has it; "
+                f"got {new.get(key)!r}"
+            )
+
+
+def _flat(tables: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tables.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    lines = path.read_text().splitlines(keepends=True)
+    # The last line of a run that was killed may be half written.
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _write_json(path: Path, content: Any) -> None:
+    """Writes a file whole or not at all."""
+    scratch = path.with_suffix(".tmp")
+    scratch.write_text(json.dumps(content, indent=2) + "\n")
+    scratch.replace(path)
