@@ -12,6 +12,7 @@ The `Bank` of a layer holds the parameters of its ``K`` slots.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -269,6 +270,7 @@ def init_slots(
     )
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def init_bank(
     key: Key[Array, ""], capacity: int, blueprints: Sequence[Blueprint], width: int
 ) -> Bank:

@@ -39,20 +39,24 @@ class RunError(ValueError):
 def build_run(config: RunConfig, data: Dataset) -> Program:
     """The program of a config: an MLP with AdamW for host and blueprints."""
     growth, train = config.growth, config.train
-    model = MLP(
-        data.train[0].shape[-1],
-        config.model.hidden,
-        data.num_classes,
-        activation=config.model.activation,
-        num_seeds=growth.num_seeds,
-        capacity=growth.capacity,
-        blueprints=growth.blueprints,
-        strategy=Strategy[growth.strategy.upper()],
-        incubation=growth.incubation,
-        rngs=nnx.Rngs(config.seed),
-    )
+
+    @nnx.jit  # one program instead of one for each operation
+    def make() -> MLP:
+        return MLP(
+            data.train[0].shape[-1],
+            config.model.hidden,
+            data.num_classes,
+            activation=config.model.activation,
+            num_seeds=growth.num_seeds,
+            capacity=growth.capacity,
+            blueprints=growth.blueprints,
+            strategy=Strategy[growth.strategy.upper()],
+            incubation=growth.incubation,
+            rngs=nnx.Rngs(config.seed),
+        )
+
     return build(
-        model,
+        make(),
         optax.adamw(train.learning_rate, weight_decay=train.weight_decay),
         optax.adamw(
             train.blueprint_learning_rate, weight_decay=train.blueprint_weight_decay

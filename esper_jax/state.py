@@ -7,6 +7,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int, UInt
 
@@ -103,7 +104,7 @@ def init_seeds(num_seeds: int, capacity: int, strategy: int = 0) -> SeedState:
         )
 
     def full(n: int, value: float, dtype: jnp.dtype | type) -> Array:
-        return jnp.full((n,), value, dtype)
+        return jnp.asarray(np.full((n,), value, dtype))  # nothing to compile
 
     s, k = num_seeds, capacity
     return SeedState(
@@ -113,7 +114,7 @@ def init_seeds(num_seeds: int, capacity: int, strategy: int = 0) -> SeedState:
         strategy=full(s, strategy, jnp.int8),
         epochs_in_stage=full(s, 0, jnp.uint16),
         error_count=full(s, 0, jnp.uint8),
-        history=jnp.zeros((s, HISTORY), jnp.uint8),
+        history=jnp.asarray(np.zeros((s, HISTORY), np.uint8)),
         slot_of_seed=full(s, -1, jnp.int32),
         graft=GraftMemory(
             alpha=full(s, 0, jnp.float32),
@@ -132,7 +133,7 @@ def init_seeds(num_seeds: int, capacity: int, strategy: int = 0) -> SeedState:
         reconstruction=full(k, 0, jnp.float32),
         gain=full(k, 0, jnp.float32),
         errors=full(k, 0, jnp.uint16),
-        steps=jnp.zeros((), jnp.int32),
+        steps=jnp.asarray(np.int32(0)),
     )
 
 

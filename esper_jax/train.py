@@ -141,7 +141,7 @@ def build(
         jax.jit(one_tick, donate_argnums=0),
     ]
     return Program(
-        init=lambda rng: _init(parts, optimizer, bank_optimizer, initial, rng),
+        init=jax.jit(lambda rng: _init(parts, optimizer, bank_optimizer, initial, rng)),
         step=jitted[0],
         step_from=jitted[1],
         tick=jitted[2],
