@@ -16,13 +16,13 @@ __all__ = ["Evaluate", "Train", "main"]
 class Train:
     """Train a model that grows, as a config says."""
 
-    config: Annotated[Path, tyro.conf.Positional]
+    config: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")]
     """TOML file of the run."""
-    out: Path | None = None
+    out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Folder for the run. Default: runs/CONFIG-TIME."""
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Go on with the run in --out from its newest checkpoint."""
-    set: tuple[str, ...] = ()
+    set: Annotated[tuple[str, ...], tyro.conf.arg(metavar="KEY=VALUE ...")] = ()
     """Overrides, such as train.ticks=100 model.hidden=[32,32]."""
 
 
@@ -33,7 +33,7 @@ class Evaluate:
     The last line of the output is one JSON object with step, accuracy and loss.
     """
 
-    dir: Annotated[Path, tyro.conf.Positional]
+    dir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
     """Folder of the run."""
 
 

@@ -146,8 +146,8 @@ def _measure(
     drift, host_mean = {}, {}
     for name, mean in old.host_mean.items():
         weights = host_weights(state.params, name)
-        away = optax.global_norm(jax.tree.map(jnp.subtract, weights, mean))
-        scale = optax.global_norm(mean)
+        away = optax.tree.norm(jax.tree.map(jnp.subtract, weights, mean))
+        scale = optax.tree.norm(mean)
         drift[name] = jnp.asarray(away / jnp.where(scale > 0, scale, jnp.nan))
         host_mean[name] = jax.tree.map(
             lambda m, w: _DECAY * m + (1 - _DECAY) * w, mean, weights

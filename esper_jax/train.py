@@ -286,7 +286,7 @@ def _step(
     monitor = dataclasses.replace(
         state.monitor,
         train_loss=state.monitor.train_loss + value,
-        grad_norm=state.monitor.grad_norm + optax.global_norm(grads),
+        grad_norm=state.monitor.grad_norm + optax.tree.norm(grads),
         steps=state.monitor.steps + 1,
     )
     rest = {name: after[name] for name in state.rest}

@@ -1,0 +1,133 @@
+"""Runs on disk and the command line, as a user meets them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from esper_jax.cli import main
+from esper_jax.config import ConfigError, load_config
+from esper_jax.run import RunError, evaluate_run, train_run
+from esper_jax.stages import Stage
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+COMMAND = [sys.executable, "-m", "esper_jax"]
+
+
+def esper(*arguments, cwd):
+    return subprocess.run(
+        [*COMMAND, *map(str, arguments)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def smoke(**train):
+    overrides = [f"train.{name}={value}" for name, value in train.items()]
+    return load_config(CONFIGS / "smoke.toml", overrides)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The smoke run, from the command line."""
+    folder = tmp_path_factory.mktemp("runs") / "smoke"
+    result = esper("train", CONFIGS / "smoke.toml", "--out", folder, cwd=folder.parent)
+    assert result.returncode == 0, result.stderr
+    return folder, result
+
+
+def test_smoke_run(finished):
+    folder, result = finished
+    assert len(list((folder / "checkpoints").iterdir())) >= 3
+    assert "DORMANT" in result.stdout
+    assert "\x1b" not in result.stdout  # plain lines where there is no terminal
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["final_accuracy"] > 0.9
+    assert summary["recompiles"] == 0
+    assert summary["host_params"] == 64 * 16 + 16 + 16 * 10 + 10
+    assert summary["grown_params"] > 0
+    assert len(summary["state_hash"]) == 64
+    keys = {"tick", "layer", "seed", "slot", "from", "to", "outcome"}
+    assert summary["events"]
+    for event in summary["events"]:
+        assert keys <= set(event)
+        assert {event["from"], event["to"]} <= set(Stage.__members__)
+    gates = [e["gate"] for e in summary["events"] if e["to"] == "FINE_TUNING"]
+    assert {"performance_delta", "stability_score"} == set(gates[0])
+    lines = (folder / "events.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == summary["events"]
+
+
+def test_evaluate_ends_with_one_json_object(finished):
+    folder, _ = finished
+    result = esper("evaluate", folder, cwd=folder.parent)
+    assert result.returncode == 0, result.stderr
+    measured = json.loads(result.stdout.splitlines()[-1])
+    summary = json.loads((folder / "summary.json").read_text())
+    assert measured == {
+        "step": 320,
+        "accuracy": summary["final_accuracy"],
+        "loss": summary["final_loss"],
+    }
+
+
+def test_a_resumed_run_ends_like_one_that_was_not_stopped(finished, tmp_path):
+    folder, _ = finished
+    console = Console(quiet=True)
+    out = tmp_path / "run"
+    train_run(smoke(ticks=20), out, console=console)
+    with pytest.raises(RunError, match="is not empty"):
+        train_run(smoke(), out, console=console)
+    with pytest.raises(ConfigError, match=r"train.batch_size: expected 128.*got 64"):
+        train_run(smoke(batch_size=64), out, resume=True, console=console)
+    # As if it had been killed while it wrote an event.
+    with (out / "events.jsonl").open("a") as file:
+        file.write('{"tick": 21, "lay')
+    resumed = train_run(smoke(), out, resume=True, console=console)
+    whole = json.loads((folder / "summary.json").read_text())
+    assert resumed["state_hash"] == whole["state_hash"]
+    assert resumed["events"] == whole["events"]
+    assert evaluate_run(out)["step"] == 320
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "none.toml"], "none.toml: cannot be read"),
+        (["train", "{smoke}", "--set", "train.tics=3"], "train.tics: unknown key"),
+        (["train", "{smoke}", "--set", "train.ticks=x"], "train.ticks: expected int"),
+        (["train", "{smoke}", "--set", "growth.capacity=0"], "growth.capacity must be"),
+        (["train", "{smoke}", "--set", "train.batch_size=5000"], "train.batch_size"),
+        (["train", "{smoke}", "--resume"], "--resume: expected --out"),
+        (["train", "{smoke}", "--resume", "--out", "new"], "new holds no run"),
+        (["train"], "CONFIG"),
+        (["evaluate", "nowhere"], "nowhere holds no run"),
+        (["grow"], "grow"),
+    ],
+)
+def test_wrong_input_is_refused_before_anything_is_written(
+    arguments, message, tmp_path, monkeypatch, capsys
+):
+    filled = [a.format(smoke=CONFIGS / "smoke.toml") for a in arguments]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["esper-jax", *filled])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_without_a_checkpoint(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(RunError, match="holds no checkpoint"):
+        evaluate_run(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(RunError, match="is damaged"):
+        evaluate_run(tmp_path)

@@ -1,0 +1,330 @@
+"""Step, tick and fit on a small model: the maths of growth inside training."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from esper_jax import lifecycle
+from esper_jax.controller import ControllerConfig
+from esper_jax.functional import state_hash
+from esper_jax.hosts import MLP
+from esper_jax.lifecycle import LifecycleConfig
+from esper_jax.signals import Signals
+from esper_jax.stages import Outcome, Stage
+from esper_jax.train import build, classification, fit
+
+LAYERS = ("layers/0", "layers/1")
+QUICK = LifecycleConfig(
+    min_epochs=(0, 0, 2, 2, 1, 1, 1, 0, 1, 0, 1),
+    reconstruction_threshold=1e9,
+    min_stability=-1e9,
+    min_improvement=-1e9,
+    min_final_stability=-1e9,
+    grafting=lifecycle.GraftConfig(ramp_duration=2),
+)
+POLICY = ControllerConfig(patience=1, threshold=0.9)
+
+
+def make_model():
+    return MLP(6, (8, 10), 3, num_seeds=4, capacity=2, rngs=nnx.Rngs(0))
+
+
+def make_data(rows, seed):
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(rows, 6)).astype(np.float32)
+    return x, np.argmax(x[:, :3] * x[:, 3:], axis=1).astype(np.int32)
+
+
+TRAIN, HELD_OUT = make_data(64, 1), make_data(40, 2)
+
+
+@pytest.fixture(scope="module")
+def program():
+    return build(
+        make_model(),
+        optax.adam(1e-2),
+        optax.adam(1e-3),
+        lifecycle_config=QUICK,
+        controller_config=POLICY,
+        eval_batch=32,
+    )
+
+
+def start(program):
+    return program.init(jax.random.key(0))
+
+
+def put(state, layer, seed, stage, slot=0, bank=None):
+    """The state with one seed in some stage, owning a slot."""
+    seeds = state.seeds[layer]
+    seeds = dataclasses.replace(
+        seeds,
+        stage=seeds.stage.at[seed].set(stage),
+        slot_of_seed=seeds.slot_of_seed.at[seed].set(slot),
+        seed_of_slot=seeds.seed_of_slot.at[slot].set(seed),
+    )
+    banks = dict(state.banks)
+    if bank is not None:
+        banks[layer] = bank
+    return dataclasses.replace(state, seeds={**state.seeds, layer: seeds}, banks=banks)
+
+
+def random_bank(bank, scale=0.3):
+    keys = iter(jax.random.split(jax.random.key(9), 8))
+    return jax.tree.map(
+        lambda leaf: scale * jax.random.normal(next(keys), leaf.shape), bank
+    )
+
+
+def same_bits(a, b):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(
+            np.asarray(x).view(np.uint32), np.asarray(y).view(np.uint32)
+        )
+
+
+def plain_training(steps):
+    """The same model trained without any seed, as a Flax user would write it."""
+    model = make_model()
+    for layer in model.layers:
+        layer.enabled = False
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    host = nnx.filter_state(params, lambda path, _: "bed" not in path)
+    beds = nnx.filter_state(params, lambda path, _: "bed" in path)
+    optimizer = optax.adam(1e-2)
+
+    @jax.jit
+    def step(host, opt_state, x, y):
+        def objective(host):
+            return jnp.mean(classification(nnx.merge(graph, host, beds, rest)(x), y)[0])
+
+        updates, opt_state = optimizer.update(jax.grad(objective)(host), opt_state)
+        return optax.apply_updates(host, updates), opt_state
+
+    opt_state = optimizer.init(host)
+    for i in range(steps):
+        rows = slice(16 * (i % 4), 16 * (i % 4) + 16)
+        host, opt_state = step(host, opt_state, TRAIN[0][rows], TRAIN[1][rows])
+    return {
+        "/".join(map(str, path)): v.get_value() for path, v in nnx.to_flat_state(host)
+    }
+
+
+def train_steps(program, state, steps):
+    for i in range(steps):
+        rows = slice(16 * (i % 4), 16 * (i % 4) + 16)
+        state = program.step(state, (TRAIN[0][rows], TRAIN[1][rows]))
+    return state
+
+
+def test_dormant_seeds_leave_training_bit_identical(program):
+    state = train_steps(program, start(program), 6)
+    same_bits(state.params, plain_training(6))
+
+
+def test_a_seed_in_training_leaves_the_host_bit_identical_and_learns(program):
+    state = put(start(program), "layers/0", 2, Stage.TRAINING)
+    before = jax.device_get(state.banks["layers/0"])
+    state = train_steps(program, state, 6)
+    same_bits(state.params, plain_training(6))
+    moved = np.abs(np.asarray(state.banks["layers/0"].w2) - before.w2).max(axis=(1, 2))
+    assert moved[0] > 1e-4
+    assert moved[1] == 0
+    assert state.seeds["layers/0"].gain[0] != 0
+
+
+@pytest.mark.parametrize(
+    ("stage", "learns", "counts"),
+    [
+        (Stage.GERMINATED, False, False),
+        (Stage.STABILIZATION, False, True),
+        (Stage.EVALUATING, False, True),
+        (Stage.FINE_TUNING, True, True),
+        (Stage.FOSSILIZED, False, True),
+    ],
+)
+def test_what_each_stage_trains(program, stage, learns, counts):
+    state = start(program)
+    bank = random_bank(state.banks["layers/1"])
+    before = jax.device_get(bank)
+    state = train_steps(program, put(state, "layers/1", 1, stage, bank=bank), 2)
+    moved = not np.array_equal(state.banks["layers/1"].w1[0], before.w1[0])
+    assert moved == learns
+    plain = plain_training(2)
+    differs = any(not np.array_equal(v, plain[k]) for k, v in state.params.items())
+    assert differs == counts
+
+
+def test_worth_is_the_held_out_loss_without_the_seed_less_the_loss_with_it(program):
+    def grown():
+        state = start(program)
+        for layer in LAYERS:
+            bank = random_bank(state.banks[layer], 1.0)
+            state = put(state, layer, 3, Stage.EVALUATING, slot=1, bank=bank)
+        return state
+
+    as_it_is, _ = program.evaluate(grown(), HELD_OUT)
+    _, report = program.tick(grown(), HELD_OUT)
+    np.testing.assert_allclose(report.loss, as_it_is, rtol=1e-6)
+    for layer in LAYERS:
+        without, _ = program.evaluate(
+            put(grown(), layer, 3, Stage.TRAINING, 1), HELD_OUT
+        )
+        delta = report.layers[layer].signals.performance_delta
+        np.testing.assert_allclose(delta[3], without - as_it_is, rtol=1e-4, atol=1e-6)
+        assert abs(delta[3]) > 1e-3
+        assert np.isnan(delta[:3]).all()  # nothing to take away
+
+
+def test_evaluation_counts_every_row_once(program):
+    state = start(program)
+    model = program.model(state)
+    model.eval()
+    loss, accuracy = program.evaluate(state, HELD_OUT)  # 40 rows, 32 at a time
+    losses, scores = classification(model(HELD_OUT[0]), HELD_OUT[1])
+    np.testing.assert_allclose(loss, losses.mean(), rtol=1e-6)
+    np.testing.assert_allclose(accuracy, scores.mean(), rtol=1e-6)
+
+
+def test_a_newborn_is_the_identity_with_fresh_moments(program):
+    state = start(program)
+    state = dataclasses.replace(
+        state,
+        banks={n: random_bank(b) for n, b in state.banks.items()},
+        bank_opt=jax.tree.map(lambda leaf: leaf + 1, state.bank_opt),
+    )
+    for _ in range(3):  # two ticks make a plateau
+        state = train_steps(program, state, 1)
+        state, report = program.tick(state, HELD_OUT)
+        births = [
+            (name, seed)
+            for name, layer in report.layers.items()
+            for seed in np.flatnonzero(np.asarray(layer.stage) == Stage.GERMINATED)
+        ]
+        if births:
+            break
+    [(name, seed)] = births
+    slot = int(state.seeds[name].slot_of_seed[seed])
+    other = 1 - slot
+    bank, moments = state.banks[name], state.bank_opt[name]
+    assert not np.any(bank.w2[slot])
+    assert np.any(bank.w1[slot])
+    assert np.any(bank.w2[other])
+    for leaf in jax.tree.leaves(moments):
+        assert not np.any(leaf[slot])
+        assert np.any(leaf[other])
+
+
+def test_a_whole_life_without_recompiling(program):
+    seen = set()
+
+    def watch(state, report):
+        for layer in report.layers.values():
+            accepted = layer.outcome == Outcome.OK
+            seen.update(map(Stage, layer.stage[accepted].tolist()))
+
+    state = fit(program, start(program), TRAIN, HELD_OUT, ticks=1, batch_size=16)
+    compiled = program.recompiles()  # other tests call it with other kinds of arrays
+    state = fit(program, state, TRAIN, HELD_OUT, ticks=30, batch_size=16, on_tick=watch)
+    needed = set(Stage) - {Stage.DORMANT, Stage.CANCELLED, Stage.ROLLED_BACK}
+    assert needed - {Stage.CULLED} <= seen
+    assert program.recompiles() == compiled
+    for seeds in state.seeds.values():
+        owners = np.asarray(seeds.seed_of_slot)
+        owned = owners[owners >= 0]
+        np.testing.assert_array_equal(
+            np.asarray(seeds.slot_of_seed)[owned], np.flatnonzero(owners >= 0)
+        )
+
+
+def test_training_goes_on_where_it_stopped(program):
+    def through(ticks, state):
+        return fit(program, state, TRAIN, HELD_OUT, ticks=ticks, batch_size=16, seed=5)
+
+    whole = state_hash(through(6, start(program)))
+    assert state_hash(through(6, through(3, start(program)))) == whole
+    assert state_hash(through(5, start(program))) != whole
+
+
+def test_a_gradient_that_is_not_finite_stops_its_slot_alone(program):
+    state = put(start(program), "layers/0", 0, Stage.TRAINING, slot=0)
+    state = put(state, "layers/0", 1, Stage.TRAINING, slot=1)
+    bank = random_bank(state.banks["layers/0"])
+    bank = dataclasses.replace(bank, w1=bank.w1.at[0, 0, 0].set(jnp.nan))
+    state = put(state, "layers/0", 0, Stage.TRAINING, slot=0, bank=bank)
+    before = jax.device_get(bank)
+    moments = jax.device_get(state.bank_opt["layers/0"])
+    state = train_steps(program, state, 3)
+    bank = state.banks["layers/0"]
+    np.testing.assert_array_equal(bank.w2[0], before.w2[0])
+    assert np.isfinite(bank.w2[1]).all()
+    assert not np.array_equal(bank.w2[1], before.w2[1])
+    for old, new in zip(
+        jax.tree.leaves(moments),
+        jax.tree.leaves(state.bank_opt["layers/0"]),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(new[0], old[0])
+    assert state.seeds["layers/0"].errors.tolist() == [3, 0]
+    same_bits(state.params, plain_training(3))
+    state, report = program.tick(state, HELD_OUT)
+    signals = report.layers["layers/0"].signals
+    assert signals.error_rate.tolist() == [1.0, 0.0, 0.0, 0.0]
+    assert state.seeds["layers/0"].error_count.tolist() == [3, 0, 0, 0]
+
+
+def test_signals_of_a_tick(program):
+    state = train_steps(program, start(program), 4)
+    state, report = program.tick(state, HELD_OUT)
+    signals = report.layers["layers/0"].signals
+    assert signals.grad_norm > 0
+    assert signals.stability_score == 1
+    assert np.isnan(np.asarray(signals.reconstruction_loss)).all()
+    health = np.asarray(state.seeds["layers/0"].health)
+    assert ((health > 0) & (health <= 1)).all()
+    assert int(state.seeds["layers/0"].steps) == 0
+    state = train_steps(program, state, 4)
+    old, new = report.loss, program.evaluate(state, HELD_OUT)[0]
+    weights = jax.device_get(state.params["layers/0/base/linear/kernel"])
+    mean = jax.device_get(state.monitor.host_mean["layers/0"])
+    bias = jax.device_get(state.params["layers/0/base/linear/bias"])
+    kernel_mean = mean["layers/0/base/linear/kernel"]
+    bias_mean = mean["layers/0/base/linear/bias"]
+    state, report = program.tick(state, HELD_OUT)
+    signals = report.layers["layers/0"].signals
+    away = np.sqrt(
+        ((weights - kernel_mean) ** 2).sum() + ((bias - bias_mean) ** 2).sum()
+    )
+    scale = np.sqrt((kernel_mean**2).sum() + (bias_mean**2).sum())
+    np.testing.assert_allclose(signals.drift, away / scale, rtol=1e-5)
+    variance = 0.9 * 0.1 * (new - old) ** 2
+    np.testing.assert_allclose(signals.loss_variance, variance, rtol=1e-3)
+    np.testing.assert_allclose(
+        signals.stability_score, 1 - np.sqrt(variance) / old, rtol=1e-4
+    )
+
+
+def test_bad_input(program):
+    state = start(program)
+    with pytest.raises(ValueError, match=r"batch_size must be from 1 to the 64 rows"):
+        fit(program, state, TRAIN, HELD_OUT, ticks=1, batch_size=65)
+    with pytest.raises(ValueError, match="held_out must be"):
+        fit(
+            program, state, TRAIN, (HELD_OUT[0], HELD_OUT[1][:3]), ticks=1, batch_size=8
+        )
+    with pytest.raises(ValueError, match="model must hold at least one ChunkedLayer"):
+        build(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), optax.sgd(1.0), optax.sgd(1.0))
+    with pytest.raises(ValueError, match=r"index into the 1 blueprints.*got 3"):
+        build(
+            make_model(),
+            optax.sgd(1.0),
+            optax.sgd(1.0),
+            controller_config=ControllerConfig(blueprint=3),
+        )
+    with pytest.raises(TypeError, match="unknown signal 'los'"):
+        Signals.unmeasured(los=1.0)
