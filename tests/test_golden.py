@@ -8,6 +8,7 @@ import copy
 import dataclasses
 import functools
 import json
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +25,7 @@ from esper_jax.signals import Signals
 from esper_jax.stages import LEGAL, LIVING, Outcome, Stage
 from esper_jax.state import init_seeds
 
+GOLDEN = pathlib.Path(__file__).parent / "golden" / "lifecycle.json"
 SECTIONS = ("defaults", "legal", "transitions", "grafts", "chunks")
 
 
@@ -181,13 +183,13 @@ WRONG: dict[str, Callable[[dict[str, Any]], list[str]]] = {
 
 
 @functools.cache
-def _load(path: Any) -> dict[str, Any]:
+def _load(path: pathlib.Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
 @pytest.fixture
 def golden(request: pytest.FixtureRequest) -> dict[str, Any]:
-    return copy.deepcopy(_load(request.config.getoption("--golden")))
+    return _load(request.config.getoption("--golden"))
 
 
 @pytest.mark.parametrize("section", SECTIONS)
@@ -232,7 +234,8 @@ def _spoil_chunk(golden: dict[str, Any], place: float) -> None:
     ],
 )
 def test_one_wrong_row_is_found(
-    golden: dict[str, Any], section: str, spoil: Callable[..., None], place: float
+    section: str, spoil: Callable[..., None], place: float
 ) -> None:
+    golden = copy.deepcopy(_load(GOLDEN))
     spoil(golden, place)
     assert len(WRONG[section](golden)) == 1
