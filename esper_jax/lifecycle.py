@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -30,6 +30,7 @@ __all__ = [
     "age",
     "commands_for",
     "gates",
+    "gates_pass",
     "no_commands",
     "step",
     "transition",
@@ -211,16 +212,12 @@ def gates(config: LifecycleConfig) -> dict[tuple[Stage, Stage], tuple[str, list[
     }
 
 
-_PAIRS = {
-    (source, target): np.uint8(source << 4 | target)
+_LEGAL_PAIRS = [
+    np.uint8(source << 4 | target)
     for source, targets in LEGAL.items()
     for target in targets
-}
-"""A legal transition as one byte, as the history stores it."""
-
-
-def _any_of(flags: Iterable[Array]) -> Array:
-    return functools.reduce(operator.or_, flags)
+]
+"""The legal transitions, one byte each as in the history."""
 
 
 def _minimum(stage: Int[Array, "*S"], config: LifecycleConfig) -> Int[Array, "*S"]:
@@ -232,14 +229,20 @@ def _minimum(stage: Int[Array, "*S"], config: LifecycleConfig) -> Int[Array, "*S
     return minimum
 
 
-def _gates_pass(
-    state: SeedState, pair: UInt[Array, "*S"], signals: Signals, config: LifecycleConfig
+def gates_pass(
+    state: SeedState,
+    target: Int[Array, "*S"],
+    signals: Signals,
+    config: LifecycleConfig,
 ) -> Bool[Array, "*S"]:
-    passed = jnp.ones(pair.shape, bool)
-    for transition, (rule, tests) in gates(config).items():
+    """Whether each seed meets the gates between its stage and ``target``; true where
+    that transition has none."""
+    passed = jnp.ones(target.shape, bool)
+    for (source, goal), (rule, tests) in gates(config).items():
         results = [test.passes(state, signals) for test in tests]
         combine = operator.and_ if rule == "all" else operator.or_
-        passed &= (pair != _PAIRS[transition]) | functools.reduce(combine, results)
+        met = functools.reduce(combine, results)
+        passed &= ~((state.stage == source) & (target == goal)) | met
     return passed
 
 
@@ -316,10 +319,12 @@ def transition(
     target = jnp.where(known, commands.target, 0).astype(jnp.uint8)
     pair = state.stage.astype(jnp.uint8) << 4 | target
 
-    legal = known & _any_of(pair == code for code in _PAIRS.values())
+    legal = known & functools.reduce(
+        operator.or_, [pair == legal for legal in _LEGAL_PAIRS]
+    )
     exempt = (target == Stage.CANCELLED) | (target == Stage.ROLLED_BACK)
     late_enough = exempt | (state.epochs_in_stage >= _minimum(state.stage, config))
-    passed = _gates_pass(state, pair, signals, config)
+    passed = gates_pass(state, target, signals, config)
     verdict = jnp.select(
         [~requested, ~legal, ~late_enough, ~passed],
         [

@@ -36,6 +36,8 @@ class Signals:
     """Variance of the held-out accuracy over recent ticks."""
     grad_norm: Float[Array, "*#S"]
     """Mean global norm of the host's gradient over this tick's steps."""
+    held_out_loss: Float[Array, "*#S"]
+    held_out_accuracy: Float[Array, "*#S"]
 
     @classmethod
     def unmeasured(cls, **measured: Shaped[Array, "*#S"] | float) -> "Signals":

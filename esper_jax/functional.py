@@ -1,0 +1,210 @@
+"""A Flax model as pure functions of arrays: taken apart once, merged where it is run.
+
+`TrainState` holds what a run is. Names of variables and layers are their paths in the
+model, joined by slashes (``layers/0/base/kernel``, ``layers/0``).
+"""
+
+import dataclasses
+import hashlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx, struct
+from jaxtyping import Array, Float, Int, Key
+
+from esper_jax import blueprints
+from esper_jax.blueprints import Bank
+from esper_jax.chunks import ChunkLayout
+from esper_jax.controller import ControllerMemory
+from esper_jax.layers import BlueprintParam, SeedBed
+from esper_jax.state import SeedState
+
+__all__ = [
+    "Arrays",
+    "ModelParts",
+    "Monitor",
+    "TrainState",
+    "host_weights",
+    "is_key",
+    "split_model",
+    "state_hash",
+    "values_of",
+]
+
+Arrays = dict[str, Any]
+
+
+@struct.dataclass
+class Monitor:
+    """Running measurements of the whole model between ticks."""
+
+    initial_loss: Float[Array, ""]
+    """First held-out loss measured; the scale of the stability score. NaN before."""
+    loss_mean: Float[Array, ""]
+    loss_variance: Float[Array, ""]
+    accuracy_mean: Float[Array, ""]
+    accuracy_variance: Float[Array, ""]
+    host_mean: Arrays
+    """Running mean of the host weights of the layers that can grow, by name."""
+    train_loss: Float[Array, ""]
+    """Sum over the tick's steps."""
+    grad_norm: Float[Array, ""]
+    """Sum over the tick's steps."""
+    steps: Int[Array, ""]
+
+    @classmethod
+    def start(cls, host_mean: dict[str, Arrays]) -> "Monitor":
+        """A monitor that has measured nothing yet."""
+        # One array a field: the state is donated, so no two leaves may share one.
+        unknown = {
+            name: jnp.full((), jnp.nan, jnp.float32)
+            for name in (
+                "initial_loss",
+                "loss_mean",
+                "loss_variance",
+                "accuracy_mean",
+                "accuracy_variance",
+            )
+        }
+        return cls(
+            **unknown,
+            host_mean=host_mean,
+            train_loss=jnp.zeros((), jnp.float32),
+            grad_norm=jnp.zeros((), jnp.float32),
+            steps=jnp.zeros((), jnp.int32),
+        )
+
+
+@struct.dataclass
+class TrainState:
+    """All that a run is: restored, it goes on as if it had never stopped.
+
+    The dictionaries are keyed by the path of the variable (``layers/0/base/kernel``) or
+    of the layer (``layers/0``) in the model.
+    """
+
+    step: Int[Array, ""]
+    """Steps done: with the seed of the data order, the position in the data."""
+    ticks: Int[Array, ""]
+    rng: Key[Array, ""]
+    params: Arrays
+    opt_state: Any
+    banks: dict[str, Bank]
+    bank_opt: dict[str, Any]
+    seeds: dict[str, SeedState]
+    rest: Arrays
+    """Every other variable of the model: batch statistics, random streams, probes."""
+    memory: ControllerMemory
+    monitor: Monitor
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelParts:
+    """A model taken apart: what is needed to put it together again from arrays."""
+
+    graph: dict[bool, Any]
+    """The graph in training mode (True) and in evaluation mode (False)."""
+    variables: dict[str, tuple[tuple[Any, ...], nnx.Variable]]
+    beds: dict[str, str]
+    """Layer name to the path of its `SeedBed`."""
+    layouts: dict[str, ChunkLayout]
+    kinds: dict[str, tuple[blueprints.Blueprint, ...]]
+
+    def merge(self, values: Arrays, train: bool) -> Any:
+        """The model with the given values, variables by name."""
+        flat = [
+            (path, variable.replace(values[name]))
+            for name, (path, variable) in self.variables.items()
+        ]
+        return nnx.merge(self.graph[train], nnx.from_flat_state(flat), copy=True)
+
+    def host_params(self) -> list[str]:
+        """Names of the parameters that are not a blueprint's."""
+        return [
+            name
+            for name, (_, variable) in self.variables.items()
+            if isinstance(variable, nnx.Param)
+            and not isinstance(variable, BlueprintParam)
+        ]
+
+    def probe(self, layer: str) -> str:
+        """Name of the layer's `GraftProbe`."""
+        return f"{self.beds[layer]}/probe"
+
+    def values(self, state: TrainState, probes: Arrays | None = None) -> Arrays:
+        """The values of all variables, with the probes of some layers replaced."""
+        values = {**state.params, **state.rest}
+        for layer, probe in (probes or {}).items():
+            values[self.probe(layer)] = probe
+        for layer, bed in self.beds.items():
+            values[f"{bed}/bank"] = state.banks[layer]
+            values[f"{bed}/seeds"] = state.seeds[layer]
+        return values
+
+
+def values_of(model: nnx.Module) -> Arrays:
+    """The values of all variables of a model, by name."""
+    flat = nnx.to_flat_state(nnx.state(model))
+    return {_name(path): variable.get_value() for path, variable in flat}
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return "/".join(map(str, path))
+
+
+def split_model(model: nnx.Module) -> ModelParts:
+    """Takes a model apart, and leaves it in training mode.
+
+    Raises:
+      ValueError: if it holds nothing that can grow.
+    """
+    beds, layouts, kinds = {}, {}, {}
+    for path, node in nnx.iter_graph(model):
+        if isinstance(node, SeedBed):
+            name = _name(path[:-1] if path and path[-1] == "bed" else path)
+            beds[name] = _name(path)
+            layouts[name] = node.layout
+            kinds[name] = node.blueprints
+    if not beds:
+        raise ValueError(
+            "model must hold at least one ChunkedLayer or SeedBed: without one there "
+            "is nothing that could grow"
+        )
+    graph = {}
+    for train in (True, False):
+        (model.train if train else model.eval)()
+        graph[train], state = nnx.split(model)
+    model.train()
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+    variables = {
+        _name(path): (path, variable) for path, variable in nnx.to_flat_state(abstract)
+    }
+    return ModelParts(graph, variables, beds, layouts, kinds)
+
+
+def host_weights(params: Arrays, layer: str) -> Arrays:
+    """Parameters of the base of a `ChunkedLayer`; none for a bare `SeedBed`."""
+    prefix = f"{layer}/base/" if layer else "base/"
+    return {name: p for name, p in params.items() if name.startswith(prefix)}
+
+
+def is_key(leaf: Any) -> bool:
+    """Whether a leaf is an array of typed random keys."""
+    return isinstance(leaf, jax.Array) and jnp.issubdtype(
+        leaf.dtype, jax.dtypes.prng_key
+    )
+
+
+def state_hash(state: TrainState) -> str:
+    """SHA-256 over every leaf of the state: path, dtype, shape and bytes."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        if is_key(leaf):
+            leaf = jax.random.key_data(leaf)
+        array = np.asarray(leaf)
+        digest.update(jax.tree_util.keystr(path).encode())
+        digest.update(f"{array.dtype}{array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()

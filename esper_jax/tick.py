@@ -1,0 +1,315 @@
+"""A tick: what was measured becomes signals, a decision, and new seeds.
+
+Held-out metrics, counterfactuals, signals, `controller.decide`, `lifecycle` and the
+birth of new blueprints, for all layers, as one pure function.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import struct
+from jaxtyping import Array, Float, Int, Key
+
+from esper_jax import blueprints, controller, lifecycle
+from esper_jax.blueprints import Bank
+from esper_jax.controller import ControllerConfig
+from esper_jax.functional import Arrays, ModelParts, Monitor, TrainState, host_weights
+from esper_jax.lifecycle import LifecycleConfig
+from esper_jax.optim import PerSlot
+from esper_jax.signals import Signals, health
+from esper_jax.state import SeedState, coefficients, slot_coefficients, start_tick
+
+__all__ = ["LayerReport", "TickReport", "evaluate", "tick"]
+
+Batch = tuple[Any, Any]
+Loss = Callable[[Any, Any], tuple[Array, Array]]
+
+_DECAY = 0.9
+"""Of the running means and variances of held-out metrics, per tick."""
+
+
+@struct.dataclass
+class LayerReport:
+    """What a tick did to the seeds of one layer, each field one entry a seed."""
+
+    outcome: Int[Array, " S"]
+    source: Int[Array, " S"]
+    target: Int[Array, " S"]
+    """The stage requested, -1 for none."""
+    slot: Int[Array, " S"]
+    """The slot owned before or after."""
+    stage: Int[Array, " S"]
+    """The stage after the tick."""
+    alpha: Float[Array, " S"]
+    epochs: Int[Array, " S"]
+    """Epochs in the source stage."""
+    errors: Int[Array, " S"]
+    signals: Signals
+
+
+@struct.dataclass
+class TickReport:
+    """What a tick measured and did; leaves the device once a tick."""
+
+    tick: Int[Array, ""]
+    step: Int[Array, ""]
+    train_loss: Float[Array, ""]
+    loss: Float[Array, ""]
+    """On the held-out data that the gates read."""
+    accuracy: Float[Array, ""]
+    layers: dict[str, LayerReport]
+
+
+def evaluate(
+    parts: ModelParts, loss: Loss, eval_batch: int, values: Arrays, data: Batch
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Mean loss and score over all rows, ``eval_batch`` at a time."""
+    rows = jax.tree.leaves(data)[0].shape[0]
+    size = min(eval_batch, rows)
+    batches = -(-rows // size)
+    # The last batch is filled up with its own first rows, which then do not count.
+    index = jnp.arange(batches * size) % rows
+    counted = (jnp.arange(batches * size) < rows).astype(jnp.float32)
+
+    def one(part: tuple[Array, Array]) -> tuple[Array, Array]:
+        take, weight = part
+        x, y = jax.tree.map(lambda a: a[take], data)
+        losses, scores = loss(parts.merge(values, train=False)(x), y)
+        return jnp.sum(losses * weight), jnp.sum(scores * weight)
+
+    if batches == 1:
+        total = one((index, counted))
+    else:
+        sums = jax.lax.map(
+            one, (index.reshape(batches, size), counted.reshape(batches, size))
+        )
+        total = jax.tree.map(jnp.sum, sums)
+    return total[0] / rows, total[1] / rows
+
+
+def _counterfactuals(
+    parts: ModelParts,
+    evaluate: Callable[..., tuple[Array, Array]],
+    state: TrainState,
+    held_out: Batch,
+    base_loss: Array,
+) -> dict[str, Float[Array, " K"]]:
+    """Worth of the seed in each slot: the held-out loss with its alpha at 0, less the
+    loss as it is. NaN for a slot whose alpha is 0: nothing to take away."""
+    alphas = {name: slot_coefficients(s)[0] for name, s in state.seeds.items()}
+    flat = jnp.concatenate(list(alphas.values()))
+    ends = np.cumsum([a.size for a in alphas.values()])[:-1]
+
+    def without(slot: Array) -> Array:
+        probe = jnp.where(jnp.arange(flat.size) == slot, -flat, 0.0)
+        probes = dict(zip(alphas, jnp.split(probe, ends), strict=True))
+
+        def measure() -> Array:
+            values = parts.values(state, probes)
+            return evaluate(values, held_out)[0] - base_loss
+
+        return jax.lax.cond(
+            flat[slot] != 0, measure, lambda: jnp.full_like(base_loss, jnp.nan)
+        )
+
+    worth = jax.lax.map(without, jnp.arange(flat.size))
+    return dict(zip(alphas, jnp.split(worth, ends), strict=True))
+
+
+def _running(mean: Array, variance: Array, value: Array) -> tuple[Array, Array]:
+    """Exponential running mean and variance; NaN means that there is none yet."""
+    first = jnp.isnan(mean)
+    change = value - mean
+    return (
+        jnp.where(first, value, mean + (1 - _DECAY) * change),
+        jnp.where(
+            first, jnp.zeros_like(value), _DECAY * (variance + (1 - _DECAY) * change**2)
+        ),
+    )
+
+
+def _measure(
+    state: TrainState, loss: Array, accuracy: Array
+) -> tuple[Monitor, dict[str, Float[Array, ""]], Float[Array, ""], Float[Array, ""]]:
+    """The new monitor, the drift of each layer's host weights, stability, grad norm."""
+    old = state.monitor
+    loss_mean, loss_variance = _running(old.loss_mean, old.loss_variance, loss)
+    accuracy_mean, accuracy_variance = _running(
+        old.accuracy_mean, old.accuracy_variance, accuracy
+    )
+    initial = jnp.where(jnp.isnan(old.initial_loss), loss, old.initial_loss)
+    drift, host_mean = {}, {}
+    for name, mean in old.host_mean.items():
+        weights = host_weights(state.params, name)
+        away = optax.global_norm(jax.tree.map(jnp.subtract, weights, mean))
+        scale = optax.global_norm(mean)
+        drift[name] = jnp.asarray(away / jnp.where(scale > 0, scale, jnp.nan))
+        host_mean[name] = jax.tree.map(
+            lambda m, w: _DECAY * m + (1 - _DECAY) * w, mean, weights
+        )
+    stability = 1.0 - jnp.sqrt(loss_variance) / initial
+    grad_norm = old.grad_norm / jnp.where(old.steps > 0, old.steps, jnp.nan)
+    zero = jnp.zeros_like
+    monitor = Monitor(
+        initial_loss=initial,
+        loss_mean=loss_mean,
+        loss_variance=loss_variance,
+        accuracy_mean=accuracy_mean,
+        accuracy_variance=accuracy_variance,
+        host_mean=host_mean,
+        train_loss=zero(old.train_loss),
+        grad_norm=zero(old.grad_norm),
+        steps=zero(old.steps),
+    )
+    return monitor, drift, stability, grad_norm
+
+
+def _by_seed(state: SeedState, per_slot: Float[Array, " K"]) -> Float[Array, " S"]:
+    """A per-slot measurement seen from the seeds; NaN for a seed without a slot."""
+    slot = state.slot_of_seed
+    return jnp.where(slot >= 0, per_slot[jnp.maximum(slot, 0)], jnp.nan)
+
+
+def _absorb(state: SeedState, worth: Float[Array, " K"]) -> tuple[SeedState, Signals]:
+    """Turns the tick's sums into health, worth and error counts, and into the seed's
+    own signals. The sums are cleared."""
+    steps = jnp.where(state.steps > 0, state.steps, jnp.nan).astype(jnp.float32)
+    delta = _by_seed(state, worth)
+    ticks = state.epochs_in_stage.astype(jnp.float32) + 1.0
+    running = jnp.where(
+        jnp.isnan(state.worth), delta, state.worth + (delta - state.worth) / ticks
+    )
+    mean_worth = jnp.where(jnp.isnan(delta), state.worth, running)
+    errors = jnp.nan_to_num(_by_seed(state, state.errors.astype(jnp.float32)))
+    score = health(state.statistics).score
+    signals = Signals.unmeasured(
+        reconstruction_loss=_by_seed(state, state.reconstruction / steps),
+        performance_delta=delta,
+        total_improvement=mean_worth,
+        error_rate=errors / steps,
+    )
+    limit = jnp.iinfo(state.error_count.dtype).max
+    count = jnp.minimum(state.error_count + errors, limit)
+    state = dataclasses.replace(
+        start_tick(state),
+        health=jnp.where(jnp.isnan(score), state.health, score),
+        worth=mean_worth,
+        error_count=count.astype(state.error_count.dtype),
+    )
+    return state, signals
+
+
+def tick(
+    parts: ModelParts,
+    evaluate: Callable[..., tuple[Array, Array]],
+    bank_optimizer: PerSlot,
+    gates: LifecycleConfig,
+    policy: ControllerConfig,
+    state: TrainState,
+    held_out: Batch,
+) -> tuple[TrainState, TickReport]:
+    """Measures, decides and carries out what was decided, for all layers."""
+    loss, accuracy = evaluate(parts.values(state), held_out)
+    worth = _counterfactuals(parts, evaluate, state, held_out, loss)
+    monitor, drift, stability, grad_norm = _measure(state, loss, accuracy)
+
+    seeds, signals = {}, {}
+    for name, layer in state.seeds.items():
+        layer, own = _absorb(layer, worth[name])
+        signals[name] = dataclasses.replace(
+            own,
+            stability_score=stability,
+            final_stability=stability,
+            drift=jnp.asarray(drift[name], jnp.float32),
+            loss_variance=monitor.loss_variance,
+            accuracy_variance=monitor.accuracy_variance,
+            grad_norm=grad_norm,
+            held_out_loss=loss,
+            held_out_accuracy=accuracy,
+        )
+        seeds[name] = lifecycle.age(layer, signals[name], gates)
+
+    commands, memory = controller.decide(seeds, signals, state.memory, policy, gates)
+    rng, birth = jax.random.split(state.rng)
+    after, banks, bank_opt, reports = {}, {}, {}, {}
+    for (name, layer), key in zip(
+        seeds.items(), jax.random.split(birth, len(seeds)), strict=True
+    ):
+        after[name], outcome = lifecycle.transition(
+            layer, commands[name], signals[name], gates
+        )
+        banks[name], bank_opt[name] = _give_birth(
+            bank_optimizer,
+            key,
+            layer,
+            after[name],
+            state.banks[name],
+            state.bank_opt[name],
+            parts.kinds[name],
+            parts.layouts[name].width,
+        )
+        reports[name] = LayerReport(
+            outcome=outcome,
+            source=layer.stage,
+            target=commands[name].target,
+            slot=jnp.maximum(layer.slot_of_seed, after[name].slot_of_seed),
+            stage=after[name].stage,
+            alpha=coefficients(after[name])[0],
+            epochs=layer.epochs_in_stage,
+            errors=layer.error_count,
+            signals=signals[name],
+        )
+    new = dataclasses.replace(
+        state,
+        ticks=state.ticks + 1,
+        rng=rng,
+        banks=banks,
+        bank_opt=bank_opt,
+        seeds=after,
+        memory=memory,
+        monitor=monitor,
+    )
+    steps = jnp.where(state.monitor.steps > 0, state.monitor.steps, jnp.nan)
+    report = TickReport(
+        tick=new.ticks,
+        step=state.step,
+        train_loss=state.monitor.train_loss / steps,
+        loss=loss,
+        accuracy=accuracy,
+        layers=reports,
+    )
+    return new, report
+
+
+def _give_birth(
+    optimizer: PerSlot,
+    key: Key[Array, ""],
+    before: SeedState,
+    after: SeedState,
+    bank: Bank,
+    opt_state: Any,
+    kinds: tuple[blueprints.Blueprint, ...],
+    width: int,
+) -> tuple[Bank, Any]:
+    """Fresh parameters and fresh moments in the slots that changed hands."""
+    born = (after.seed_of_slot != before.seed_of_slot) & (after.seed_of_slot >= 0)
+
+    def fill() -> tuple[Bank, Any]:
+        keys = jax.random.split(key, born.size)
+        owner = jnp.maximum(after.seed_of_slot, 0)
+        kind = after.blueprint[owner].astype(jnp.int32)
+        fresh = blueprints.init_slots(keys, kind, kinds, width)
+
+        def put(new: Array, old: Array) -> Array:
+            where = born.reshape(born.shape + (1,) * (old.ndim - 1))
+            return jnp.where(where, new.astype(old.dtype), old)
+
+        filled = jax.tree.map(put, fresh, bank)
+        return filled, optimizer.reset(opt_state, filled, born)
+
+    return jax.lax.cond(jnp.any(born), fill, lambda: (bank, opt_state))
