@@ -15,13 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Bool, Int, UInt
+from jaxtyping import Array, Bool, Int
 
 from esper_jax import grafting
 from esper_jax.grafting import GraftConfig, Strategy
 from esper_jax.signals import Signals
 from esper_jax.stages import LEGAL, NO_REQUEST, NUM_STAGES, Outcome, Stage
-from esper_jax.state import HISTORY, SeedState
+from esper_jax.state import HISTORY, SeedState, saturating_add
 
 __all__ = [
     "Commands",
@@ -387,10 +387,7 @@ def transition(
 
 def age(state: SeedState, signals: Signals, config: LifecycleConfig) -> SeedState:
     """One more epoch in its stage for every seed; those in GRAFTING climb the ramp."""
-    limit = jnp.iinfo(state.epochs_in_stage.dtype).max
-    epochs = state.epochs_in_stage + (state.epochs_in_stage < limit).astype(
-        state.epochs_in_stage.dtype
-    )
+    epochs = saturating_add(state.epochs_in_stage, 1)
     climbed = grafting.update(
         state.graft, state.strategy, signals, epochs, config.grafting
     )
