@@ -7,6 +7,7 @@ no loop over seeds, so it can be jitted, donated and vmapped.
 import dataclasses
 import functools
 import math
+import numbers
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -64,7 +65,7 @@ class LifecycleConfig:
       grafting: numbers of the grafting strategies.
 
     Raises:
-      ValueError: naming the field that is out of its range.
+      TypeError, ValueError: naming the field that is out of its range.
     """
 
     min_epochs: tuple[int, ...] = tuple(_MIN_EPOCHS.get(s, 0) for s in Stage)
@@ -79,21 +80,29 @@ class LifecycleConfig:
     grafting: GraftConfig = dataclasses.field(default_factory=GraftConfig)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "min_epochs", tuple(self.min_epochs))
         if len(self.min_epochs) != NUM_STAGES:
             raise ValueError(
                 f"min_epochs must have one number for each of the {NUM_STAGES} stages, "
                 f"got {self.min_epochs!r}"
             )
-        for name, epochs in [
+        for name, value in [
             *((f"min_epochs[{s.name}]", self.min_epochs[s]) for s in Stage),
             ("max_epochs", self.max_epochs),
         ]:
-            if not 0 <= epochs <= 65535:
-                raise ValueError(f"{name} must be from 0 to 65535, got {epochs!r}")
+            if not (isinstance(value, numbers.Integral) and 0 <= value <= 65535):
+                raise ValueError(
+                    f"{name} must be an integer from 0 to 65535, got {value!r}"
+                )
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, float) and math.isnan(value):
-                raise ValueError(f"{field.name} must be a number, got nan")
+            if field.name == "grafting":
+                if not isinstance(value, GraftConfig):
+                    raise TypeError(f"grafting must be a GraftConfig, got {value!r}")
+            elif field.name != "min_epochs" and (
+                not isinstance(value, numbers.Real) or math.isnan(value)
+            ):
+                raise ValueError(f"{field.name} must be a number, got {value!r}")
 
 
 @struct.dataclass
