@@ -63,17 +63,19 @@ class Layer:
         self.seeds = [Seed(strategy) for _ in range(num_seeds)]
         self.slots = [-1] * capacity
 
-    def tick(self, commands: Any, signals: Any, config: Any) -> list[int]:
-        """One tick. ``commands`` and ``signals`` map names to a value for each seed."""
-        measured = [
-            {name: float(values[i]) for name, values in signals.items()}
-            for i in range(len(self.seeds))
-        ]
+    def tick(
+        self,
+        targets: list[int],
+        blueprints: list[int],
+        strategies: list[int],
+        measured: list[dict[str, float]],
+        config: Any,
+    ) -> list[int]:
+        """One tick; everything has one entry a seed."""
         for seed, m in zip(self.seeds, measured, strict=True):
             seed.epochs = min(seed.epochs + 1, 65535)
             if seed.stage == GRAFTING:
                 climb(seed, m, config.grafting)
-        targets = [int(target) for target in commands["target"]]
         verdicts = [
             judge(seed, target, m, config)
             for seed, target, m in zip(self.seeds, targets, measured, strict=True)
@@ -91,10 +93,10 @@ class Layer:
                     seed.slot = self.slots.index(-1)
                     self.slots[seed.slot] = i
                     seed.errors = 0
-                    if commands["blueprint"][i] >= 0:
-                        seed.blueprint = int(commands["blueprint"][i])
-            if verdicts[i] in (OK, NONE) and 0 <= commands["strategy"][i] <= 6:
-                seed.strategy = int(commands["strategy"][i])
+                    if blueprints[i] >= 0:
+                        seed.blueprint = blueprints[i]
+            if verdicts[i] in (OK, NONE) and 0 <= strategies[i] <= 6:
+                seed.strategy = strategies[i]
             if verdicts[i] == OK:
                 seed.history = [(seed.stage, targets[i]), *seed.history][:10]
                 seed.parent, seed.stage, seed.epochs = seed.stage, targets[i], 0
@@ -215,6 +217,12 @@ STRATEGIES = (
 )
 
 
+def rows(signals: Any) -> list[dict[str, float]]:
+    """Measurements by name and seed as one dictionary a seed."""
+    columns = [values.tolist() for values in signals.values()]
+    return [dict(zip(signals, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
 def replay(
     layer: Layer, ticks: int, commands: Any, signals: Any, errors: Any, config: Any
 ) -> Iterator[list[int]]:
@@ -226,7 +234,7 @@ def replay(
         for seed, more in zip(layer.seeds, errors[t], strict=True):
             seed.errors = min(seed.errors + int(more), 255)
         yield layer.tick(
-            {name: values[t] for name, values in commands.items()},
-            {name: values[t] for name, values in signals.items()},
+            *(commands[n][t].tolist() for n in ("target", "blueprint", "strategy")),
+            rows({name: values[t] for name, values in signals.items()}),
             config,
         )

@@ -110,7 +110,8 @@ CONFIG = LifecycleConfig(max_epochs=60)
             Stage.DORMANT,
             Outcome.ILLEGAL,
             {},
-            "seed 17 stays in FOSSILIZED: DORMANT cannot follow FOSSILIZED, nothing can",
+            "seed 17 stays in FOSSILIZED: DORMANT cannot follow FOSSILIZED, "
+            "nothing can",
         ),
         (
             Stage.DORMANT,
