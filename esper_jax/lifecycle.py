@@ -5,7 +5,9 @@ no loop over seeds, so it can be jitted, donated and vmapped.
 """
 
 import dataclasses
+import functools
 import math
+import numbers
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -20,7 +22,7 @@ from esper_jax import grafting
 from esper_jax.grafting import GraftConfig, Strategy
 from esper_jax.signals import Signals
 from esper_jax.stages import LEGAL, NO_REQUEST, NUM_STAGES, Outcome, Stage
-from esper_jax.state import HISTORY, SeedState
+from esper_jax.state import HISTORY, SeedState, saturating_add
 
 __all__ = [
     "Commands",
@@ -63,7 +65,7 @@ class LifecycleConfig:
       grafting: numbers of the grafting strategies.
 
     Raises:
-      ValueError: naming the field that is out of its range.
+      TypeError, ValueError: naming the field that is out of its range.
     """
 
     min_epochs: tuple[int, ...] = tuple(_MIN_EPOCHS.get(s, 0) for s in Stage)
@@ -78,21 +80,29 @@ class LifecycleConfig:
     grafting: GraftConfig = dataclasses.field(default_factory=GraftConfig)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "min_epochs", tuple(self.min_epochs))
         if len(self.min_epochs) != NUM_STAGES:
             raise ValueError(
                 f"min_epochs must have one number for each of the {NUM_STAGES} stages, "
                 f"got {self.min_epochs!r}"
             )
-        for name, epochs in [
+        for name, value in [
             *((f"min_epochs[{s.name}]", self.min_epochs[s]) for s in Stage),
             ("max_epochs", self.max_epochs),
         ]:
-            if not 0 <= epochs <= 65535:
-                raise ValueError(f"{name} must be from 0 to 65535, got {epochs!r}")
+            if not (isinstance(value, numbers.Integral) and 0 <= value <= 65535):
+                raise ValueError(
+                    f"{name} must be an integer from 0 to 65535, got {value!r}"
+                )
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, float) and math.isnan(value):
-                raise ValueError(f"{field.name} must be a number, got nan")
+            if field.name == "grafting":
+                if not isinstance(value, GraftConfig):
+                    raise TypeError(f"grafting must be a GraftConfig, got {value!r}")
+            elif field.name != "min_epochs" and (
+                not isinstance(value, numbers.Real) or math.isnan(value)
+            ):
+                raise ValueError(f"{field.name} must be a number, got {value!r}")
 
 
 @struct.dataclass
@@ -211,11 +221,21 @@ def gates(config: LifecycleConfig) -> dict[tuple[Stage, Stage], tuple[str, list[
     }
 
 
-def _legal_table() -> np.ndarray:
-    table = np.zeros((NUM_STAGES, NUM_STAGES), bool)
-    for source, targets in LEGAL.items():
-        table[source, list(targets)] = True
-    return table
+_LEGAL_PAIRS = [
+    np.uint8(source << 4 | target)
+    for source, targets in LEGAL.items()
+    for target in targets
+]
+"""The legal transitions, one byte each as in the history."""
+
+
+def _minimum(stage: Int[Array, "*S"], config: LifecycleConfig) -> Int[Array, "*S"]:
+    """``config.min_epochs[stage]``: selects vectorise where a gather does not."""
+    minimum = jnp.zeros(stage.shape, jnp.uint16)
+    for code, epochs in enumerate(config.min_epochs):
+        if epochs:
+            minimum = jnp.where(stage == code, jnp.uint16(epochs), minimum)
+    return minimum
 
 
 def gates_pass(
@@ -229,33 +249,49 @@ def gates_pass(
     passed = jnp.ones(target.shape, bool)
     for (source, goal), (rule, tests) in gates(config).items():
         results = [test.passes(state, signals) for test in tests]
-        combine = jnp.logical_and if rule == "all" else jnp.logical_or
-        met = results[0]
-        for result in results[1:]:
-            met = combine(met, result)
+        combine = operator.and_ if rule == "all" else operator.or_
+        met = functools.reduce(combine, results)
         passed &= ~((state.stage == source) & (target == goal)) | met
     return passed
 
 
-def _allocate(
-    wanting: Bool[Array, " S"], free: Bool[Array, " K"]
-) -> tuple[Int[Array, " S"], Int[Array, " K"]]:
-    """Gives the first free slot to the first seed that wants one, and so on.
+def _first_set(
+    flags: Bool[Array, " N"], count: int
+) -> tuple[Int[Array, " count"], Int[Array, ""]]:
+    """Indices of the first ``count`` set flags, and how many are set in all.
+
+    The flags are packed into words of 32 and blocks of 32 words. A set flag is found by
+    descending: its block, its word, its bit. That reads the flags once, where a prefix
+    sum over them makes several passes.
 
     Returns:
-      The slot that each seed got and the seed that each slot got; -1 for none.
+      The indices, ``N`` where there are fewer set flags, and their number.
     """
-    s, k = wanting.shape[0], free.shape[0]
-    queue = jnp.cumsum(wanting, dtype=jnp.int32)
-    turn = jnp.cumsum(free, dtype=jnp.int32)
-    # The n-th free slot, and the n-th seed in the queue.
-    slot_at = jnp.searchsorted(turn, jnp.arange(1, k + 1, dtype=jnp.int32))
-    seed_at = jnp.searchsorted(queue, jnp.arange(1, k + 1, dtype=jnp.int32))
-    served = wanting & (queue <= turn[-1])
-    slot = jnp.where(served, slot_at[jnp.clip(queue - 1, 0, k - 1)], -1)
-    taken = free & (turn <= queue[-1])
-    seed = jnp.where(taken, seed_at[jnp.clip(turn - 1, 0, k - 1)], -1)
-    return slot.astype(jnp.int32), jnp.minimum(seed, s - 1).astype(jnp.int32)
+    n = flags.shape[0]
+    blocks = -(-n // 1024)
+    bit = jnp.arange(32, dtype=jnp.uint32)
+    padded = jnp.pad(flags, (0, blocks * 1024 - n)).reshape(blocks, 32, 32)
+    words = jnp.sum(padded.astype(jnp.uint32) << bit, axis=-1, dtype=jnp.uint32)
+    words = jax.lax.optimization_barrier(words)
+
+    def ones(words: Array) -> Array:
+        return jax.lax.population_count(words).astype(jnp.int32)
+
+    def descend(ends: Array, rank: Array) -> tuple[Array, Array]:
+        """The child that holds the rank-th flag, given where each child's end."""
+        passed = ends <= rank[:, None]
+        skipped = jnp.max(jnp.where(passed, ends, 0), axis=-1)
+        return jnp.sum(passed, axis=-1, dtype=jnp.int32), rank - skipped
+
+    ends = jnp.cumsum(jnp.sum(ones(words), axis=1))
+    rank = jnp.arange(count, dtype=jnp.int32)
+    block, left = descend(ends, rank)
+    row = words[jnp.minimum(block, blocks - 1)]
+    upto = bit[:, None] >= bit
+    word, left = descend(jnp.sum(jnp.where(upto, ones(row)[:, None], 0), axis=-1), left)
+    chosen = jnp.take_along_axis(row, jnp.minimum(word, 31)[:, None], axis=1)
+    place, _ = descend(ones(chosen & (jnp.uint32(0xFFFFFFFF) >> (31 - bit))), left)
+    return jnp.where(rank < ends[-1], block * 1024 + word * 32 + place, n), ends[-1]
 
 
 def transition(
@@ -287,48 +323,54 @@ def transition(
                 f"{state.num_seeds} seeds, shape {state.stage.shape}; got {shape}. "
                 "commands_for(num_seeds, ...) builds and checks them"
             )
-    stage = state.stage.astype(jnp.int32)
     requested = commands.target != NO_REQUEST
     known = (commands.target >= 0) & (commands.target < NUM_STAGES)
-    target = jnp.where(known, commands.target, 0).astype(jnp.int32)
+    target = jnp.where(known, commands.target, 0).astype(jnp.uint8)
+    pair = state.stage.astype(jnp.uint8) << 4 | target
 
-    legal = known & jnp.asarray(_legal_table())[stage, target]
+    legal = known & functools.reduce(
+        operator.or_, [pair == legal for legal in _LEGAL_PAIRS]
+    )
     exempt = (target == Stage.CANCELLED) | (target == Stage.ROLLED_BACK)
-    minimum = jnp.asarray(config.min_epochs, jnp.int32)[stage]
-    late_enough = exempt | (state.epochs_in_stage >= minimum)
+    late_enough = exempt | (state.epochs_in_stage >= _minimum(state.stage, config))
     passed = gates_pass(state, target, signals, config)
-    allowed = requested & legal & late_enough & passed
+    verdict = jnp.select(
+        [~requested, ~legal, ~late_enough, ~passed],
+        [
+            jnp.int8(Outcome.NONE),
+            jnp.int8(Outcome.ILLEGAL),
+            jnp.int8(Outcome.TOO_EARLY),
+            jnp.int8(Outcome.GATE),
+        ],
+        jnp.int8(Outcome.OK),
+    )
+    # Computed once, and not again for each field that depends on it.
+    verdict = jax.lax.optimization_barrier(verdict)
+    allowed = verdict == Outcome.OK
 
-    born = allowed & (target == Stage.GERMINATED)
     freed = allowed & (target >= Stage.CULLED)
     owner = state.seed_of_slot
-    kept_owner = jnp.where((owner >= 0) & freed[jnp.maximum(owner, 0)], -1, owner)
-    new_slot, new_owner = _allocate(born, kept_owner < 0)
-    born = new_slot >= 0
-    accepted = allowed & ((target != Stage.GERMINATED) | born)
-
-    outcome = jnp.select(
-        [~requested, ~legal, ~late_enough, ~passed, ~accepted],
-        [
-            Outcome.NONE,
-            Outcome.ILLEGAL,
-            Outcome.TOO_EARLY,
-            Outcome.GATE,
-            Outcome.NO_CAPACITY,
-        ],
-        Outcome.OK,
-    ).astype(jnp.int8)
+    owner = jnp.where((owner >= 0) & freed[jnp.maximum(owner, 0)], -1, owner)
+    # The first seed that wants a slot gets the first free one, and so on.
+    germinates = allowed & (target == Stage.GERMINATED)
+    slots, free = _first_set(owner < 0, state.capacity)
+    seeds, wanting = _first_set(germinates, state.capacity)
+    rank = jnp.arange(state.capacity)
+    served = rank < jnp.minimum(free, wanting)
+    last = jnp.max(jnp.where(served, seeds, -1))
+    born = germinates & (jnp.arange(state.num_seeds) <= last)
+    accepted = allowed & (born | ~germinates)
+    outcome = jnp.where(germinates & ~born, jnp.int8(Outcome.NO_CAPACITY), verdict)
 
     def put(where: Array, new: Any, old: Array) -> Array:
         return jnp.where(where, jnp.asarray(new, old.dtype), old)
 
-    entry = (stage * 16 + target).astype(state.history.dtype)
-    shifted = jnp.concatenate([entry[:, None], state.history[:, : HISTORY - 1]], axis=1)
+    shifted = jnp.concatenate([pair[:, None], state.history[:, : HISTORY - 1]], axis=1)
     restyled = (commands.strategy >= 0) & (commands.strategy < len(Strategy))
     new = dataclasses.replace(
         state,
         stage=put(accepted, target, state.stage),
-        parent_stage=put(accepted, stage, state.parent_stage),
+        parent_stage=put(accepted, state.stage, state.parent_stage),
         blueprint=put(
             born & (commands.blueprint >= 0), commands.blueprint, state.blueprint
         ),
@@ -338,24 +380,23 @@ def transition(
         epochs_in_stage=put(accepted, 0, state.epochs_in_stage),
         error_count=put(born, 0, state.error_count),
         history=jnp.where(accepted[:, None], shifted, state.history),
-        slot_of_seed=jnp.where(
-            born, new_slot, jnp.where(freed, -1, state.slot_of_seed)
-        ),
+        slot_of_seed=put(freed, -1, state.slot_of_seed)
+        .at[jnp.where(served, seeds, state.num_seeds)]
+        .set(slots, mode="drop"),
         graft=grafting.begin(
             state.graft, accepted & (target == Stage.GRAFTING), config.grafting
         ),
         worth=put(accepted, jnp.nan, state.worth),
-        seed_of_slot=jnp.where(new_owner >= 0, new_owner, kept_owner),
+        seed_of_slot=owner.at[jnp.where(served, slots, state.capacity)].set(
+            seeds, mode="drop"
+        ),
     )
     return new, outcome
 
 
 def age(state: SeedState, signals: Signals, config: LifecycleConfig) -> SeedState:
     """One more epoch in its stage for every seed; those in GRAFTING climb the ramp."""
-    limit = jnp.iinfo(state.epochs_in_stage.dtype).max
-    epochs = state.epochs_in_stage + (state.epochs_in_stage < limit).astype(
-        state.epochs_in_stage.dtype
-    )
+    epochs = saturating_add(state.epochs_in_stage, 1)
     climbed = grafting.update(
         state.graft, state.strategy, signals, epochs, config.grafting
     )

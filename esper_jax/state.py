@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Float, Int, UInt
+from jaxtyping import Array, Float, Int, Shaped, UInt
 
 from esper_jax.grafting import GraftMemory
 from esper_jax.signals import Statistics
@@ -21,6 +21,7 @@ __all__ = [
     "coefficients",
     "init_seeds",
     "record",
+    "saturating_add",
     "slot_coefficients",
     "start_tick",
     "transitions",
@@ -173,6 +174,22 @@ def slot_coefficients(
         jnp.where(owned, beta[owner], 0.0),
         jnp.where(owned, state.blueprint[owner].astype(jnp.int32), 0),
     )
+
+
+def saturating_add(
+    total: UInt[Array, "*N"], more: Shaped[Array, "*#N"] | int
+) -> UInt[Array, "*N"]:
+    """``total + more``, at most what the dtype of ``total`` can hold; never wraps.
+
+    Args:
+      total: of an unsigned dtype.
+      more: what to add, at least 0, of any dtype; a fraction is dropped.
+    """
+    more = jnp.asarray(more)
+    if more.dtype == bool:
+        more = more.astype(total.dtype)
+    room = (jnp.iinfo(total.dtype).max - total).astype(more.dtype)
+    return total + jnp.minimum(more, room).astype(total.dtype)
 
 
 def record(
