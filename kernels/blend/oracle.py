@@ -3,6 +3,8 @@
 What every implementation is tested against. Nothing else uses it.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +17,7 @@ from esper_jax.stages import Incubation
 __all__ = ["blend", "correction"]
 
 
+@functools.partial(jax.jit, static_argnames="blueprint")
 def correction(params: Bank, y: jax.Array, blueprint: Blueprint) -> jax.Array:
     """``r(y) = f(y) - y`` of one slot on one chunk (N, width), of its true width."""
     width, widest = y.shape[-1], params.w1.shape[0]
