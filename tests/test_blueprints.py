@@ -1,6 +1,5 @@
 """Blueprints: identity at birth, and parameters that are what they are said to be."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -175,9 +174,8 @@ def test_slots_are_float32_and_differ_by_key_and_kind(newborn: bp.Bank) -> None:
 
 
 @pytest.fixture
-def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def registry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bp, "_REGISTRY", dict(bp._REGISTRY))
-    yield
 
 
 @pytest.mark.usefixtures("registry")

@@ -166,7 +166,7 @@ def _elements(seed_of_slot: Array, layout: ChunkLayout, rows: int) -> Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
-def blend(
+def _blend(
     y: Float[Array, "N F"],
     bank: Bank,
     alpha: Float[Array, " K"],
@@ -210,7 +210,7 @@ def _forward(
     incubation: Incubation,
 ) -> tuple[Any, Any]:
     arrays = (y, bank, alpha, beta, blueprint, seed_of_slot)
-    return blend(*arrays, layout, blueprints, incubation), arrays
+    return _blend(*arrays, layout, blueprints, incubation), arrays
 
 
 def _backward(
@@ -266,4 +266,7 @@ def _scaled(tree: Bank, factor: Array) -> Bank:
     return jax.tree.map(scale, tree)
 
 
-blend.defvjp(_forward, _backward)
+_blend.defvjp(_forward, _backward)
+
+# Without this, each call outside of a jitted function would compile its branches anew.
+blend = jax.jit(_blend, static_argnums=(6, 7, 8), inline=True)
