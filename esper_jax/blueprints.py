@@ -102,9 +102,13 @@ class Dense:
         """Hidden width over a chunk of ``width`` features."""
         return max(1, round(self.expansion * width)) if self.expansion else 0
 
-    def param_count(self, width: int) -> int:
-        """Number of parameters over a chunk of ``width`` features."""
-        h = self.hidden(width)
+    def param_count(self, width: int, widest: int | None = None) -> int:
+        """Number of parameters over a chunk of ``width`` features.
+
+        The hidden layer is as wide as the layer's ``widest`` chunk asks for (default:
+        ``width``), in all its chunks.
+        """
+        h = self.hidden(width if widest is None else widest)
         biases = (h + width) if self.bias else 0
         return 2 * h * width + biases + (width if self.scale else 0)
 
@@ -126,9 +130,14 @@ class Custom:
     init: Callable[[Any, int], Any]
     apply: Callable[[Any, Any], Any]
 
-    def param_count(self, width: int) -> int:
-        """Number of parameters over a chunk of ``width`` features."""
-        shapes = jax.eval_shape(lambda: self.init(jax.random.key(0), width))
+    def param_count(self, width: int, widest: int | None = None) -> int:
+        """Number of parameters over a chunk of ``width`` features.
+
+        They are made for the layer's ``widest`` chunk (default: ``width``), and how
+        many of them a narrower one leaves idle is not known here.
+        """
+        made_for = width if widest is None else widest
+        shapes = jax.eval_shape(lambda: self.init(jax.random.key(0), made_for))
         return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
 
 
@@ -235,13 +244,13 @@ def _init_slot(
     hidden units that it uses, all else of the common form 0."""
     hidden = hidden_width(blueprints, width)
     used = jnp.asarray(dense_masks(blueprints, width)[0])[kind]
-    w1 = jax.random.normal(key, (width, hidden)) / math.sqrt(width)
+    w1 = jax.random.normal(key, (width, hidden), jnp.float32) / math.sqrt(width)
     return Bank(
         w1=jnp.where(used, w1, 0.0),
-        b1=jnp.zeros(hidden),
-        w2=jnp.zeros((hidden, width)),
-        b2=jnp.zeros(width),
-        scale=jnp.zeros(width),
+        b1=jnp.zeros(hidden, jnp.float32),
+        w2=jnp.zeros((hidden, width), jnp.float32),
+        b2=jnp.zeros(width, jnp.float32),
+        scale=jnp.zeros(width, jnp.float32),
         custom={
             b.name: b.init(key, width) for b in blueprints if isinstance(b, Custom)
         },
@@ -283,8 +292,11 @@ def param_counts(
     blueprints: Sequence[Blueprint], sizes: np.ndarray
 ) -> Int[np.ndarray, "N S"]:
     """Parameters that each blueprint would have on each chunk, for every (id, seed)."""
-    counts = {int(w): [b.param_count(int(w)) for b in blueprints] for w in set(sizes)}
-    return np.stack([counts[int(w)] for w in sizes], axis=1)
+    widths = [int(w) for w in sizes]
+    counts = {
+        w: [b.param_count(w, max(widths)) for b in blueprints] for w in set(widths)
+    }
+    return np.stack([counts[w] for w in widths], axis=1)
 
 
 def dense_masks(

@@ -1,7 +1,7 @@
 """`ChunkedLayer`: a Flax NNX module that makes any layer able to grow."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import jax.numpy as jnp
 from flax import nnx
@@ -88,6 +88,10 @@ class SeedBed(nnx.Module):
     ) -> None:
         self.layout = ChunkLayout(features, num_seeds)
         self.blueprints = resolve(blueprints)
+        if incubation not in get_args(Incubation):
+            raise ValueError(
+                f"incubation must be one of {get_args(Incubation)}, got {incubation!r}"
+            )
         self.incubation = incubation
         self.implementation = implementation
         self.deterministic = deterministic

@@ -75,9 +75,9 @@ def per_slot(inner: optax.GradientTransformation) -> PerSlot:
         updates, new = jax.vmap(lambda g, s, p: inner.update(g, s, p, **extra))(
             grads, state, params
         )
-        return _where(active, updates, jax.tree.map(jnp.zeros_like, updates)), _where(
-            active, new, state
-        )
+        # -0.0 is the zero that leaves every number it is added to bit for bit.
+        nothing = jax.tree.map(lambda u: jnp.full_like(u, -0.0), updates)
+        return _where(active, updates, nothing), _where(active, new, state)
 
     return PerSlot(init, update, reset)
 

@@ -45,8 +45,9 @@ def blend(
 
     So a slot with ``alpha 0, beta 1`` learns from the task while the output and the
     gradient of ``y`` stay bit-identical to those without it (a straight-through
-    incubation), and one with ``alpha 1, beta 0`` counts in full but is frozen. ``beta``
-    has no gradient.
+    incubation), and one with ``alpha 1, beta 0`` counts in full but is frozen. A slot
+    whose alpha and beta are both 0 is not computed: its ``dalpha`` is 0. ``beta`` has
+    no gradient.
 
     Letters: ``B`` any leading batch shape, ``F`` features, ``S`` seeds, ``K`` slots,
     ``C`` chunk width, ``H`` hidden width.

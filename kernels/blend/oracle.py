@@ -3,6 +3,8 @@
 What every implementation is tested against. Nothing else uses it.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,13 +17,15 @@ from esper_jax.stages import Incubation
 __all__ = ["blend", "correction"]
 
 
+@functools.partial(jax.jit, static_argnames="blueprint")
 def correction(params: Bank, y: jax.Array, blueprint: Blueprint) -> jax.Array:
     """``r(y) = f(y) - y`` of one slot on one chunk (N, width), of its true width."""
-    width = y.shape[-1]
+    width, widest = y.shape[-1], params.w1.shape[0]
     if isinstance(blueprint, Custom):
-        return blueprint.apply(params.custom[blueprint.name], y)
+        padded = jnp.pad(y, ((0, 0), (0, widest - width)))
+        return blueprint.apply(params.custom[blueprint.name], padded)[:, :width]
     out = jnp.zeros_like(y)
-    hidden = blueprint.hidden(params.w1.shape[0])
+    hidden = blueprint.hidden(widest)
     if hidden:
         before = y @ params.w1[:width, :hidden]
         if blueprint.bias:
@@ -53,34 +57,35 @@ def blend(
     at ``stop_gradient(y)``; all else is autodiff.
     """
     stop = jax.lax.stop_gradient
+    # Dynamic indices and slices: static ones would compile anew for each place.
+    of_slot = jax.lax.dynamic_index_in_dim
     flat = y.reshape(-1, layout.features)
     out = flat
     reconstruction = []
     for k, seed in enumerate(np.asarray(seed_of_slot)):
-        living = seed >= 0 and bool((alpha[k] != 0) | (beta[k] != 0))
+        a, b = (of_slot(x, k, keepdims=False) for x in (alpha, beta))
+        living = seed >= 0 and bool((a != 0) | (b != 0))
         if not living:
             reconstruction.append(jnp.zeros((), y.dtype))
             continue
-        columns = slice(
-            int(layout.starts[seed]), int(layout.starts[seed] + layout.sizes[seed])
-        )
-        params = jax.tree.map(lambda leaf, k=k: leaf[k], bank)
-        kind = blueprints[int(blueprint[k])]
-        chunk = flat[:, columns]
+        start, size = int(layout.starts[seed]), int(layout.sizes[seed])
+        params = jax.tree.map(lambda x, k=k: of_slot(x, k, keepdims=False), bank)
+        kind = blueprints[int(np.asarray(blueprint)[k])]
+        chunk = jax.lax.dynamic_slice_in_dim(flat, start, size, axis=1)
         r_frozen = correction(stop(params), chunk, kind)
         r_learning = correction(params, stop(chunk), kind)
         reconstruction.append(stop(jnp.mean(r_frozen**2)))
-        new = chunk + alpha[k] * r_frozen
-        if incubation == "reconstruction" and bool(alpha[k] == 0):
+        new = chunk + a * r_frozen
+        if incubation == "reconstruction" and bool(a == 0):
             # Enters the sum over outputs in such a way that its cotangent is 1.
             loss = jnp.mean(r_learning**2)
-            new = new + _unit_cotangent(beta[k] * (loss - stop(loss)), chunk)
+            new = new + _unit_cotangent(b * (loss - stop(loss)), chunk)
         else:
-            new = new + beta[k] * (r_learning - stop(r_learning))
-        out = out.at[:, columns].set(new)
+            new = new + b * (r_learning - stop(r_learning))
+        out = jax.lax.dynamic_update_slice_in_dim(out, new, start, axis=1)
     count, total, squares, near_zero = [], [], [], []
     for start, size in zip(layout.starts, layout.sizes, strict=True):
-        chunk = stop(flat[:, start : start + size])
+        chunk = jax.lax.dynamic_slice_in_dim(stop(flat), start, int(size), axis=1)
         count.append(chunk.size)
         total.append(jnp.sum(chunk))
         squares.append(jnp.sum(chunk**2))

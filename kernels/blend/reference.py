@@ -56,7 +56,11 @@ def corrections(
         out = _dense(bank, blueprint, chunks, blueprints)
     for i, b in enumerate(blueprints):
         if isinstance(b, Custom):
-            own = jax.vmap(b.apply)(bank.custom[b.name], chunks.astype(jnp.float32))
+            # Computed for every slot, but only those that chose it get its gradients.
+            params, x = _gradients_only_where(
+                blueprint == i, (bank.custom[b.name], chunks.astype(jnp.float32))
+            )
+            own = jax.vmap(b.apply)(params, x)
             if own.shape != chunks.shape:
                 raise ValueError(
                     f"blueprint {b.name!r}: apply must return the shape of y, "
@@ -65,6 +69,24 @@ def corrections(
             chosen = (blueprint == i)[:, None, None]
             out = jnp.where(chosen, own.astype(jnp.float32), out)
     return out
+
+
+@jax.custom_vjp
+def _gradients_only_where(keep: Array, tree: Any) -> Any:
+    """``tree`` itself, with gradients of 0 in the slots that are not kept.
+
+    A cotangent of 0 is not enough: 0 times an infinite slope is NaN.
+    """
+    return tree
+
+
+def _cut(keep: Array, tree: Any) -> Any:
+    return jax.tree.map(lambda g: jnp.where(_per_slot(keep, g), g, 0), tree)
+
+
+_gradients_only_where.defvjp(
+    lambda keep, tree: (tree, keep), lambda keep, g: (None, _cut(keep, g))
+)
 
 
 def _dense(
@@ -144,7 +166,7 @@ def _elements(seed_of_slot: Array, layout: ChunkLayout, rows: int) -> Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
-def blend(
+def _blend(
     y: Float[Array, "N F"],
     bank: Bank,
     alpha: Float[Array, " K"],
@@ -157,6 +179,8 @@ def blend(
 ) -> tuple[Float[Array, "N F"], Statistics, Float[Array, " K"]]:
     """The public `blend` on arguments already checked, with one batch axis."""
 
+    lives = (alpha != 0) | (beta != 0)
+
     def living() -> tuple[Array, Array]:
         chunks = _chunks(y, seed_of_slot, layout)
         r = corrections(bank, blueprint, chunks, blueprints)
@@ -165,13 +189,12 @@ def blend(
         mixed = (chunks.astype(jnp.float32) + a * r).astype(y.dtype)
         out = _put(y, seed_of_slot, jnp.where(a != 0, mixed, chunks), layout)
         mean = jnp.sum(r * r, axis=(1, 2)) / _elements(seed_of_slot, layout, len(y))
-        return out, jnp.where((alpha != 0) | (beta != 0), mean, 0.0)
+        return out, jnp.where(lives, mean, 0.0)
 
     def dormant() -> tuple[Array, Array]:
         return y, jnp.zeros(alpha.shape, jnp.float32)
 
-    any_living = jnp.any((alpha != 0) | (beta != 0))
-    out, reconstruction = jax.lax.cond(any_living, living, dormant)
+    out, reconstruction = jax.lax.cond(jnp.any(lives), living, dormant)
     return out, statistics(y, layout), reconstruction
 
 
@@ -187,7 +210,7 @@ def _forward(
     incubation: Incubation,
 ) -> tuple[Any, Any]:
     arrays = (y, bank, alpha, beta, blueprint, seed_of_slot)
-    return blend(*arrays, layout, blueprints, incubation), arrays
+    return _blend(*arrays, layout, blueprints, incubation), arrays
 
 
 def _backward(
@@ -199,6 +222,8 @@ def _backward(
 ) -> tuple[Any, ...]:
     y, bank, alpha, beta, blueprint, seed_of_slot = saved
     g = cotangents[0]
+
+    lives = (alpha != 0) | (beta != 0)
 
     def living() -> tuple[Array, Bank, Array]:
         chunks = _chunks(y, seed_of_slot, layout)
@@ -220,14 +245,14 @@ def _backward(
         d_bank, d_chunks = pull(pulled)
         mixed = (g32 + a * d_chunks.astype(jnp.float32)).astype(g.dtype)
         dy = _put(g, seed_of_slot, jnp.where(a != 0, mixed, g_chunks), layout)
-        d_alpha = jnp.sum(g32 * r, axis=(1, 2)).astype(alpha.dtype)
-        return dy, _scaled(d_bank, beta), d_alpha
+        d_alpha = jnp.where(lives, jnp.sum(g32 * r, axis=(1, 2)), 0.0)
+        learns = jnp.where(seed_of_slot >= 0, beta, 0.0)
+        return dy, _scaled(d_bank, learns), d_alpha.astype(alpha.dtype)
 
     def dormant() -> tuple[Array, Bank, Array]:
         return g, jax.tree.map(jnp.zeros_like, bank), jnp.zeros_like(alpha)
 
-    any_living = jnp.any((alpha != 0) | (beta != 0))
-    dy, d_bank, d_alpha = jax.lax.cond(any_living, living, dormant)
+    dy, d_bank, d_alpha = jax.lax.cond(jnp.any(lives), living, dormant)
     return dy, d_bank, d_alpha, jnp.zeros_like(beta), None, None
 
 
@@ -241,4 +266,7 @@ def _scaled(tree: Bank, factor: Array) -> Bank:
     return jax.tree.map(scale, tree)
 
 
-blend.defvjp(_forward, _backward)
+_blend.defvjp(_forward, _backward)
+
+# Without this, each call outside of a jitted function would compile its branches anew.
+blend = jax.jit(_blend, static_argnums=(6, 7, 8), inline=True)
