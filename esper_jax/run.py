@@ -19,10 +19,11 @@ from esper_jax import checkpoint
 from esper_jax.blueprints import param_counts
 from esper_jax.config import ConfigError, RunConfig, parse_config, to_dict
 from esper_jax.data import DATASETS, Dataset
+from esper_jax.events import Event, drain
 from esper_jax.functional import TrainState, state_hash
 from esper_jax.grafting import Strategy
 from esper_jax.hosts import MLP
-from esper_jax.lifecycle import LifecycleConfig, gates
+from esper_jax.lifecycle import LifecycleConfig
 from esper_jax.monitor.live import LiveView
 from esper_jax.stages import Outcome, Stage
 from esper_jax.state import coefficients
@@ -150,13 +151,13 @@ class EventLog:
 
     Args:
       path: JSON-lines file to append to.
-      lifecycle: the gates, whose numbers go with each event.
+      lifecycle: the gates, which the words of the events tell of.
       keep_until: events after this tick in the file are dropped.
     """
 
     def __init__(self, path: Path, lifecycle: LifecycleConfig, keep_until: int) -> None:
         self._path = path
-        self._gates = gates(lifecycle)
+        self._lifecycle = lifecycle
         self.events = [e for e in _read_lines(path) if e["tick"] <= keep_until]
         self._last: dict[tuple[str, int], tuple[str, str, str]] = {}
         for event in self.events:
@@ -179,37 +180,35 @@ class EventLog:
         return not known
 
     def _read(self, report: TickReport) -> list[dict[str, Any]]:
-        events = []
-        for name, layer in report.layers.items():
-            for seed in map(int, np.flatnonzero(layer.outcome != Outcome.NONE)):
-                source = Stage(int(layer.source[seed]))
-                target = Stage(int(layer.target[seed]))
-                event = {
-                    "tick": int(report.tick),
-                    "layer": name,
-                    "seed": seed,
-                    "slot": int(layer.slot[seed]),
-                    "from": source.name,
-                    "to": target.name,
-                    "outcome": Outcome(int(layer.outcome[seed])).name,
-                    "epochs": int(layer.epochs[seed]),
-                }
-                _, tests = self._gates.get((source, target), ("all", []))
-                if tests:
-                    event["gate"] = {
-                        test.metric: _gate_value(layer, test.metric, seed)
-                        for test in tests
-                    }
-                events.append(event)
-        return events
+        return [
+            _event(int(report.tick), name, event)
+            for name, layer in report.layers.items()
+            for event in drain(
+                source=layer.source,
+                target=layer.target,
+                outcome=layer.outcome,
+                slot=layer.slot,
+                epochs=layer.epochs,
+                errors=layer.errors,
+                signals=layer.signals,
+                config=self._lifecycle,
+            )
+        ]
 
 
-def _gate_value(layer: Any, metric: str, seed: int) -> float | None:
-    """The number that a gate read, None where it was not measured."""
-    own = {"epochs_in_stage": layer.epochs, "error_count": layer.errors}
-    values = own[metric] if metric in own else getattr(layer.signals, metric)
-    value = float(np.broadcast_to(values, layer.stage.shape)[seed])
-    return value if np.isfinite(value) else None
+def _event(tick: int, layer: str, event: Event) -> dict[str, Any]:
+    measured = {k: v if np.isfinite(v) else None for k, v in event.measured.items()}
+    return {
+        "tick": tick,
+        "layer": layer,
+        "seed": event.seed,
+        "slot": event.slot,
+        "from": event.source.name,
+        "to": Stage(event.target).name,
+        "outcome": event.outcome.name,
+        "measured": measured,
+        "text": event.text,
+    }
 
 
 def _summary(

@@ -1,6 +1,8 @@
-"""Options of the test suite."""
+"""Options of the test suite, and one compilation cache for the whole of it."""
 
+import os
 import pathlib
+import tempfile
 
 import pytest
 
@@ -15,3 +17,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="FILE",
         help=f"golden data that tests/test_golden.py compares with (default: {GOLDEN})",
     )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # What several tests, workers or commands under test need is compiled once. Workers
+    # and commands inherit the variables; JAX reads them when it is imported.
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        cache = tempfile.TemporaryDirectory(prefix="esper-jax-tests-")
+        config.add_cleanup(cache.cleanup)
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = cache.name
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"

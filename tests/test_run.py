@@ -58,8 +58,9 @@ def test_smoke_run(finished):
     for event in summary["events"]:
         assert keys <= set(event)
         assert {event["from"], event["to"]} <= set(Stage.__members__)
-    gates = [e["gate"] for e in summary["events"] if e["to"] == "FINE_TUNING"]
-    assert {"performance_delta", "stability_score"} == set(gates[0])
+    judged = [e for e in summary["events"] if e["to"] == "FINE_TUNING"]
+    assert {"performance_delta", "stability_score"} <= set(judged[0]["measured"])
+    assert judged[0]["text"] in result.stdout
     lines = (folder / "events.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == summary["events"]
 

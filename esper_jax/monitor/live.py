@@ -9,11 +9,12 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from esper_jax.stages import Stage
 from esper_jax.tick import TickReport
 
-__all__ = ["LiveView", "describe_event"]
+__all__ = ["LiveView"]
 
 _STYLES = {
     Stage.DORMANT: "dim",
@@ -23,16 +24,6 @@ _STYLES = {
     Stage.CULLED: "red",
     Stage.ROLLED_BACK: "red",
 }
-
-
-def describe_event(event: Mapping[str, Any]) -> str:
-    """An event as one line of text."""
-    gate = " ".join(f"{k}={v:.4g}" for k, v in (event.get("gate") or {}).items())
-    refused = "" if event["outcome"] == "OK" else f" refused: {event['outcome']}"
-    return (
-        f"tick {event['tick']}: {event['layer']} seed {event['seed']} "
-        f"{event['from']} -> {event['to']}{refused}{' ' + gate if gate else ''}"
-    )
 
 
 class LiveView:
@@ -79,7 +70,7 @@ class LiveView:
 
     def update(self, report: TickReport, events: Iterable[Mapping[str, Any]]) -> None:
         """Shows a tick: ``report`` with host values, and the events of this tick."""
-        lines = [describe_event(event) for event in events]
+        lines = [f"tick {e['tick']}: {e['layer']} {e['text']}" for e in events]
         if self._live is None:
             for line in lines:
                 self._print(line)
@@ -98,7 +89,7 @@ class LiveView:
                 self._progress,
                 _metrics(report, self._ticks),
                 table,
-                *(f"[dim]{line}[/dim]" for line in self._recent),
+                *(Text(line, style="dim") for line in self._recent),
             )
         )
 
