@@ -127,17 +127,19 @@ def random_inputs(number: int, seeds: int = SEEDS) -> Inputs:
     rng = np.random.default_rng(number)
     shape = (TICKS, seeds)
 
+    calm, busy = [0.85, 0.1, 0.05], [0.3, 0.65, 0.05]
+
     def signal(name: str) -> jax.Array:
         odd = rng.choice(np.array(ODD, np.float32), shape)
-        calm = np.float32(PASSING.get(name, math.nan))
-        return jnp.asarray(np.where(rng.random(shape) < 0.7, calm, odd))
+        usual = np.float32(PASSING.get(name, math.nan))
+        return jnp.asarray(np.where(rng.random(shape) < 0.7, usual, odd))
 
     def maybe(low: int, high: int, share: float) -> np.ndarray:
         values = rng.integers(low, high, shape)
         return np.where(rng.random(shape) < share, values, -1).astype(np.int8)
 
     return Inputs(
-        kind=rng.choice(3, shape, p=[0.3, 0.65, 0.05]),
+        kind=rng.choice(3, shape, p=calm if number % 3 == 0 else busy),
         pick=np.where(rng.random(shape) < 0.7, 0, rng.integers(0, 12, shape)),
         wild=rng.integers(-128, 128, shape).astype(np.int8),
         blueprint=maybe(-3, 5, 0.5),
