@@ -5,8 +5,8 @@
 The step is forward, backward, Adam for the host and `per_slot` Adam for the bank, in
 float32 on split states; every hidden layer has 64 seeds. All variants of a size run in
 one process, interleaved: each round times every variant once, in random order. A cell
-is the median over the rounds of the variant's time divided by the plain model's time
-in the same round.
+is the variant's median time over the plain model's. "plain again" is the plain model a
+second time: how far it is from 1 tells how much of the other figures is noise.
 """
 
 import argparse

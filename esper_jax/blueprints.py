@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 __all__ = [
     "ACTIVATIONS",
@@ -301,7 +301,7 @@ def param_counts(
 
 def dense_masks(
     blueprints: Sequence[Blueprint], width: int
-) -> tuple[Float[np.ndarray, "N H"], Float[np.ndarray, "N"], Float[np.ndarray, "N"]]:
+) -> tuple[Bool[np.ndarray, "N H"], Bool[np.ndarray, " N"], Bool[np.ndarray, " N"]]:
     """Which parts of the common form each blueprint uses: hidden units, biases, scale.
 
     All false for a custom blueprint.

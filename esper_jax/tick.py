@@ -22,7 +22,13 @@ from esper_jax.functional import Arrays, ModelParts, Monitor, TrainState, host_w
 from esper_jax.lifecycle import LifecycleConfig
 from esper_jax.optim import PerSlot
 from esper_jax.signals import Signals, health
-from esper_jax.state import SeedState, coefficients, slot_coefficients, start_tick
+from esper_jax.state import (
+    SeedState,
+    coefficients,
+    saturating_add,
+    slot_coefficients,
+    start_tick,
+)
 
 __all__ = ["LayerReport", "TickReport", "evaluate", "tick"]
 
@@ -193,13 +199,11 @@ def _absorb(state: SeedState, worth: Float[Array, " K"]) -> tuple[SeedState, Sig
         total_improvement=mean_worth,
         error_rate=errors / steps,
     )
-    limit = jnp.iinfo(state.error_count.dtype).max
-    count = jnp.minimum(state.error_count + errors, limit)
     state = dataclasses.replace(
         start_tick(state),
         health=jnp.where(jnp.isnan(score), state.health, score),
         worth=mean_worth,
-        error_count=count.astype(state.error_count.dtype),
+        error_count=saturating_add(state.error_count, errors),
     )
     return state, signals
 

@@ -32,7 +32,7 @@ from esper_jax.functional import (
 )
 from esper_jax.lifecycle import LifecycleConfig
 from esper_jax.optim import PerSlot, per_slot
-from esper_jax.state import SeedState, slot_coefficients
+from esper_jax.state import SeedState, saturating_add, slot_coefficients
 from esper_jax.tick import Batch, Loss, TickReport, evaluate, tick
 
 __all__ = ["Program", "build", "classification", "fit"]
@@ -326,7 +326,7 @@ def _update_bank(
     seeds = dataclasses.replace(
         seeds,
         gain=seeds.gain + gain,
-        errors=seeds.errors + (learning & ~finite).astype(seeds.errors.dtype),
+        errors=saturating_add(seeds.errors, learning & ~finite),
     )
     return seeds, bank, opt_state
 
