@@ -45,6 +45,7 @@ def blend(
     layout: ChunkLayout,
     blueprints: tuple[Blueprint, ...],
     incubation: Incubation = "task",
+    statistics_rows: int | None = None,
 ) -> tuple[jax.Array, Statistics, jax.Array]:
     """`esper_jax.kernels.blend.blend` by definition, for concrete stages and slots.
 
@@ -79,8 +80,14 @@ def blend(
             new = new + beta[k] * (r_learning - stop(r_learning))
         out = out.at[:, columns].set(new)
     count, total, squares, near_zero = [], [], [], []
+    seen = flat
+    if statistics_rows is not None:
+        rows = min(statistics_rows, len(flat))
+        seen = (
+            flat[[i * (len(flat) // rows) for i in range(rows)]] if rows else flat[:0]
+        )
     for start, size in zip(layout.starts, layout.sizes, strict=True):
-        chunk = stop(flat[:, start : start + size])
+        chunk = stop(seen[:, start : start + size])
         count.append(chunk.size)
         total.append(jnp.sum(chunk))
         squares.append(jnp.sum(chunk**2))

@@ -30,8 +30,17 @@ __all__ = ["blend", "corrections", "statistics"]
 _NEAR_ZERO = 1e-6
 
 
-def statistics(y: Float[Array, "N F"], layout: ChunkLayout) -> Statistics:
-    """Count, sum, sum of squares and near-zero count of each chunk, in float32."""
+def statistics(
+    y: Float[Array, "N F"], layout: ChunkLayout, rows: int | None = None
+) -> Statistics:
+    """Count, sum, sum of squares and near-zero count of each chunk, in float32.
+
+    Over every row, or over ``rows`` rows, every ``N // rows``-th from the first.
+    """
+    if rows is not None:
+        rows = min(rows, y.shape[0])
+        stride = y.shape[0] // max(rows, 1)
+        y = y[: rows * stride : stride] if rows else y[:0]
     x = y.astype(jnp.float32)
     columns = (
         jnp.sum(x, axis=0),
@@ -143,7 +152,7 @@ def _elements(seed_of_slot: Array, layout: ChunkLayout, rows: int) -> Array:
     return sizes * max(rows, 1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8, 9))
 def blend(
     y: Float[Array, "N F"],
     bank: Bank,
@@ -154,6 +163,7 @@ def blend(
     layout: ChunkLayout,
     blueprints: tuple[Blueprint, ...],
     incubation: Incubation,
+    statistics_rows: int | None = None,
 ) -> tuple[Float[Array, "N F"], Statistics, Float[Array, " K"]]:
     """The public `blend` on arguments already checked, with one batch axis."""
 
@@ -172,7 +182,7 @@ def blend(
 
     any_living = jnp.any((alpha != 0) | (beta != 0))
     out, reconstruction = jax.lax.cond(any_living, living, dormant)
-    return out, statistics(y, layout), reconstruction
+    return out, statistics(y, layout, statistics_rows), reconstruction
 
 
 def _forward(
@@ -185,15 +195,17 @@ def _forward(
     layout: ChunkLayout,
     blueprints: tuple[Blueprint, ...],
     incubation: Incubation,
+    statistics_rows: int | None,
 ) -> tuple[Any, Any]:
     arrays = (y, bank, alpha, beta, blueprint, seed_of_slot)
-    return blend(*arrays, layout, blueprints, incubation), arrays
+    return blend(*arrays, layout, blueprints, incubation, statistics_rows), arrays
 
 
 def _backward(
     layout: ChunkLayout,
     blueprints: tuple[Blueprint, ...],
     incubation: Incubation,
+    statistics_rows: int | None,
     saved: Any,
     cotangents: Any,
 ) -> tuple[Any, ...]:
@@ -221,6 +233,7 @@ def _backward(
         mixed = (g32 + a * d_chunks.astype(jnp.float32)).astype(g.dtype)
         dy = _put(g, seed_of_slot, jnp.where(a != 0, mixed, g_chunks), layout)
         d_alpha = jnp.sum(g32 * r, axis=(1, 2)).astype(alpha.dtype)
+        d_alpha = jnp.where((alpha != 0) | (beta != 0), d_alpha, 0)
         return dy, _scaled(d_bank, beta), d_alpha
 
     def dormant() -> tuple[Array, Bank, Array]:
