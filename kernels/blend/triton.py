@@ -171,6 +171,9 @@ class _Slot(NamedTuple):
     start: Array
     size: Any
     living: Array
+    zero: Array
+    """0, but not known to be while tracing: where a span starts that may reach over the
+    end of an array, which Pallas refuses of one that starts at a number."""
 
 
 class _Refs(NamedTuple):
@@ -194,19 +197,12 @@ class _Span(NamedTuple):
     size: int
 
 
-def _index(index: tuple[Any, ...], masked: bool) -> tuple[Any, ...]:
-    """An index of Pallas from numbers, spans and arrays.
-
-    A masked span may reach over the end of the array. Pallas would refuse that where
-    it knows the start, so it gets one that it does not know.
-    """
+def _index(index: tuple[Any, ...]) -> tuple[Any, ...]:
+    """An index of Pallas from numbers, spans and arrays."""
 
     def convert(i: Any) -> Any:
         if isinstance(i, _Span):
-            start = i.start
-            if masked and isinstance(start, int):
-                start = pl.program_id(0) * 0 + start
-            return pl.ds(start, i.size)
+            return pl.ds(i.start, i.size)
         return jnp.int32(i) if isinstance(i, int) else i
 
     return tuple(convert(i) for i in index)
@@ -214,7 +210,7 @@ def _index(index: tuple[Any, ...], masked: bool) -> tuple[Any, ...]:
 
 def _read(ref: Any, index: tuple[Any, ...], mask: Array | None = None) -> Array:
     """``ref[index]``, 0 where the mask is false."""
-    index = _index(index, mask is not None)
+    index = _index(index)
     if mask is None:
         return ref[index]
     return plgpu.load(ref.at[index], mask=mask, other=0)
@@ -224,7 +220,7 @@ def _write(
     ref: Any, index: tuple[Any, ...], value: Array, mask: Array | None = None
 ) -> None:
     """``ref[index] = value`` where the mask is true."""
-    index = _index(index, mask is not None)
+    index = _index(index)
     value = value.astype(ref.dtype)
     if mask is None:
         ref[index] = value
@@ -282,7 +278,8 @@ def _slot(s: _Static, refs: _Refs, index: Any, mask: Array | None = None) -> _Sl
     if mask is not None:
         living = living & mask
     start, size = _chunk(s.layout, jnp.maximum(owner, 0))
-    return _Slot(alpha, beta, kind, start, size, living)
+    zero = pl.program_id(0) * 0
+    return _Slot(alpha, beta, kind, start, size, living, zero)
 
 
 def _walk(count: int, body: Callable[[Any, Any], Any], init: Any) -> Any:
@@ -329,11 +326,12 @@ def _weights(
     s: _Static, refs: _Refs, slot: _Slot, k: Any, first: Any, units: int, dtype: Any
 ) -> _Weights:
     """Hidden units ``[first, first + units)`` of the slot; 0 where it has none."""
+    first = slot.zero + first
     hidden = s.of_kind(slot.kind, "hidden")
     exact = isinstance(hidden, int) and hidden % units == 0
     unit_mask = None if exact else first + _range(units) < hidden
     column_mask = None if s.width == s.columns else _range(s.columns) < s.width
-    across, along = _Span(0, s.columns), _Span(first, units)
+    across, along = _Span(slot.zero, s.columns), _Span(first, units)
     w1 = _read(
         refs.w1, (k, across, along), _both(column_mask, unit_mask, (s.columns, units))
     )
@@ -355,7 +353,7 @@ def _biased(used: Any, x: Array) -> Array:
 def _offsets(s: _Static, refs: _Refs, slot: _Slot, k: Any) -> tuple[Array, Array]:
     """``b2`` and ``scale`` of the slot, 0 where unused."""
     mask = None if s.width == s.columns else _range(s.columns) < s.width
-    index = (k, _Span(0, s.columns))
+    index = (k, _Span(slot.zero, s.columns))
     b2 = _f32(_read(refs.b2, index, mask))
     scale = _f32(_read(refs.scale, index, mask))
     return (
@@ -433,7 +431,7 @@ def _forward_kernel(
                 _write(out_ref, place, y32 + slot.alpha * r, tile.mask)
 
             if save:
-                kept = (tile.rows, k, _Span(0, s.columns))
+                kept = (tile.rows, k, _Span(slot.zero, s.columns))
                 inside = None
                 if total % blocks.span:
                     inside = (
@@ -506,7 +504,7 @@ def _backward_kernel(s: _Static, total: int, fused: bool, *all_refs: Any) -> Non
                 blocks.span,
             )
             place = (tile.rows, _Span(slot.start, s.columns))
-            y = _read(saved_ref, (tile.rows, k, _Span(0, s.columns)), tile.mask)
+            y = _read(saved_ref, (tile.rows, k, _Span(slot.zero, s.columns)), tile.mask)
             g = _read(g_ref, place, tile.mask)
             before = _dot(y, w.w1) + w.b1[None, :]
             h, slope = s.activate(slot.kind, before)
@@ -583,7 +581,7 @@ def _backward_kernel(s: _Static, total: int, fused: bool, *all_refs: Any) -> Non
     ) -> None:
         fits = None if s.width == s.columns else _range(s.columns) < s.width
         inside = None if s.hidden % units == 0 else first + _range(units) < s.hidden
-        across, along = _Span(0, s.columns), _Span(first, units)
+        across, along = _Span(slot.zero, s.columns), _Span(first, units)
         _write(
             dw1_ref,
             (part, k, across, along),
@@ -638,7 +636,7 @@ def _input_kernel(s: _Static, total: int, *all_refs: Any) -> None:
                 blocks.span,
             )
             place = (tile.rows, _Span(slot.start, s.columns))
-            y = _read(saved_ref, (tile.rows, k, _Span(0, s.columns)), tile.mask)
+            y = _read(saved_ref, (tile.rows, k, _Span(slot.zero, s.columns)), tile.mask)
             g = _read(g_ref, place, tile.mask)
 
             def some(j: Any, out: Array) -> Array:
@@ -973,7 +971,7 @@ def _statistics_kernel(
     count = alpha_ref.shape[0]
     slots = _range(power_of_two(count))
     mask = None if power_of_two(count) == count else slots < count
-    index = (_Span(0, power_of_two(count)),)
+    index = (_Span(pl.program_id(0) * 0, power_of_two(count)),)
     owner = _read(owner_ref, index, mask).astype(jnp.int32)
     alpha, beta = _read(alpha_ref, index, mask), _read(beta_ref, index, mask)
     living = (owner >= 0) & ((alpha != 0) | (beta != 0))
