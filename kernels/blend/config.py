@@ -146,10 +146,12 @@ def _matrix(rows: int, width: int, hidden: int, dtype: str) -> Config:
         across=min(units, max(16, in_registers // columns), 128),
         warps=warps,
     )
+    # Two sums as large as the weights stay in registers; taller tiles would spill.
+    short = min(tile, 32)
     backward = Blocks(
-        rows=tile,
+        rows=short,
         # Partial sums of all the weights leave each program: few programs, long walks.
-        span=_span(rows, tile, 512, parts=16),
+        span=_span(rows, short, 512, parts=16),
         across=min(units, max(16, in_registers // columns)),
         warps=warps,
     )

@@ -83,9 +83,8 @@ def blend(
     seen = flat
     if statistics_rows is not None:
         rows = min(statistics_rows, len(flat))
-        seen = (
-            flat[[i * (len(flat) // rows) for i in range(rows)]] if rows else flat[:0]
-        )
+        step = len(flat) // max(rows, 1)
+        seen = flat[np.arange(rows) * step]
     for start, size in zip(layout.starts, layout.sizes, strict=True):
         chunk = stop(seen[:, start : start + size])
         count.append(chunk.size)

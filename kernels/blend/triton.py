@@ -494,6 +494,9 @@ def _backward_kernel(s: _Static, total: int, fused: bool, *all_refs: Any) -> Non
         offsets = _offsets(s, refs, slot, k)
         b2, scale = offsets
 
+        # sum(g * (h @ w2)) is sum(w2 * (h.T @ g)), whose second factor is dw2.
+        by_weights = gradients and not reconstructs
+
         def body(i: Any, sums: _Gradients) -> _Gradients:
             tile = _tile(
                 s,
@@ -515,13 +518,13 @@ def _backward_kernel(s: _Static, total: int, fused: bool, *all_refs: Any) -> Non
                 pulled = jnp.where(grafted, _f32(g), r).astype(g.dtype)
                 gain = jnp.sum(_f32(g) * r, axis=0)
             dh = _dot(pulled, w.w2, (1, 1))
-            if not reconstructs:
+            if not reconstructs and not gradients:
                 gain = jnp.sum(dh * h, axis=0)
             d_before = dh * slope
             d_low = d_before.astype(y.dtype)
             g32, y32, p32 = _f32(g), _f32(y), _f32(pulled)
             out = sums._replace(
-                alpha=sums.alpha + gain,
+                alpha=sums.alpha if by_weights else sums.alpha + gain,
                 b2=sums.b2 + jnp.sum(p32, axis=0),
                 scale=sums.scale + jnp.sum(p32 * y32, axis=0),
             )
@@ -554,10 +557,13 @@ def _backward_kernel(s: _Static, total: int, fused: bool, *all_refs: Any) -> Non
                 w2=zeros(units, c) if matrices else zeros(1),
                 b2=zeros(c),
                 scale=zeros(c),
-                alpha=zeros(c if reconstructs else units),
+                alpha=zeros(1 if by_weights else c if reconstructs else units),
             ),
         )
-        gain = jnp.sum(sums.alpha)
+        if by_weights:
+            gain = jnp.sum(jnp.sum(_f32(w.w2) * sums.w2, axis=1))
+        else:
+            gain = jnp.sum(sums.alpha)
         if not reconstructs:
             own = jnp.sum(b2 * sums.b2) + jnp.sum(scale * sums.scale)
             gain = gain + jnp.where(block == 0, own, 0.0)
