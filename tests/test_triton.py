@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 
 from esper_jax.blueprints import Custom, hidden_width, residual_mlp, resolve
 from esper_jax.kernels.blend import blend, oracle, triton
@@ -81,10 +82,29 @@ SMALL = {
         incubation="reconstruction",
         statistics_rows=0,
     ),
+    "no hidden layer": ArgSpec(
+        name="affine",
+        rows=8,
+        features=32,
+        num_seeds=2,
+        blueprints=("affine",),
+        dtype="float32",
+    ),
     "one feature": ArgSpec(
         name="one", rows=5, features=3, num_seeds=3, dtype="float32"
     ),
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _interpreter() -> None:
+    """Its first use imports what changes JAX's configuration, and so retraces."""
+
+    def copy(x_ref: Any, out_ref: Any) -> None:
+        out_ref[...] = x_ref[...]
+
+    x = jnp.ones(8)
+    pl.pallas_call(copy, out_shape=x, interpret=True)(x)
 
 
 def with_triton(spec: ArgSpec, **options: Any) -> Callable[..., Any]:

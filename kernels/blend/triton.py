@@ -328,7 +328,7 @@ def _weights(
     """Hidden units ``[first, first + units)`` of the slot; 0 where it has none."""
     first = slot.zero + first
     hidden = s.of_kind(slot.kind, "hidden")
-    exact = isinstance(hidden, int) and hidden % units == 0
+    exact = isinstance(hidden, int) and hidden > 0 and hidden % units == 0
     unit_mask = None if exact else first + _range(units) < hidden
     column_mask = None if s.width == s.columns else _range(s.columns) < s.width
     across, along = _Span(slot.zero, s.columns), _Span(first, units)
