@@ -64,6 +64,7 @@ class SeedBed(nnx.Module):
       strategy: grafting strategy that each seed starts with.
       incubation: what a seed in TRAINING learns from: ``"task"`` or
         ``"reconstruction"``.
+      statistics_rows: rows of a batch that a call measures; all if None.
       implementation: of `blend`.
       deterministic: if True, a call collects no statistics. `nnx.Module.eval` and
         ``train`` switch it.
@@ -82,6 +83,7 @@ class SeedBed(nnx.Module):
         blueprints: Sequence[str | Blueprint] = ("residual_mlp",),
         strategy: Strategy = Strategy.LINEAR,
         incubation: Incubation = "task",
+        statistics_rows: int | None = None,
         implementation: str | Sequence[str] | None = None,
         deterministic: bool = False,
         rngs: nnx.Rngs,
@@ -93,6 +95,7 @@ class SeedBed(nnx.Module):
                 f"incubation must be one of {get_args(Incubation)}, got {incubation!r}"
             )
         self.incubation = incubation
+        self.statistics_rows = statistics_rows
         self.implementation = implementation
         self.deterministic = deterministic
         if capacity is None:
@@ -117,6 +120,8 @@ class SeedBed(nnx.Module):
             layout=self.layout,
             blueprints=self.blueprints,
             incubation=self.incubation,
+            # What nobody records costs nothing.
+            statistics_rows=0 if self.deterministic else self.statistics_rows,
             implementation=self.implementation,
         )
         if not self.deterministic:

@@ -1,7 +1,7 @@
 """The entry point of blend: validates once, then dispatches."""
 
-from collections.abc import Sequence
-from typing import get_args
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +9,25 @@ from jaxtyping import Array, Float, Int
 
 from esper_jax.blueprints import Bank, Blueprint, init_bank
 from esper_jax.chunks import ChunkLayout
-from esper_jax.kernels.blend import reference
+from esper_jax.kernels.blend import reference, triton
 from esper_jax.signals import Statistics
 from esper_jax.stages import Incubation
 
 __all__ = ["IMPLEMENTATIONS", "blend"]
 
-IMPLEMENTATIONS = {"xla": reference.blend}
+
+class _Implementation(NamedTuple):
+    platforms: tuple[str, ...] | None
+    """Where an automatic choice may take it; None is anywhere."""
+    refusal: Callable[..., str | None]
+    """Why it does not take (y, alpha, layout, blueprints), or None if it does."""
+    blend: Callable[..., Any]
+
+
+IMPLEMENTATIONS = {
+    "triton": _Implementation(("gpu", "cuda"), triton.refusal, triton.blend),
+    "xla": _Implementation(None, lambda *_: None, reference.blend),
+}
 """Implementations by name, in order of preference when the choice is automatic."""
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -32,6 +44,7 @@ def blend(
     layout: ChunkLayout,
     blueprints: tuple[Blueprint, ...],
     incubation: Incubation = "task",
+    statistics_rows: int | None = None,
     implementation: str | Sequence[str] | None = None,
 ) -> tuple[Float[Array, "*B F"], Statistics, Float[Array, " K"]]:
     """Blends the living seeds' blueprints into a layer's output.
@@ -65,8 +78,14 @@ def blend(
       incubation: what a slot learns from while its alpha is 0. With
         ``"reconstruction"`` its ``dtheta`` is instead ``beta`` times the gradient of
         ``mean(r(y_c)**2)`` at ``stop_gradient(y_c)``, whatever the task's loss.
-      implementation: ``"xla"`` (plain JAX), a sequence of names to try in order, or
-        None for the fastest one that supports the arguments. A name never falls back.
+      statistics_rows: how many rows of the flattened batch the statistics are taken
+        over, evenly strided: row 0 and every ``N // statistics_rows``-th after it. All
+        if None; none if 0, and the counts are 0 then.
+      implementation: ``"xla"`` (plain JAX), ``"triton"`` (fused GPU kernels), a
+        sequence of names of which the first that supports the arguments is taken, or
+        None: the fastest that supports them on the default device's platform, as it is
+        while tracing. So where a GPU is the default and a function is compiled for the
+        CPU, it must be named. A name never falls back.
 
     Returns:
       The output, with y's shape and dtype; `Statistics` of ``y`` for each of the ``S``
@@ -74,12 +93,49 @@ def blend(
       alpha and beta are 0). The last two have no gradient.
 
     Raises:
-      ValueError: if a shape or dtype does not fit the layout, or no implementation of
-        that name exists.
+      ValueError: if a shape or dtype does not fit the layout, no implementation of
+        that name exists, or none of those named supports the arguments.
     """
     _validate(y, bank, alpha, beta, blueprint, seed_of_slot, layout, blueprints)
+    if incubation not in get_args(Incubation):
+        raise ValueError(
+            f"incubation must be one of {get_args(Incubation)}, got {incubation!r}"
+        )
+    if statistics_rows is not None and not (
+        isinstance(statistics_rows, int) and statistics_rows >= 0
+    ):
+        raise ValueError(
+            f"statistics_rows must be an integer, at least 0, or None for all; got "
+            f"{statistics_rows!r}"
+        )
+    flat = y.reshape(-1, layout.features)
+    chosen = _choose(implementation, flat, alpha, layout, blueprints)
+    out, statistics, reconstruction = chosen.blend(
+        flat,
+        bank,
+        alpha,
+        beta,
+        blueprint,
+        seed_of_slot,
+        layout,
+        blueprints,
+        incubation,
+        statistics_rows,
+    )
+    return out.reshape(y.shape), statistics, reconstruction
+
+
+def _choose(
+    implementation: str | Sequence[str] | None, *arguments: Any
+) -> _Implementation:
+    """The first of the implementations asked for that takes the arguments."""
     if implementation is None:
-        names: Sequence[str] = tuple(IMPLEMENTATIONS)
+        platform = _platform()
+        names: Sequence[str] = [
+            name
+            for name, entry in IMPLEMENTATIONS.items()
+            if entry.platforms is None or platform in entry.platforms
+        ]
     else:
         names = [implementation] if isinstance(implementation, str) else implementation
     unknown = [name for name in names if name not in IMPLEMENTATIONS]
@@ -88,15 +144,24 @@ def blend(
             f"implementation must be one of {sorted(IMPLEMENTATIONS)}, a sequence of "
             f"them or None; got {implementation!r}"
         )
-    if incubation not in get_args(Incubation):
-        raise ValueError(
-            f"incubation must be one of {get_args(Incubation)}, got {incubation!r}"
-        )
-    flat = y.reshape(-1, layout.features)
-    out, statistics, reconstruction = IMPLEMENTATIONS[names[0]](
-        flat, bank, alpha, beta, blueprint, seed_of_slot, layout, blueprints, incubation
+    refusals = []
+    for name in names:
+        why = IMPLEMENTATIONS[name].refusal(*arguments)
+        if why is None:
+            return IMPLEMENTATIONS[name]
+        refusals.append(f"{name!r}: {why}")
+    raise ValueError(
+        f"implementation={implementation!r} does not support these arguments "
+        f"({'; '.join(refusals)}); pass None to let blend choose"
     )
-    return out.reshape(y.shape), statistics, reconstruction
+
+
+def _platform() -> str:
+    """Platform that a function traced now is compiled for, if nobody says otherwise."""
+    device = getattr(jax.config, "jax_default_device", None)
+    if device is None:
+        return jax.default_backend()
+    return device if isinstance(device, str) else device.platform
 
 
 def _validate(

@@ -49,6 +49,7 @@ def blend(
     layout: ChunkLayout,
     blueprints: tuple[Blueprint, ...],
     incubation: Incubation = "task",
+    statistics_rows: int | None = None,
 ) -> tuple[jax.Array, Statistics, jax.Array]:
     """`esper_jax.kernels.blend.blend` by definition, for concrete stages and slots.
 
@@ -84,8 +85,13 @@ def blend(
             new = new + b * (r_learning - stop(r_learning))
         out = jax.lax.dynamic_update_slice_in_dim(out, new, start, axis=1)
     count, total, squares, near_zero = [], [], [], []
+    seen = flat
+    if statistics_rows is not None:
+        rows = min(statistics_rows, len(flat))
+        step = len(flat) // max(rows, 1)
+        seen = flat[np.arange(rows) * step]
     for start, size in zip(layout.starts, layout.sizes, strict=True):
-        chunk = jax.lax.dynamic_slice_in_dim(stop(flat), start, int(size), axis=1)
+        chunk = jax.lax.dynamic_slice_in_dim(stop(seen), start, int(size), axis=1)
         count.append(chunk.size)
         total.append(jnp.sum(chunk))
         squares.append(jnp.sum(chunk**2))

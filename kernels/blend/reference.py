@@ -30,8 +30,17 @@ __all__ = ["blend", "corrections", "statistics"]
 _NEAR_ZERO = 1e-6
 
 
-def statistics(y: Float[Array, "N F"], layout: ChunkLayout) -> Statistics:
-    """Count, sum, sum of squares and near-zero count of each chunk, in float32."""
+def statistics(
+    y: Float[Array, "N F"], layout: ChunkLayout, rows: int | None = None
+) -> Statistics:
+    """Count, sum, sum of squares and near-zero count of each chunk, in float32.
+
+    Over every row, or over ``rows`` rows, every ``N // rows``-th from the first.
+    """
+    if rows is not None:
+        rows = min(rows, y.shape[0])
+        stride = y.shape[0] // max(rows, 1)
+        y = y[: rows * stride : stride] if rows else y[:0]
     x = y.astype(jnp.float32)
     columns = (
         jnp.sum(x, axis=0),
@@ -165,7 +174,7 @@ def _elements(seed_of_slot: Array, layout: ChunkLayout, rows: int) -> Array:
     return sizes * max(rows, 1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8, 9))
 def _blend(
     y: Float[Array, "N F"],
     bank: Bank,
@@ -176,6 +185,7 @@ def _blend(
     layout: ChunkLayout,
     blueprints: tuple[Blueprint, ...],
     incubation: Incubation,
+    statistics_rows: int | None = None,
 ) -> tuple[Float[Array, "N F"], Statistics, Float[Array, " K"]]:
     """The public `blend` on arguments already checked, with one batch axis."""
 
@@ -195,7 +205,7 @@ def _blend(
         return y, jnp.zeros(alpha.shape, jnp.float32)
 
     out, reconstruction = jax.lax.cond(jnp.any(lives), living, dormant)
-    return out, statistics(y, layout), reconstruction
+    return out, statistics(y, layout, statistics_rows), reconstruction
 
 
 def _forward(
@@ -208,15 +218,17 @@ def _forward(
     layout: ChunkLayout,
     blueprints: tuple[Blueprint, ...],
     incubation: Incubation,
+    statistics_rows: int | None,
 ) -> tuple[Any, Any]:
     arrays = (y, bank, alpha, beta, blueprint, seed_of_slot)
-    return _blend(*arrays, layout, blueprints, incubation), arrays
+    return _blend(*arrays, layout, blueprints, incubation, statistics_rows), arrays
 
 
 def _backward(
     layout: ChunkLayout,
     blueprints: tuple[Blueprint, ...],
     incubation: Incubation,
+    statistics_rows: int | None,
     saved: Any,
     cotangents: Any,
 ) -> tuple[Any, ...]:
@@ -269,4 +281,4 @@ def _scaled(tree: Bank, factor: Array) -> Bank:
 _blend.defvjp(_forward, _backward)
 
 # Without this, each call outside of a jitted function would compile its branches anew.
-blend = jax.jit(_blend, static_argnums=(6, 7, 8), inline=True)
+blend = jax.jit(_blend, static_argnums=(6, 7, 8, 9), inline=True)
