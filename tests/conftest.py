@@ -4,7 +4,6 @@ import os
 import pathlib
 import tempfile
 
-import jaxtyping
 import pytest
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "lifecycle.json"
@@ -28,9 +27,3 @@ def pytest_configure(config: pytest.Config) -> None:
         config.add_cleanup(cache.cleanup)
         os.environ["JAX_COMPILATION_CACHE_DIR"] = cache.name
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-
-
-@pytest.fixture
-def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Turns the checks of ``--jaxtyping-packages`` off in a test of our own errors."""
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)

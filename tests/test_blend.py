@@ -489,7 +489,6 @@ def test_the_cost_of_the_blueprints_follows_slots_not_seeds() -> None:
 # --- Refusals.
 
 
-@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("change", "match"),
     [

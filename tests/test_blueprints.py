@@ -188,7 +188,6 @@ def test_a_registered_blueprint_is_found_by_its_name() -> None:
         bp.register("affine", lambda: GATE)
 
 
-@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("entries", "error", "match"),
     [

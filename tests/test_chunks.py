@@ -89,7 +89,6 @@ def test_which_chunks_is_a_run_time_value(layout: ChunkLayout) -> None:
     assert gather._cache_size() == 1
 
 
-@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("features", "num_seeds", "error", "match"),
     [

@@ -220,7 +220,6 @@ def test_arguments_reach_the_base_layer_and_capacity_its_default() -> None:
     assert small.bed.seeds.get_value().capacity == 3
 
 
-@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("arguments", "error", "match"),
     [

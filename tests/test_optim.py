@@ -137,7 +137,6 @@ def test_further_arguments_reach_the_inner_optimizer() -> None:
     np.testing.assert_array_equal(updates["b"], 2 * params["b"].at[1].set(0))
 
 
-@pytest.mark.usefixtures("unchecked")
 def test_bad_arguments_are_refused_by_name() -> None:
     with pytest.raises(TypeError, match="inner must be an optax optimizer, got 'adam'"):
         per_slot("adam")  # type: ignore[arg-type]
