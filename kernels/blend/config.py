@@ -153,8 +153,9 @@ def _matrix(width: int, hidden: int, dtype: str) -> Config:
         # Two sums as large as the weights stay in registers; taller tiles would spill.
         rows=min(tile, 32),
         across=min(units, max(16, in_registers // columns)),
-        programs=264,
+        programs=132,
         warps=warps,
+        stages=3,
     )
     return Config(
         narrow=False,

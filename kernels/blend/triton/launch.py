@@ -69,29 +69,13 @@ def _programs(blocks: Blocks, units: int, rows: int) -> int:
     return max(units, min(blocks.programs, units * pl.cdiv(rows, blocks.rows)))
 
 
-def _column_sums(
-    s: Static, y: Array, alpha: Array, beta: Array, owner: Array
-) -> tuple[Array, ...]:
-    """Sums of the columns by parts of the rows; nothing if there are no rows."""
-    rows, features = y.shape
-    if s.statistics_rows == 0:
-        return ()
+def _column_parts(s: Static, rows: int) -> tuple[int, int, int]:
+    """Tiles of columns, parts of the rows, and rows of a part, of statistics."""
     blocks = s.config.statistics
-    tiles = pl.cdiv(features, blocks.across)
+    tiles = int(pl.cdiv(s.layout.features, blocks.across))
     sampled, _ = s.sampled(rows)
     span = sums_of.span_of(sampled, blocks, tiles, sums_of.UNROLL)
-    parts = pl.cdiv(sampled, span)
-    return tuple(
-        _launch(
-            s,
-            functools.partial(sums_of.column_sums_kernel, s, rows, span),
-            "blend_statistics",
-            (tiles, parts),
-            blocks,
-            (y, alpha, beta, owner),
-            (_struct((parts, 3, features)),),
-        )
-    )
+    return tiles, int(pl.cdiv(sampled, span)), span
 
 
 def _by_chunk(sums: Array, layout: ChunkLayout) -> Array:
@@ -112,23 +96,41 @@ def forward_pass(s: Static, save: bool, *arrays: Any) -> tuple[Any, ...]:
     y, bank, alpha, beta, kind, owner = arrays
     rows, slots = y.shape[0], alpha.shape[0]
     blocks = s.config.forward
-    # The columns' sums pass through the forward kernel, which does not touch them: so
-    # XLA knows that y is read before it is overwritten, and need not copy it.
-    column_sums = _column_sums(s, y, alpha, beta, owner)
-    passed = [_struct(x.shape) for x in column_sums]
+    column_sums: tuple[Array, ...] = ()
+    columns: list[Any] = []
+    span = 0
+    if s.statistics_rows != 0:
+        tiles, parts, span = _column_parts(s, rows)
+        columns = [_struct((parts, 3, s.layout.features))]
+    if columns and (s.config.narrow or s.statistics_rows is None):
+        # These pass through the forward kernel, which does not touch them: so XLA
+        # knows that y is read before it is overwritten, and need not copy it.
+        column_sums = tuple(
+            _launch(
+                s,
+                functools.partial(sums_of.column_sums_kernel, s, rows, span),
+                "blend_statistics",
+                (tiles, parts),
+                s.config.statistics,
+                (y, alpha, beta, owner),
+                columns,
+            )
+        )
     inputs = [*_shared(s, bank, blocks, alpha, beta, kind, owner), y, *column_sums]
     aliases = {9: 0, 10: 2} if column_sums else {9: 0}
     if s.config.narrow:
-        tiles = pl.cdiv(slots, blocks.across)
-        span = sums_of.span_of(rows, blocks, tiles)
-        grid: tuple[int, ...] = (tiles, pl.cdiv(rows, span))
+        side = pl.cdiv(slots, blocks.across)
+        span = sums_of.span_of(rows, blocks, side)
+        grid: tuple[int, ...] = (side, pl.cdiv(rows, span))
         kernel = functools.partial(narrow.forward_kernel, s, rows, span, save)
         sums = _struct((grid[1], slots))
         saved = _struct((rows, slots, s.width), y.dtype)
     else:
-        grid = (_programs(blocks, slots, rows),)
-        kernel = functools.partial(matrix.forward_kernel, s, rows, save)
-        sums = _struct((4 if s.complete else 1, *grid))
+        programs = _programs(blocks, slots, rows)
+        more = tiles * parts if columns and not column_sums else 0
+        grid = (programs + more,)
+        kernel = functools.partial(matrix.forward_kernel, s, rows, programs, span, save)
+        sums = _struct((4 if s.own_statistics else 1, programs))
         saved = _struct((slots, rows, s.width), y.dtype)
     out, partial, *rest = _launch(
         s,
@@ -137,7 +139,7 @@ def forward_pass(s: Static, save: bool, *arrays: Any) -> tuple[Any, ...]:
         grid,
         blocks,
         inputs,
-        [_struct(y.shape, y.dtype), sums, *passed, *([saved] if save else ())],
+        [_struct(y.shape, y.dtype), sums, *columns, *([saved] if save else ())],
         aliases,
     )
     kept = tuple(rest[-1:] if save else ())
@@ -294,7 +296,7 @@ def _matrix_backward(s: Static, *arrays: Any) -> tuple[Array, dict[str, Array], 
         s,
         functools.partial(matrix.finish_kernel, s, rows, programs),
         "blend_gradients",
-        (slots * many, flat // segment),
+        (slots * many, flat // segment + 1),
         _FINISH,
         [alpha, beta, owner, *(x.reshape(programs, -1) for x in partial), gain],
         [

@@ -26,6 +26,7 @@ from esper_jax.kernels.blend.triton.refs import (
     write,
 )
 from esper_jax.kernels.blend.triton.static import Static
+from esper_jax.kernels.blend.triton.statistics import column_sums
 
 __all__ = ["backward_kernel", "finish_kernel", "forward_kernel", "input_kernel"]
 
@@ -134,19 +135,41 @@ def _correct(
     return _masked(mask, out)
 
 
-def forward_kernel(s: Static, total: int, save: bool, *all_refs: Any) -> None:
-    """Blends in place; leaves sums of each program: of ``r**2``, and statistics."""
+def forward_kernel(
+    s: Static, total: int, programs: int, span: int, save: bool, *all_refs: Any
+) -> None:
+    """Blends in place; leaves sums of each program: of ``r**2``, and statistics.
+
+    Args:
+      s: what is known.
+      total: rows of the batch.
+      programs: how many blend.
+      span: rows that each of the programs after those takes column sums over, where a
+        sample of the rows is asked for. They read living chunks too, which others
+        overwrite meanwhile, but nobody uses what they found there.
+      save: whether the living chunks are saved.
+      all_refs: inputs and outputs.
+    """
     refs = Refs(*all_refs[:9])
     y_ref, rest = all_refs[9], list(all_refs[10:])
-    if s.statistics_rows != 0:
+    if s.statistics_rows is None:
         rest.pop(0)  # The columns' sums, an input that is an output too.
     out_ref, sums_ref = rest.pop(0), rest.pop(0)
     saved_ref = rest[-1] if save else None
     blocks = s.config.forward
     rows, units = blocks.rows, blocks.across
     order = order_of(refs.alpha, refs.beta, refs.owner)
-    share = share_of(order, pl.num_programs(0), pl.cdiv(total, rows))
+    share = share_of(order, programs, pl.cdiv(total, rows))
     k = share.slot
+    sampled, stride = s.sampled(total)
+    if s.statistics_rows:
+        tiles = pl.cdiv(s.layout.features, s.config.statistics.across)
+        turn = share.program - programs
+
+        @pl.when(turn >= 0)
+        def _sample() -> None:
+            place = lax.rem(turn, tiles), lax.div(turn, tiles)
+            column_sums(s, total, span, y_ref, rest[0], *place)
 
     @pl.when(share.works)
     def _living() -> None:
@@ -169,17 +192,23 @@ def forward_kernel(s: Static, total: int, save: bool, *all_refs: Any) -> None:
             if save:
                 write(saved_ref, tile.saved, y, tile.saved_mask)
             added = [sums[0] + jnp.sum(r * r, axis=1)]
-            if s.complete:
+            if s.own_statistics:
                 near = jnp.abs(y32) < NEAR_ZERO
                 if tile.mask is not None:
                     near = near & tile.mask
-                added.append(sums[1] + jnp.sum(y32, axis=1))
-                added.append(sums[2] + jnp.sum(y32 * y32, axis=1))
-                added.append(sums[3] + jnp.sum(jnp.where(near, 1.0, 0.0), axis=1))
+                index = tile.place[0].start + index_range(rows)
+                here = (lax.rem(index, stride) == 0) & (index < sampled * stride)
+                for x, old in zip(
+                    (y32, y32 * y32, jnp.where(near, 1.0, 0.0)), sums[1:], strict=True
+                ):
+                    new = jnp.sum(x, axis=1)
+                    if s.statistics_rows is not None:
+                        new = jnp.where(here, new, 0.0)
+                    added.append(old + new)
             return tuple(added)
 
         zero = jnp.zeros((rows,), jnp.float32)
-        zeros = (zero,) * (4 if s.complete else 1)
+        zeros = (zero,) * (4 if s.own_statistics else 1)
         sums = loop(share.zero, share.turns, body, zeros)
         for j, x in enumerate(sums):
             sums_ref[j, share.program] = jnp.sum(x)
@@ -326,23 +355,25 @@ def backward_kernel(s: Static, total: int, fused: bool, *all_refs: Any) -> None:
             run(slot, False)
 
 
-SEGMENT = 512
-"""Elements of a matrix of weights that a program of `finish_kernel` adds up."""
-_TALL = 16
+SEGMENT = 256
+"""Elements of both matrices of weights that a program of `finish_kernel` adds up."""
+_TALL = 32
 
 
 def finish_kernel(s: Static, total: int, programs: int, *refs: Any) -> None:
     """Adds up what the programs of each slot left: the gradients of its parameters.
 
-    A program is a slot's block of hidden units, and a segment of its flat matrices.
+    A program is a slot's block of hidden units, and a segment of its flat matrices; the
+    last one of a block is for all else.
     """
     alpha_ref, beta_ref, owner_ref = refs[:3]
     w1_ref, b1_ref, w2_ref, b2_ref, scale_ref, gain_ref = refs[3:9]
-    outs = refs[9:]
+    w1_out, b1_out, w2_out, b2_out, scale_out, gain_out = refs[9:]
     blocks = s.config.backward
     many = pl.cdiv(s.hidden, blocks.across)
     tiles = pl.cdiv(total, blocks.rows)
     unit, segment = pl.program_id(0), pl.program_id(1)
+    zero, segments = unit * 0, pl.num_programs(1) - 1
     k, block = lax.div(unit, many), lax.rem(unit, many)
     order = order_of(alpha_ref, beta_ref, owner_ref)
     parts = parts_of(order, programs, tiles, many)
@@ -351,63 +382,56 @@ def finish_kernel(s: Static, total: int, programs: int, *refs: Any) -> None:
     lives = jnp.sum(jnp.where(mine & order.living, 1, 0)) > 0
     learns = jnp.sum(jnp.where(mine & order.learning, 1, 0)) > 0
 
-    def added(ref: Any, start: Any, size: int) -> Array:
+    def put(pairs: list[tuple[Any, Any]], row: Any, start: Any, size: int) -> None:
+        """Sums of the programs' shares, written; 0 where nothing is learnt."""
         shape = (_TALL, size)
         columns = jnp.broadcast_to((start + index_range(size))[None, :], shape)
 
-        def body(i: Any, out: Array) -> Array:
+        def body(i: Any, sums: tuple[Array, ...]) -> tuple[Array, ...]:
             part = i * _TALL + index_range(_TALL)
             program = (rank * many + block) * parts + part
             place = (jnp.broadcast_to(program[:, None], shape), columns)
             mask = jnp.broadcast_to((part < parts)[:, None], shape)
-            return out + read(ref, place, mask)
+            return tuple(
+                x + read(ref, place, mask)
+                for x, (ref, _) in zip(sums, pairs, strict=True)
+            )
 
-        steps = lax.div(parts + (_TALL - 1), _TALL)
-        return jnp.sum(loop(0 * k, steps, body, jnp.zeros(shape, jnp.float32)), axis=0)
+        @pl.when(learns)
+        def _learning() -> None:
+            steps = lax.div(parts + (_TALL - 1), _TALL)
+            zeros = (jnp.zeros(shape, jnp.float32),) * len(pairs)
+            sums = loop(zero, steps, body, zeros)
+            for x, (_, out) in zip(sums, pairs, strict=True):
+                write(out, (row, Span(start, size)), jnp.sum(x, axis=0))
 
-    def put(learning: bool) -> None:
-        def one(
-            out: Any, ref: Any, row: Any, start: Any, size: int, used: bool = True
-        ) -> None:
-            value = jnp.zeros((size,), jnp.float32)
-            if learning and used:
-                value = added(ref, start, size)
-            write(out, (row, Span(start, size)), value)
+        @pl.when(jnp.logical_not(learns))
+        def _frozen() -> None:
+            none(pairs, row, start, size)
 
+    def none(pairs: list[tuple[Any, Any]], row: Any, start: Any, size: int) -> None:
+        for _, out in pairs:
+            write(out, (row, Span(start, size)), jnp.zeros((size,), jnp.float32))
+
+    @pl.when(segment < segments)
+    def _matrices() -> None:
         size = min(SEGMENT, w1_ref.shape[1])
-        one(outs[0], w1_ref, unit, segment * size, size)
-        one(outs[2], w2_ref, unit, segment * size, size)
+        put([(w1_ref, w1_out), (w2_ref, w2_out)], unit, segment * size, size)
 
-        @pl.when(segment == 0)
-        def _vectors() -> None:
-            start = segment * 0
-            one(outs[1], b1_ref, unit, start, blocks.across, s.uses("bias"))
+    @pl.when(segment == segments)
+    def _vectors() -> None:
+        biases = put if s.uses("bias") else none
+        biases([(b1_ref, b1_out)], unit, zero, blocks.across)
 
-            @pl.when(block == 0)
-            def _once() -> None:
-                one(outs[3], b2_ref, k, start, s.columns, s.uses("bias"))
-                one(outs[4], scale_ref, k, start, s.columns, s.uses("scale"))
-
-    @pl.when(learns)
-    def _learning() -> None:
-        put(True)
-
-    @pl.when(jnp.logical_not(learns))
-    def _frozen() -> None:
-        put(False)
-
-    first = (segment == 0) & (block == 0)
-
-    @pl.when(first & lives)
-    def _gain() -> None:
-        index = index_range(power_of_two(min(programs, tiles * many)))
-        mask = index < parts * many
-        gains = read(gain_ref, (rank * many * parts + index,), mask)
-        outs[5][k] = jnp.sum(gains)
-
-    @pl.when(first & jnp.logical_not(lives))
-    def _no_gain() -> None:
-        outs[5][k] = jnp.float32(0.0)
+        @pl.when(block == 0)
+        def _once() -> None:
+            scales = put if s.uses("scale") else none
+            biases([(b2_ref, b2_out)], k, zero, s.columns)
+            scales([(scale_ref, scale_out)], k, zero, s.columns)
+            index = index_range(power_of_two(min(programs, tiles * many)))
+            mask = lives & (index < parts * many)
+            gains = read(gain_ref, (rank * many * parts + index,), mask)
+            gain_out[k] = jnp.sum(gains)
 
 
 def input_kernel(s: Static, total: int, *all_refs: Any) -> None:

@@ -22,7 +22,7 @@ from esper_jax.kernels.blend.triton.refs import (
 )
 from esper_jax.kernels.blend.triton.static import Static
 
-__all__ = ["UNROLL", "column_sums_kernel", "finish_kernel", "span_of"]
+__all__ = ["UNROLL", "column_sums", "column_sums_kernel", "finish_kernel", "span_of"]
 
 UNROLL = 4
 """Tiles of statistics that are read at once, so that more reads are under way."""
@@ -38,13 +38,33 @@ def span_of(rows: int, blocks: Blocks, tiles: int, unroll: int = 1) -> int:
 def column_sums_kernel(s: Static, rows: int, span: int, *refs: Any) -> None:
     """Sum, sum of squares and near-zero count of each column.
 
-    Where the forward kernel takes the living chunks' own, tiles in which every chunk
-    lives are left out.
+    Tiles in which every chunk lives are left out: the forward kernel has them at hand.
     """
     y_ref, alpha_ref, beta_ref, owner_ref, sums_ref = refs
+    across, features = s.config.statistics.across, s.layout.features
+    tile, part = pl.program_id(0), pl.program_id(1)
+    first = tile * across
+    if not s.own_statistics:
+        column_sums(s, rows, span, y_ref, sums_ref, tile, part)
+        return
+    order = order_of(alpha_ref, beta_ref, owner_ref)
+    start, size = chunk(s.layout, jnp.maximum(order.owner, 0))
+    end = jnp.minimum(first + across, features)
+    shared = jnp.minimum(start + size, end) - jnp.maximum(start, first)
+    covered = jnp.sum(jnp.where(order.living, jnp.maximum(shared, 0), 0))
+
+    @pl.when(covered < end - first)
+    def _some_dormant() -> None:
+        column_sums(s, rows, span, y_ref, sums_ref, tile, part)
+
+
+def column_sums(
+    s: Static, rows: int, span: int, y_ref: Any, sums_ref: Any, turn: Any, part: Any
+) -> None:
+    """Sums of the columns of a tile over a part of the rows, ``span`` of them."""
     blocks = s.config.statistics
-    across, part = blocks.across, pl.program_id(1)
-    first = pl.program_id(0) * across
+    across = blocks.across
+    first = turn * across
     features = s.layout.features
     columns = first + index_range(across)
     shape = (blocks.rows, across)
@@ -60,39 +80,25 @@ def column_sums_kernel(s: Static, rows: int, span: int, *refs: Any) -> None:
         where = (jnp.broadcast_to((index * stride)[:, None], shape), place)
         return read(y_ref, where, mask), mask
 
-    def run() -> None:
-        def body(i: Any, sums: tuple[Array, Array, Array]) -> tuple[Array, ...]:
-            # The last rows first: what was written last may be in a cache.
-            start = ((steps - 1 - i) * parts + part) * (blocks.rows * UNROLL)
-            tiles = [tile(start + j * blocks.rows) for j in range(UNROLL)]
-            total, squares, count = sums
-            for value, mask in tiles:
-                x = f32(value)
-                near = jnp.abs(x) < NEAR_ZERO
-                if mask is not None:
-                    near = near & mask
-                total, squares = total + x, squares + x * x
-                count = count + jnp.where(near, 1.0, 0.0)
-            return total, squares, count
+    def body(i: Any, sums: tuple[Array, Array, Array]) -> tuple[Array, ...]:
+        # The last rows first: what was written last may be in a cache.
+        start = ((steps - 1 - i) * parts + part) * (blocks.rows * UNROLL)
+        tiles = [tile(start + j * blocks.rows) for j in range(UNROLL)]
+        total, squares, count = sums
+        for value, mask in tiles:
+            x = f32(value)
+            near = jnp.abs(x) < NEAR_ZERO
+            if mask is not None:
+                near = near & mask
+            total, squares = total + x, squares + x * x
+            count = count + jnp.where(near, 1.0, 0.0)
+        return total, squares, count
 
-        zero = jnp.zeros(shape, jnp.float32)
-        sums = loop(0, steps, body, (zero, zero, zero))
-        for j in range(3):
-            index = (part, j, Span(first, across))
-            write(sums_ref, index, jnp.sum(sums[j], axis=0), column_mask)
-
-    if not s.complete:
-        run()
-        return
-    order = order_of(alpha_ref, beta_ref, owner_ref)
-    start, size = chunk(s.layout, jnp.maximum(order.owner, 0))
-    end = jnp.minimum(first + across, features)
-    shared = jnp.minimum(start + size, end) - jnp.maximum(start, first)
-    covered = jnp.sum(jnp.where(order.living, jnp.maximum(shared, 0), 0))
-
-    @pl.when(covered < end - first)
-    def _some_dormant() -> None:
-        run()
+    zero = jnp.zeros(shape, jnp.float32)
+    sums = loop(0, steps, body, (zero, zero, zero))
+    for j in range(3):
+        index = (part, j, Span(first, across))
+        write(sums_ref, index, jnp.sum(sums[j], axis=0), column_mask)
 
 
 def finish_kernel(s: Static, rows: int, parts: int, programs: int, *refs: Any) -> None:
@@ -169,7 +175,7 @@ def finish_kernel(s: Static, rows: int, parts: int, programs: int, *refs: Any) -
         if parts == 0:
             for j in range(3):
                 outs[1 + j][me] = jnp.float32(0.0)
-        elif not s.complete:
+        elif not s.own_statistics:
             from_columns()
         else:
 
