@@ -118,7 +118,7 @@ def choose(
     )
 
 
-_STATISTICS = Blocks(rows=4, across=512, programs=512, warps=4)
+_STATISTICS = Blocks(rows=8, across=512, programs=264, warps=4)
 
 
 def _narrow() -> Config:

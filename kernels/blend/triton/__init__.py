@@ -27,11 +27,12 @@ from esper_jax.kernels.blend.triton.static import ACTIVATIONS, Static
 from esper_jax.signals import Statistics
 from esper_jax.stages import Incubation
 
-__all__ = ["MAX_WIDTH", "blend", "refusal"]
+__all__ = ["MAX_WIDTH", "blend", "refusal", "slow"]
 
 MAX_WIDTH = 512
 """Widest chunk that the kernels take."""
 
+_FAST_WIDTH = 128
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -52,6 +53,17 @@ def refusal(
     if y.size == 0 or alpha.size == 0:
         return "there are no rows or no slots"
     return None
+
+
+def slow(
+    y: Array, alpha: Array, layout: ChunkLayout, blueprints: tuple[Blueprint, ...]
+) -> bool:
+    """Whether plain JAX is faster, forward and backward together.
+
+    The weights of wide chunks do not fit on the chip, and its matrix products are
+    better at that: ``benchmarks/RESULTS.md`` has the numbers.
+    """
+    return layout.width > _FAST_WIDTH
 
 
 def _once(f: Callable[..., Any]) -> Callable[..., Any]:

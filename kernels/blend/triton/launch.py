@@ -102,7 +102,7 @@ def forward_pass(s: Static, save: bool, *arrays: Any) -> tuple[Any, ...]:
     if s.statistics_rows != 0:
         tiles, parts, span = _column_parts(s, rows)
         columns = [_struct((parts, 3, s.layout.features))]
-    if columns and (s.config.narrow or s.statistics_rows is None):
+    if columns and s.config.narrow:
         # These pass through the forward kernel, which does not touch them: so XLA
         # knows that y is read before it is overwritten, and need not copy it.
         column_sums = tuple(
@@ -112,7 +112,7 @@ def forward_pass(s: Static, save: bool, *arrays: Any) -> tuple[Any, ...]:
                 "blend_statistics",
                 (tiles, parts),
                 s.config.statistics,
-                (y, alpha, beta, owner),
+                (y,),
                 columns,
             )
         )
@@ -127,7 +127,7 @@ def forward_pass(s: Static, save: bool, *arrays: Any) -> tuple[Any, ...]:
         saved = _struct((rows, slots, s.width), y.dtype)
     else:
         programs = _programs(blocks, slots, rows)
-        more = tiles * parts if columns and not column_sums else 0
+        more = tiles * parts if columns else 0
         grid = (programs + more,)
         kernel = functools.partial(matrix.forward_kernel, s, rows, programs, span, save)
         sums = _struct((4 if s.own_statistics else 1, programs))

@@ -26,7 +26,7 @@ from esper_jax.kernels.blend.triton.refs import (
     write,
 )
 from esper_jax.kernels.blend.triton.static import Static
-from esper_jax.kernels.blend.triton.statistics import column_sums
+from esper_jax.kernels.blend.triton.statistics import column_sums, dormant
 
 __all__ = ["backward_kernel", "finish_kernel", "forward_kernel", "input_kernel"]
 
@@ -118,12 +118,21 @@ def _correct(
     units: int,
     held: _Weights | None,
     offsets: tuple[Array, Array],
+    halved: bool = False,
 ) -> Array:
-    """``r(y)`` of a tile; from weights already held, or walking over hidden units."""
+    """``r(y)`` of a tile; from weights already held, or walking over hidden units.
+
+    With ``halved``, ``w2`` is half of what it should be, for an activation of twice.
+    """
 
     def part(j: Any, out: Array) -> Array:
         w = held or _weights(s, refs, slot, k, j * units, units, y.dtype)
-        h, _ = s.activate(slot.kind, _dot(y, w.w1) + w.b1[None, :])
+        before = _dot(y, w.w1) + w.b1[None, :]
+        h = (
+            s.double(before)
+            if halved and s.double
+            else s.activate(slot.kind, before)[0]
+        )
         return out + _dot(h.astype(y.dtype), w.w2)
 
     zero = jnp.zeros(y.shape, jnp.float32)
@@ -144,16 +153,14 @@ def forward_kernel(
       s: what is known.
       total: rows of the batch.
       programs: how many blend.
-      span: rows that each of the programs after those takes column sums over, where a
-        sample of the rows is asked for. They read living chunks too, which others
-        overwrite meanwhile, but nobody uses what they found there.
+      span: rows that each of the programs after those takes column sums over. They
+        read living chunks too, which others overwrite meanwhile, but nobody uses what
+        they found there: the living chunks' statistics are in the programs' sums.
       save: whether the living chunks are saved.
       all_refs: inputs and outputs.
     """
     refs = Refs(*all_refs[:9])
     y_ref, rest = all_refs[9], list(all_refs[10:])
-    if s.statistics_rows is None:
-        rest.pop(0)  # The columns' sums, an input that is an output too.
     out_ref, sums_ref = rest.pop(0), rest.pop(0)
     saved_ref = rest[-1] if save else None
     blocks = s.config.forward
@@ -162,14 +169,14 @@ def forward_kernel(
     share = share_of(order, programs, pl.cdiv(total, rows))
     k = share.slot
     sampled, stride = s.sampled(total)
-    if s.statistics_rows:
+    if s.own_statistics:
         tiles = pl.cdiv(s.layout.features, s.config.statistics.across)
-        turn = share.program - programs
+        after = jnp.maximum(share.program - programs, 0)
+        turn, part = lax.rem(after, tiles), lax.div(after, tiles)
 
-        @pl.when(turn >= 0)
-        def _sample() -> None:
-            place = lax.rem(turn, tiles), lax.div(turn, tiles)
-            column_sums(s, total, span, y_ref, rest[0], *place)
+        @pl.when((share.program >= programs) & dormant(s, order, turn))
+        def _dormant() -> None:
+            column_sums(s, total, span, y_ref, rest[0], turn, part)
 
     @pl.when(share.works)
     def _living() -> None:
@@ -177,12 +184,15 @@ def forward_kernel(
         held = None
         if s.hidden <= units:
             held = _weights(s, refs, slot, k, 0, units, y_ref.dtype)
+        halved = held is not None and s.double is not None
+        if held is not None and halved:
+            held = held._replace(w2=held.w2 * 0.5)
         offsets = _offsets(s, refs, slot, k)
 
         def body(i: Any, sums: tuple[Array, ...]) -> tuple[Array, ...]:
             tile = _tile(s, slot, k, share.last - i * share.step, rows, total)
             y = read(y_ref, tile.place, tile.mask)
-            r = _correct(s, refs, slot, k, y, tile.mask, units, held, offsets)
+            r = _correct(s, refs, slot, k, y, tile.mask, units, held, offsets, halved)
             y32 = f32(y)
 
             @pl.when(slot.alpha != 0.0)

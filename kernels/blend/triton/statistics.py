@@ -9,6 +9,7 @@ from jaxtyping import Array
 from esper_jax.kernels.blend.config import Blocks, power_of_two
 from esper_jax.kernels.blend.triton.refs import (
     NEAR_ZERO,
+    Order,
     Span,
     both,
     chunk,
@@ -22,7 +23,14 @@ from esper_jax.kernels.blend.triton.refs import (
 )
 from esper_jax.kernels.blend.triton.static import Static
 
-__all__ = ["UNROLL", "column_sums", "column_sums_kernel", "finish_kernel", "span_of"]
+__all__ = [
+    "UNROLL",
+    "column_sums",
+    "column_sums_kernel",
+    "dormant",
+    "finish_kernel",
+    "span_of",
+]
 
 UNROLL = 4
 """Tiles of statistics that are read at once, so that more reads are under way."""
@@ -36,26 +44,19 @@ def span_of(rows: int, blocks: Blocks, tiles: int, unroll: int = 1) -> int:
 
 
 def column_sums_kernel(s: Static, rows: int, span: int, *refs: Any) -> None:
-    """Sum, sum of squares and near-zero count of each column.
+    """Sum, sum of squares and near-zero count of each column."""
+    y_ref, sums_ref = refs
+    column_sums(s, rows, span, y_ref, sums_ref, pl.program_id(0), pl.program_id(1))
 
-    Tiles in which every chunk lives are left out: the forward kernel has them at hand.
-    """
-    y_ref, alpha_ref, beta_ref, owner_ref, sums_ref = refs
-    across, features = s.config.statistics.across, s.layout.features
-    tile, part = pl.program_id(0), pl.program_id(1)
-    first = tile * across
-    if not s.own_statistics:
-        column_sums(s, rows, span, y_ref, sums_ref, tile, part)
-        return
-    order = order_of(alpha_ref, beta_ref, owner_ref)
+
+def dormant(s: Static, order: Order, turn: Any) -> Array:
+    """Whether a tile of columns has any that no living chunk covers."""
+    first = turn * s.config.statistics.across
     start, size = chunk(s.layout, jnp.maximum(order.owner, 0))
-    end = jnp.minimum(first + across, features)
+    end = jnp.minimum(first + s.config.statistics.across, s.layout.features)
     shared = jnp.minimum(start + size, end) - jnp.maximum(start, first)
     covered = jnp.sum(jnp.where(order.living, jnp.maximum(shared, 0), 0))
-
-    @pl.when(covered < end - first)
-    def _some_dormant() -> None:
-        column_sums(s, rows, span, y_ref, sums_ref, tile, part)
+    return covered < end - first
 
 
 def column_sums(
