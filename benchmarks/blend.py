@@ -32,7 +32,7 @@ from esper_jax.kernels.blend.arg_specs import ARG_SPECS, ArgSpec
 from esper_jax.kernels.blend.config import Blocks, Config, choose
 
 LIVING = (0.0, 0.1, 0.5, 1.0)
-WIDTHS = (2, 4, 8, 16, 32, 64, 128, 256, 512)
+WIDTHS = (64, 128, 16, 2, 8, 32, 4, 256, 512)
 SAMPLE = 256
 SETS = 3
 CHAIN = 20
@@ -427,6 +427,29 @@ def small_table(run: Run, spec: ArgSpec) -> None:
                 run.attempt("small batch", label, measure)
 
 
+def errors_table(run: Run, specs: list[ArgSpec]) -> None:
+    """Errors of mixtures of stages and blueprints, forward and backward."""
+
+    def errors(spec: ArgSpec) -> dict[str, Any]:
+        small = spec.small(rows=500, seeds=12)
+        worst = []
+        for seed in range(2):
+            arrays = small.arrays(seed, mixed=True)
+            y = arrays.pop("y")
+            args = (y, random_like(small, y.shape, seed), arrays)
+            call = blended(small, "triton", None, run.smoke)
+            exact = there_and_back(blended(small, "xla", None, run.smoke), scaled=False)
+            one = jax.jit(there_and_back(call, scaled=False))
+            worst.append(error_against_reference(one, exact, args))
+        return {"error": f"{max(worst):.1e}"}
+
+    with concurrent.futures.ThreadPoolExecutor(1 if run.smoke else 8) as pool:
+        futures = [pool.submit(errors, spec) for spec in specs]
+        for spec, future in zip(specs, futures, strict=True):
+            label = {"spec": spec.name, "dtype": spec.dtype}
+            run.attempt("errors", label, future.result)
+
+
 # Tuning.
 
 
@@ -609,6 +632,7 @@ def main() -> None:
         forward_table(run, specs["width_64"])
         memory_table(run, specs["width_64"])
         small_table(run, specs["small_batch"])
+        errors_table(run, [s for n, s in specs.items() if "width" not in n])
         names = options.specs or [f"width_{w}" for w in widths if w != 64]
         both_ways_table(run, [specs[name] for name in names], (0.1, 1.0))
     print_tables(run.rows)

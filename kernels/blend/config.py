@@ -64,7 +64,19 @@ class Config:
     statistics: Blocks
 
 
-TUNED: dict[tuple[str, str, int, int], dict[str, Blocks]] = {}
+_H100 = "NVIDIA H100 80GB HBM3"
+
+TUNED: dict[tuple[str, str, int, int], dict[str, Blocks]] = {
+    (_H100, "bfloat16", 64, 128): {
+        "forward": Blocks(rows=64, across=128, programs=264, warps=4, stages=3),
+        "backward": Blocks(rows=32, across=128, programs=132, warps=8, stages=4),
+    },
+    (_H100, "bfloat16", 128, 256): {
+        "forward": Blocks(rows=64, across=64, programs=264, warps=4, stages=3),
+        "backward": Blocks(rows=64, across=32, programs=264, warps=4, stages=3),
+        "input": Blocks(rows=128, across=64, programs=264, warps=8, stages=3),
+    },
+}
 """Measured blocks, by device kind, dtype, chunk width and hidden width: the fields of
 `Config` that differ from the rule's. ``benchmarks/blend.py --tune`` finds them."""
 
@@ -118,7 +130,7 @@ def choose(
     )
 
 
-_STATISTICS = Blocks(rows=8, across=512, programs=264, warps=4)
+_STATISTICS = Blocks(rows=4, across=512, programs=264, warps=4)
 
 
 def _narrow() -> Config:

@@ -99,7 +99,7 @@ def forward_pass(s: Static, save: bool, *arrays: Any) -> tuple[Any, ...]:
     column_sums: tuple[Array, ...] = ()
     columns: list[Any] = []
     span = 0
-    if s.statistics_rows != 0:
+    if s.statistics_rows is None or (s.statistics_rows and s.config.narrow):
         tiles, parts, span = _column_parts(s, rows)
         columns = [_struct((parts, 3, s.layout.features))]
     if columns and s.config.narrow:
@@ -144,7 +144,8 @@ def forward_pass(s: Static, save: bool, *arrays: Any) -> tuple[Any, ...]:
     )
     kept = tuple(rest[-1:] if save else ())
     finish = _narrow_finish if s.config.narrow else _finish
-    statistics, means = finish(s, rows, alpha, beta, owner, partial, rest)
+    seen = rest[0] if columns else out
+    statistics, means = finish(s, rows, alpha, beta, owner, partial, seen)
     return (out, statistics, means, *kept)
 
 
@@ -154,13 +155,13 @@ def _narrow_finish(
     alpha: Array,
     beta: Array,
     owner: Array,
-    partial: Any,
-    rest: Any,
+    partial: Array,
+    seen: Array,
 ) -> tuple[Statistics, Array]:
     count = np.asarray(s.layout.sizes, np.float32) * s.sampled(rows)[0]
     total = squares = near = jnp.zeros(s.layout.num_seeds, jnp.float32)
     if s.statistics_rows != 0:
-        total, squares, near = _by_chunk(jnp.sum(rest[0], axis=0), s.layout)
+        total, squares, near = _by_chunk(jnp.sum(seen, axis=0), s.layout)
     statistics = Statistics(
         count=jnp.asarray(count), total=total, squares=squares, near_zero=near
     )
@@ -173,19 +174,19 @@ def _finish(
     alpha: Array,
     beta: Array,
     owner: Array,
-    partial: Any,
-    rest: Any,
+    partial: Array,
+    seen: Array,
 ) -> tuple[Statistics, Array]:
     seeds, slots = s.layout.num_seeds, alpha.shape[0]
-    column_sums = rest[0] if s.statistics_rows != 0 else partial
-    parts = column_sums.shape[0] if s.statistics_rows != 0 else 0
     count, total, squares, near, means = _launch(
         s,
-        functools.partial(sums_of.finish_kernel, s, rows, parts, partial.shape[1]),
+        functools.partial(
+            sums_of.finish_kernel, s, rows, seen.shape[0], partial.shape[1]
+        ),
         "blend_finish",
         (max(seeds, slots),),
         _FINISH,
-        (alpha, beta, owner, partial, column_sums),
+        (alpha, beta, owner, partial, seen),
         [*[_struct((seeds,))] * 4, _struct((slots,))],
     )
     statistics = Statistics(count=count, total=total, squares=squares, near_zero=near)

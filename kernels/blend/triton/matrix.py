@@ -153,7 +153,8 @@ def forward_kernel(
       s: what is known.
       total: rows of the batch.
       programs: how many blend.
-      span: rows that each of the programs after those takes column sums over. They
+      span: rows that each of the programs after those takes column sums over, where
+        statistics are over all rows. They
         read living chunks too, which others overwrite meanwhile, but nobody uses what
         they found there: the living chunks' statistics are in the programs' sums.
       save: whether the living chunks are saved.
@@ -169,7 +170,7 @@ def forward_kernel(
     share = share_of(order, programs, pl.cdiv(total, rows))
     k = share.slot
     sampled, stride = s.sampled(total)
-    if s.own_statistics:
+    if s.statistics_rows is None:
         tiles = pl.cdiv(s.layout.features, s.config.statistics.across)
         after = jnp.maximum(share.program - programs, 0)
         turn, part = lax.rem(after, tiles), lax.div(after, tiles)

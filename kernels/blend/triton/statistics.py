@@ -3,6 +3,8 @@
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array
 
@@ -74,20 +76,30 @@ def column_sums(
     column_mask = None if features % across == 0 else columns < features
     place = jnp.broadcast_to(columns[None, :], shape)
 
-    def tile(start: Any) -> tuple[Array, Array | None]:
+    def start_of(i: Any) -> Any:
+        # The last rows first: what was written last may be in a cache.
+        return ((steps - 1 - i) * parts + part) * (blocks.rows * UNROLL)
+
+    def mask_of(start: Any) -> Array | None:
         index = start + index_range(blocks.rows)
         row_mask = None if sampled == parts * span else index < sampled
-        mask = both(row_mask, column_mask, shape)
-        where = (jnp.broadcast_to((index * stride)[:, None], shape), place)
-        return read(y_ref, where, mask), mask
+        return both(row_mask, column_mask, shape)
 
-    def body(i: Any, sums: tuple[Array, Array, Array]) -> tuple[Array, ...]:
-        # The last rows first: what was written last may be in a cache.
-        start = ((steps - 1 - i) * parts + part) * (blocks.rows * UNROLL)
-        tiles = [tile(start + j * blocks.rows) for j in range(UNROLL)]
+    def load(i: Any) -> tuple[Array, ...]:
+        tiles = []
+        for j in range(UNROLL):
+            start = start_of(i) + j * blocks.rows
+            index = (start + index_range(blocks.rows)) * stride
+            where = (jnp.broadcast_to(index[:, None], shape), place)
+            tiles.append(read(y_ref, where, mask_of(start)))
+        return tuple(tiles)
+
+    def add(
+        i: Any, tiles: tuple[Array, ...], sums: tuple[Array, ...]
+    ) -> tuple[Array, ...]:
         total, squares, count = sums
-        for value, mask in tiles:
-            x = f32(value)
+        for j, value in enumerate(tiles):
+            x, mask = f32(value), mask_of(start_of(i) + j * blocks.rows)
             near = jnp.abs(x) < NEAR_ZERO
             if mask is not None:
                 near = near & mask
@@ -95,8 +107,16 @@ def column_sums(
             count = count + jnp.where(near, 1.0, 0.0)
         return total, squares, count
 
+    def body(i: Any, carry: Any) -> Any:
+        tiles, sums = carry
+        # The next tiles are on their way while these are added.
+        return load(i + 1), add(i, tiles, sums)
+
     zero = jnp.zeros(shape, jnp.float32)
-    sums = loop(0, steps, body, (zero, zero, zero))
+    carry = (load(0), (zero, zero, zero))
+    if steps > 1:
+        carry = lax.fori_loop(np.int32(0), np.int32(steps - 1), body, carry)
+    sums = add(steps - 1, *carry)
     for j in range(3):
         index = (part, j, Span(first, across))
         write(sums_ref, index, jnp.sum(sums[j], axis=0), column_mask)
@@ -107,13 +127,17 @@ def finish_kernel(s: Static, rows: int, parts: int, programs: int, *refs: Any) -
 
     Args:
       rows: of the batch.
-      parts: of the columns' sums; 0 if there are none.
+      parts: of the columns' sums, if statistics are over all rows.
       programs: of the forward kernel.
       refs: coefficients and owners of the slots, the forward kernel's sums, the
-        columns' sums, and the results.
+        columns' sums or, if statistics are over a sample of the rows, the output; and
+        the results.
     """
     alpha_ref, beta_ref, owner_ref, chunk_sums_ref, sums_ref, *outs = refs
     seeds, slots = s.layout.num_seeds, alpha_ref.shape[0]
+    sampled, stride = s.sampled(rows)
+    if s.statistics_rows is None:
+        stride = 1
     me = pl.program_id(0)
     order = order_of(alpha_ref, beta_ref, owner_ref)
     tiles = pl.cdiv(rows, s.config.forward.rows)
@@ -145,39 +169,46 @@ def finish_kernel(s: Static, rows: int, parts: int, programs: int, *refs: Any) -
     @pl.when(me < seeds)
     def _seed() -> None:
         start, size = chunk(s.layout, me)
-        outs[0][me] = f32(jnp.asarray(size)) * float(s.sampled(rows)[0])
+        outs[0][me] = f32(jnp.asarray(size)) * float(sampled)
         mine = order.living & (order.owner == me)
         lives = jnp.sum(jnp.where(mine, 1, 0)) > 0
 
         def from_columns() -> None:
             wide = power_of_two(s.width)
-            tall = min(power_of_two(parts), max(1, 4096 // wide))
+            count = parts if s.statistics_rows is None else sampled
+            tall = min(power_of_two(count), max(1, 4096 // wide))
             columns = start + index_range(wide)
-            inside = (
-                None if wide == s.width and s.layout.even else columns < start + size
-            )
+            exact = wide == s.width and s.layout.even
+            inside = None if exact else columns < start + size
+            shape = (tall, wide)
+            place = jnp.broadcast_to(columns[None, :], shape)
 
             def body(i: Any, sums: tuple[Array, ...]) -> tuple[Array, ...]:
-                part = i * tall + index_range(tall)
-                mask = both(None if parts % tall == 0 else part < parts, inside, shape)
-                where = jnp.broadcast_to(part[:, None], shape)
-                place = jnp.broadcast_to(columns[None, :], shape)
-                return tuple(
-                    x + read(sums_ref, (where, jnp.full_like(where, j), place), mask)
-                    for j, x in enumerate(sums)
-                )
+                row = i * tall + index_range(tall)
+                mask = both(None if count % tall == 0 else row < count, inside, shape)
+                where = jnp.broadcast_to((row * stride)[:, None], shape)
+                if s.statistics_rows is None:
+                    new = tuple(
+                        read(sums_ref, (where, jnp.full_like(where, j), place), mask)
+                        for j in range(3)
+                    )
+                else:
+                    # No living seed's chunk: so the output is what the input was.
+                    x = f32(read(sums_ref, (where, place), mask))
+                    near = jnp.abs(x) < NEAR_ZERO
+                    if mask is not None:
+                        near = near & mask
+                    new = x, x * x, jnp.where(near, 1.0, 0.0)
+                return tuple(a + b for a, b in zip(sums, new, strict=True))
 
-            shape = (tall, wide)
             zero = jnp.zeros(shape, jnp.float32)
-            sums = loop(0, pl.cdiv(parts, tall), body, (zero, zero, zero))
+            sums = loop(0, pl.cdiv(count, tall), body, (zero, zero, zero))
             for j in range(3):
                 outs[1 + j][me] = jnp.sum(jnp.sum(sums[j], axis=1))
 
-        if parts == 0:
+        if not s.own_statistics:
             for j in range(3):
                 outs[1 + j][me] = jnp.float32(0.0)
-        elif not s.own_statistics:
-            from_columns()
         else:
 
             @pl.when(lives)
