@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array
 
@@ -153,8 +152,12 @@ class Static:
         return _DOUBLE.get(min(names)) if self.fast and len(names) == 1 else None
 
     def activate(self, kind: Array, x: Array) -> tuple[Array, Array]:
-        """Value and derivative of the activation that ``kind`` has; one per lane where
-        ``kind`` is no scalar."""
+        """Value and derivative of the activation that ``kind`` has; one per column
+        where ``kind`` is no scalar.
+
+        All that may be meant are computed: XLA 0.11 fails to compile a branch within a
+        loop that it pipelines.
+        """
         fast = self.fast
         names = [b.activation for b in self.blueprints if isinstance(b, Dense)]
         used = [
@@ -170,15 +173,10 @@ class Static:
         for i, name in enumerate(names):
             if name in distinct:
                 index = jnp.where(kind == i, distinct.index(name), index)
-        if kind.ndim == 0:
-            branches = [
-                lambda x, name=name: ACTIVATIONS[name](x, fast) for name in distinct
-            ]
-            return lax.switch(index, branches, x)
         out = ACTIVATIONS[distinct[0]](x, fast)
         for i, name in enumerate(distinct[1:], start=1):
             other = ACTIVATIONS[name](x, fast)
-            chosen = jnp.broadcast_to((index == i)[None, :], x.shape)
+            chosen = jnp.broadcast_to(index == i, x.shape)
             out = (
                 jnp.where(chosen, other[0], out[0]),
                 jnp.where(chosen, other[1], out[1]),
