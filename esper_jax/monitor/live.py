@@ -55,7 +55,11 @@ class LiveView:
         )
 
     def __enter__(self) -> "LiveView":
-        if self._live is not None:
+        waiting = "compiling the train step and the tick"
+        if self._live is None:
+            self._print(waiting)
+        else:
+            self._live.update(Text(waiting, style="dim"))
             self._live.start()
         return self
 
