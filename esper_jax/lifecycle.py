@@ -22,7 +22,7 @@ from esper_jax import grafting
 from esper_jax.grafting import GraftConfig, Strategy
 from esper_jax.signals import Signals
 from esper_jax.stages import LEGAL, NO_REQUEST, NUM_STAGES, Outcome, Stage
-from esper_jax.state import HISTORY, SeedState, saturating_add
+from esper_jax.state import SeedState, push_history, saturating_add
 
 __all__ = [
     "Commands",
@@ -365,7 +365,7 @@ def transition(
     def put(where: Array, new: Any, old: Array) -> Array:
         return jnp.where(where, jnp.asarray(new, old.dtype), old)
 
-    shifted = jnp.concatenate([pair[:, None], state.history[:, : HISTORY - 1]], axis=1)
+    pushed = push_history(state.history, pair)
     restyled = (commands.strategy >= 0) & (commands.strategy < len(Strategy))
     new = dataclasses.replace(
         state,
@@ -379,7 +379,9 @@ def transition(
         ),
         epochs_in_stage=put(accepted, 0, state.epochs_in_stage),
         error_count=put(born, 0, state.error_count),
-        history=jnp.where(accepted[:, None], shifted, state.history),
+        history=jax.tree.map(
+            functools.partial(jnp.where, accepted), pushed, state.history
+        ),
         slot_of_seed=put(freed, -1, state.slot_of_seed)
         .at[jnp.where(served, seeds, state.num_seeds)]
         .set(slots, mode="drop"),

@@ -17,18 +17,30 @@ from esper_jax.stages import Stage
 
 __all__ = [
     "HISTORY",
+    "History",
     "SeedState",
     "coefficients",
     "init_seeds",
+    "pack_history",
+    "push_history",
     "record",
     "saturating_add",
     "slot_coefficients",
     "start_tick",
     "transitions",
+    "unpack_history",
 ]
 
 HISTORY = 10
 """Number of past transitions that a seed remembers."""
+
+History = tuple[UInt[Array, "*S"], UInt[Array, "*S"], UInt[Array, "*S"]]
+"""Ten entries of one byte in words of uint32, uint32 and uint16, the newest in the
+lowest byte of the first: shifting words is several times faster than shifting a (S, 10)
+array. An entry is ``source << 4 | target``; 0 is none (DORMANT to DORMANT is no
+transition)."""
+
+_WORDS = (np.uint32, np.uint32, np.uint16)
 
 
 @struct.dataclass
@@ -52,9 +64,8 @@ class SeedState:
     error_count: UInt[Array, "*S"]
     """Steps with gradients that were not finite since germination, uint8, saturating
     at 255."""
-    history: UInt[Array, "*S 10"]
-    """Last transitions, newest first, one byte each: ``source << 4 | target``; 0 for
-    none (DORMANT to DORMANT is no transition)."""
+    history: History
+    """Last ten transitions, as `push_history` and `unpack_history` know them."""
     slot_of_seed: Int[Array, "*S"]
     """The bank slot that the seed owns, or -1."""
     graft: GraftMemory
@@ -115,7 +126,7 @@ def init_seeds(num_seeds: int, capacity: int, strategy: int = 0) -> SeedState:
         strategy=full(s, strategy, jnp.int8),
         epochs_in_stage=full(s, 0, jnp.uint16),
         error_count=full(s, 0, jnp.uint8),
-        history=jnp.asarray(np.zeros((s, HISTORY), np.uint8)),
+        history=tuple(full(s, 0, dtype) for dtype in _WORDS),  # type: ignore[arg-type]
         slot_of_seed=full(s, -1, jnp.int32),
         graft=GraftMemory(
             alpha=full(s, 0, jnp.float32),
@@ -219,7 +230,35 @@ def start_tick(state: SeedState) -> SeedState:
     )
 
 
+def push_history(history: History, entry: UInt[Array, "*S"]) -> History:
+    """``history`` with a new entry, uint8[S], and without its oldest."""
+    first, second, third = history
+    return (
+        first << 8 | entry.astype(jnp.uint32),
+        second << 8 | first >> 24,
+        third << 8 | (second >> 24).astype(third.dtype),
+    )
+
+
+def pack_history(entries: UInt[np.ndarray, "*S 10"]) -> History:
+    """Words from entries, newest first, on the host."""
+    shifts = 8 * np.arange(HISTORY) % 32
+    shifted = np.asarray(entries, np.uint32) << shifts.astype(np.uint32)
+    words = (shifted[..., :4], shifted[..., 4:8], shifted[..., 8:])
+    return tuple(
+        np.bitwise_or.reduce(w, axis=-1).astype(dtype)
+        for w, dtype in zip(words, _WORDS, strict=True)
+    )
+
+
+def unpack_history(history: History) -> UInt[np.ndarray, "*S 10"]:
+    """Entries from words, newest first, uint8, on the host."""
+    words = [np.asarray(history[i // 4]) for i in range(HISTORY)]
+    entries = [word >> 8 * (i % 4) & 0xFF for i, word in enumerate(words)]
+    return np.stack(entries, axis=-1).astype(np.uint8)
+
+
 def transitions(state: SeedState, seed: int) -> list[tuple[Stage, Stage]]:
     """The last transitions of one seed as ``(source, target)``, newest first."""
-    packed = [int(byte) for byte in jax.device_get(state.history[seed]) if byte]
-    return [(Stage(byte >> 4), Stage(byte & 15)) for byte in packed]
+    entries = unpack_history(jax.tree.map(lambda word: word[seed], state.history))
+    return [(Stage(int(e) >> 4), Stage(int(e) & 15)) for e in entries if e]
