@@ -1,6 +1,7 @@
 """The command line: ``esper-jax train`` and ``esper-jax evaluate``."""
 
 import dataclasses
+import itertools
 import json
 import sys
 import time
@@ -22,7 +23,11 @@ class Train:
     """Folder for the run. Default: runs/CONFIG-TIME."""
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Go on with the run in --out from its newest checkpoint."""
-    set: Annotated[tuple[str, ...], tyro.conf.arg(metavar="KEY=VALUE ...")] = ()
+    set: Annotated[
+        tuple[tuple[str, ...], ...],
+        tyro.conf.arg(metavar="KEY=VALUE ..."),
+        tyro.conf.UseAppendAction,
+    ] = ()
     """Overrides, such as train.ticks=100 model.hidden=[32,32]."""
 
 
@@ -65,7 +70,7 @@ def _train(command: Train) -> None:
     from esper_jax.config import ConfigError, load_config
     from esper_jax.run import train_run
 
-    config = load_config(command.config, command.set)
+    config = load_config(command.config, list(itertools.chain(*command.set)))
     if command.resume and command.out is None:
         raise ConfigError("--resume: expected --out DIR with the run to go on with")
     stamp = time.strftime("%Y%m%d-%H%M%S")

@@ -165,7 +165,10 @@ class RunConfig:
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:
-        _at_least("seed", self.seed, 0)
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(
+                f"seed must be at least 0 and below 2**32, got {self.seed}"
+            )
         if self.growth.num_seeds > min(self.model.hidden):
             raise ValueError(
                 f"growth.num_seeds must be at most the narrowest layer of model.hidden "
@@ -232,7 +235,7 @@ def _override(table: dict[str, Any], override: str) -> None:
 
 def _build(cls: type, table: Any, where: str) -> Any:
     if not isinstance(table, Mapping):
-        raise ConfigError(f"{where}: expected a table, got {table!r}")
+        raise ConfigError(f"{where or 'config'}: expected a table, got {table!r}")
     prefix = f"{where}." if where else ""
     kinds = typing.get_type_hints(cls)
     unknown = [key for key in table if key not in kinds]

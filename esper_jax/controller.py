@@ -55,17 +55,19 @@ class ControllerConfig:
     enabled: bool = True
 
     def __post_init__(self) -> None:
-        for name in (
-            "patience",
-            "max_training",
-            "training_limit",
-            "grafting_limit",
-            "evaluation_limit",
-            "tuning_limit",
+        # A limit that epochs_in_stage (uint16) cannot hold would wrap when compared.
+        for name, most in (
+            ("patience", 2**31 - 1),
+            ("max_training", 2**31 - 1),
+            ("training_limit", 65535),
+            ("grafting_limit", 65535),
+            ("evaluation_limit", 65535),
+            ("tuning_limit", 65535),
         ):
-            if getattr(self, name) < 1:
+            if not 1 <= getattr(self, name) <= most:
                 raise ValueError(
-                    f"{name} must be at least 1, got {getattr(self, name)}"
+                    f"{name} must be at least 1 and at most {most}, "
+                    f"got {getattr(self, name)}"
                 )
         if not 0 <= self.threshold < 1:
             raise ValueError(
@@ -152,7 +154,7 @@ def _watch(
     memory: ControllerMemory, loss: Array, config: ControllerConfig
 ) -> ControllerMemory:
     """Plateau detection; a loss that was not measured counts as no improvement."""
-    better = loss < memory.best_loss * (1.0 - config.threshold)
+    better = loss < memory.best_loss - config.threshold * jnp.abs(memory.best_loss)
     better |= jnp.isinf(memory.best_loss) & jnp.isfinite(loss)
     return ControllerMemory(
         best_loss=jnp.where(better, loss, memory.best_loss),

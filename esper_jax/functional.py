@@ -41,7 +41,7 @@ class Monitor:
     """Running measurements of the whole model between ticks."""
 
     initial_loss: Float[Array, ""]
-    """First held-out loss measured; the scale of the stability score. NaN before."""
+    """First finite held-out loss; the scale of the stability score. NaN before."""
     loss_mean: Float[Array, ""]
     loss_variance: Float[Array, ""]
     accuracy_mean: Float[Array, ""]
@@ -167,6 +167,10 @@ def split_model(model: nnx.Module) -> ModelParts:
             beds[name] = _name(path)
             layouts[name] = node.layout
             kinds[name] = node.blueprints
+    if "" in beds.values():
+        raise ValueError(
+            "model must hold a SeedBed, not be one: by itself it has no host to grow"
+        )
     if not beds:
         raise ValueError(
             "model must hold at least one ChunkedLayer or SeedBed: without one there "

@@ -98,9 +98,11 @@ class SeedBed(nnx.Module):
         self.statistics_rows = statistics_rows
         self.implementation = implementation
         self.deterministic = deterministic
+        if strategy not in list(Strategy):
+            raise ValueError(f"strategy must be a Strategy, got {strategy!r}")
         if capacity is None:
             capacity = min(DEFAULT_CAPACITY, num_seeds)
-        self.seeds = SeedVariable(init_seeds(num_seeds, capacity, Strategy(strategy)))
+        self.seeds = SeedVariable(init_seeds(num_seeds, capacity, strategy))
         self.bank = BlueprintParam(
             init_bank(rngs.params(), capacity, self.blueprints, self.layout.width)
         )

@@ -59,7 +59,8 @@ class LifecycleConfig:
       min_stability: stability score needed to leave EVALUATING for FINE_TUNING.
       cull_delta: a worth below this culls,
       cull_error_rate: an error rate above this,
-      cull_error_count: or an error count above this.
+      cull_error_count: or an error count above this; from 0 to 255, where 255 turns
+        it off.
       min_improvement: total improvement needed for FOSSILIZED,
       min_final_stability: and the stability.
       grafting: numbers of the grafting strategies.
@@ -86,13 +87,15 @@ class LifecycleConfig:
                 f"min_epochs must have one number for each of the {NUM_STAGES} stages, "
                 f"got {self.min_epochs!r}"
             )
-        for name, value in [
-            *((f"min_epochs[{s.name}]", self.min_epochs[s]) for s in Stage),
-            ("max_epochs", self.max_epochs),
+        # A number that the counter's type cannot hold would wrap in the comparison.
+        for name, value, most in [
+            *((f"min_epochs[{s.name}]", self.min_epochs[s], 65535) for s in Stage),
+            ("max_epochs", self.max_epochs, 65535),
+            ("cull_error_count", self.cull_error_count, 255),
         ]:
-            if not (isinstance(value, numbers.Integral) and 0 <= value <= 65535):
+            if not (isinstance(value, numbers.Integral) and 0 <= value <= most):
                 raise ValueError(
-                    f"{name} must be an integer from 0 to 65535, got {value!r}"
+                    f"{name} must be an integer from 0 to {most}, got {value!r}"
                 )
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)

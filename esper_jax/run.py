@@ -96,14 +96,28 @@ def train_run(
         )
     if resume:
         _check_same(config, _read_config(out))
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+    elif out.exists() and not out.is_dir():
+        raise RunError(f"{out} is no folder: choose another --out")
+    elif out.exists() and any(out.iterdir()):
         raise RunError(f"{out} is not empty: choose another --out, or --resume the run")
     program = build_run(config, data)
     state = program.init(jax.random.key(config.seed))
-    if resume:
+    # A run that was stopped before its first checkpoint begins again.
+    if resume and checkpoint.steps(out / "checkpoints"):
         state = _restore(out, state)
-    out.mkdir(parents=True, exist_ok=True)
-    _write_json(out / "config.json", to_dict(config))
+    if config.train.ticks < int(state.ticks):
+        raise ConfigError(
+            f"train.ticks: expected at least {int(state.ticks)}, which the run to "
+            f"resume has done; got {config.train.ticks}"
+        )
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        _write_json(out / "config.json", to_dict(config))
+        (out / "summary.json").unlink(missing_ok=True)
+    except OSError as error:
+        raise RunError(
+            f"{out} cannot be written to ({error.strerror}): choose another --out"
+        ) from None
     log = EventLog(out / "events.jsonl", program.gates, keep_until=int(state.ticks))
     ticks = config.train.ticks
 
@@ -253,8 +267,10 @@ def _read_config(out: Path) -> RunConfig:
             f"{out} holds no run ({path.name}: {error.strerror}); start one with "
             "esper-jax train"
         ) from None
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise RunError(f"{path} is damaged: {error}") from None
+    except ConfigError as error:
+        raise RunError(f"{path}: {error}") from None
 
 
 def _check_same(config: RunConfig, saved: RunConfig) -> None:

@@ -78,7 +78,7 @@ def evaluate(
     rows = jax.tree.leaves(data)[0].shape[0]
     size = min(eval_batch, rows)
     batches = -(-rows // size)
-    # The last batch is filled up with its own first rows, which then do not count.
+    # The last batch is filled up with the first rows, which then do not count.
     index = jnp.arange(batches * size) % rows
     counted = (jnp.arange(batches * size) < rows).astype(jnp.float32)
 
@@ -148,7 +148,7 @@ def _measure(
     accuracy_mean, accuracy_variance = _running(
         old.accuracy_mean, old.accuracy_variance, accuracy
     )
-    initial = jnp.where(jnp.isnan(old.initial_loss), loss, old.initial_loss)
+    initial = jnp.where(jnp.isfinite(old.initial_loss), old.initial_loss, loss)
     drift, host_mean = {}, {}
     for name, mean in old.host_mean.items():
         weights = host_weights(state.params, name)
@@ -158,7 +158,7 @@ def _measure(
         host_mean[name] = jax.tree.map(
             lambda m, w: _DECAY * m + (1 - _DECAY) * w, mean, weights
         )
-    stability = 1.0 - jnp.sqrt(loss_variance) / initial
+    stability = 1.0 - jnp.sqrt(loss_variance) / jnp.abs(initial)
     grad_norm = old.grad_norm / jnp.where(old.steps > 0, old.steps, jnp.nan)
     zero = jnp.zeros_like
     monitor = Monitor(

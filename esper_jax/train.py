@@ -104,9 +104,11 @@ def build(
       eval_batch: rows that are evaluated at once.
 
     Raises:
-      ValueError: if the model holds nothing that can grow, or the controller's
-        blueprint is not one of every layer's.
+      ValueError: if the model holds nothing that can grow, the controller's blueprint
+        is not one of every layer's, or ``eval_batch`` is below 1.
     """
+    if eval_batch < 1:
+        raise ValueError(f"eval_batch must be at least 1, got {eval_batch}")
     gates = lifecycle_config or LifecycleConfig()
     policy = controller_config or ControllerConfig()
     parts = split_model(model)
@@ -146,7 +148,10 @@ def build(
         step_from=jitted[1],
         tick=jitted[2],
         evaluate=jax.jit(lambda state, data: measure(parts.values(state), data)),
-        model=lambda state: parts.merge(parts.values(state), train=True),
+        # Copies: the state's own arrays are gone once it is donated.
+        model=lambda state: parts.merge(
+            jax.tree.map(jnp.copy, parts.values(state)), train=True
+        ),
         layouts=parts.layouts,
         kinds=parts.kinds,
         gates=gates,
@@ -189,7 +194,7 @@ def fit(
       ValueError: if the rows do not match or do not fill a batch.
     """
     data, held_out = _checked("data", data), _checked("held_out", held_out)
-    rows = data[0].shape[0]
+    rows = jax.tree.leaves(data)[0].shape[0]
     if not 1 <= batch_size <= rows:
         raise ValueError(
             f"batch_size must be from 1 to the {rows} rows of data, got {batch_size}"

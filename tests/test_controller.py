@@ -56,6 +56,15 @@ def test_an_improving_loss_is_no_plateau():
     assert memory.stale == 0
 
 
+def test_a_loss_below_zero_can_stand_still_too():
+    layers = {"a": seeds(health=[0.1] * 4)}
+    targets, _, _ = run(layers, [-1.0, *[-1.05] * 3])
+    assert targets["a"][0] == Stage.GERMINATED
+    targets, _, memory = run(layers, [-1.0, -1.2, -1.4, -1.6])
+    assert targets == {"a": [-1] * 4}
+    assert memory.stale == 0
+
+
 def test_a_loss_that_is_not_measured_is_no_improvement():
     layers = {"a": seeds(health=[0.1] * 4)}
     targets, _, memory = run(layers, [1.0, *[float("nan")] * 3])
@@ -166,6 +175,7 @@ def test_keeps_to_the_minimum_epochs():
         ("threshold", float("nan")),
         ("max_training", 0),
         ("training_limit", 0),
+        ("training_limit", 65536),
         ("blueprint", -1),
     ],
 )

@@ -674,6 +674,8 @@ def test_an_unknown_signal_is_named() -> None:
         ("cull_delta", math.nan),
         ("cull_error_rate", "much"),
         ("cull_error_count", math.nan),
+        ("cull_error_count", 256),
+        ("cull_error_count", -1),
         ("min_improvement", math.nan),
         ("min_final_stability", None),
         ("grafting", 3),
