@@ -4,6 +4,7 @@ Letters: ``S`` seeds (chunks of the layer), ``K`` slots of its bank.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +21,12 @@ __all__ = [
     "SeedState",
     "coefficients",
     "init_seeds",
+    "move_slots",
     "record",
+    "resize",
     "saturating_add",
     "slot_coefficients",
+    "slot_sources",
     "start_tick",
     "transitions",
 ]
@@ -136,6 +140,83 @@ def init_seeds(num_seeds: int, capacity: int, strategy: int = 0) -> SeedState:
         errors=full(k, 0, jnp.uint16),
         steps=jnp.asarray(np.int32(0)),
     )
+
+
+def slot_sources(state: SeedState, capacity: int) -> Int[np.ndarray, " capacity"]:
+    """The old slot that each slot takes over when the capacity changes, -1 for none.
+
+    In a larger capacity every slot keeps its place and the new ones follow. In a
+    smaller one the slots of living seeds are moved together, in their order, and free
+    ones fill up the rest. Runs on the host: it reads the state.
+
+    Raises:
+      ValueError: if the capacity is out of its range, or a living seed would be lost.
+    """
+    if state.seed_of_slot.ndim != 1:
+        raise ValueError(
+            "state must be of one layer, with slots of shape (K,); got "
+            f"{state.seed_of_slot.shape}. Index the leading axes first"
+        )
+    owned = np.asarray(state.seed_of_slot) >= 0
+    least = max(1, int(owned.sum()))
+    if not least <= capacity <= state.num_seeds:
+        raise ValueError(
+            f"capacity must be from {least} (the living seeds, at least 1) to "
+            f"{state.num_seeds} (all seeds), got {capacity}; a smaller one would lose "
+            "a living seed"
+        )
+    if capacity >= state.capacity:
+        new = np.full(capacity - state.capacity, -1)
+        return np.concatenate([np.arange(state.capacity), new])
+    return np.concatenate([np.flatnonzero(owned), np.flatnonzero(~owned)])[:capacity]
+
+
+def move_slots(old: Any, fresh: Any, source: Int[np.ndarray, " N"]) -> Any:
+    """Arrays with ``N`` slots on their leading axis, made from those with ``K``.
+
+    Args:
+      old: a pytree, each leaf with ``K`` slots.
+      fresh: the same with ``N`` slots, for those that take over none.
+      source: as `slot_sources` gives it.
+    """
+    taken = np.flatnonzero(source >= 0)
+
+    def move(old: Array, fresh: Array) -> Array:
+        return fresh.at[taken].set(old[source[taken]].astype(fresh.dtype))
+
+    return jax.tree.map(move, old, fresh)
+
+
+def resize(
+    state: SeedState, capacity: int, source: Int[np.ndarray, " capacity"] | None = None
+) -> SeedState:
+    """The same seeds with another number of slots.
+
+    Bank, optimizer state and probe have to follow: `move_slots`.
+
+    Args:
+      state: of one layer.
+      capacity: the new number of slots.
+      source: what `slot_sources` gives, where it was asked already; with it this can be
+        jitted.
+
+    Raises:
+      ValueError: as `slot_sources`.
+    """
+    if source is None:
+        source = slot_sources(state, capacity)
+    fresh = init_seeds(state.num_seeds, capacity)
+    names = ("seed_of_slot", "reconstruction", "gain", "errors")
+    moved = move_slots(
+        {name: getattr(state, name) for name in names},
+        {name: getattr(fresh, name) for name in names},
+        source,
+    )
+    owner = moved["seed_of_slot"]
+    slot = fresh.slot_of_seed.at[jnp.where(owner >= 0, owner, state.num_seeds)].set(
+        jnp.arange(capacity, dtype=jnp.int32), mode="drop"
+    )
+    return dataclasses.replace(state, **moved, slot_of_seed=slot)
 
 
 def coefficients(
