@@ -15,6 +15,7 @@ from esper_jax.layers import (
     GraftProbe,
     SeedBed,
     SeedVariable,
+    grow_capacity,
 )
 from esper_jax.lifecycle import Commands, LifecycleConfig
 from esper_jax.optim import per_slot
@@ -45,6 +46,7 @@ __all__ = [
     "build",
     "coefficients",
     "fit",
+    "grow_capacity",
     "init_seeds",
     "lifecycle",
     "per_slot",

@@ -6,6 +6,7 @@ model, joined by slashes (``layers/0/base/kernel``, ``layers/0``).
 
 import dataclasses
 import hashlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -19,13 +20,16 @@ from esper_jax.blueprints import Bank
 from esper_jax.chunks import ChunkLayout
 from esper_jax.controller import ControllerMemory
 from esper_jax.layers import BlueprintParam, SeedBed
-from esper_jax.state import SeedState
+from esper_jax.optim import PerSlot
+from esper_jax.state import SeedState, move_slots, resize, slot_sources
 
 __all__ = [
     "Arrays",
     "ModelParts",
     "Monitor",
     "TrainState",
+    "copy_state",
+    "grow_capacity",
     "host_weights",
     "is_key",
     "split_model",
@@ -186,6 +190,78 @@ def split_model(model: nnx.Module) -> ModelParts:
         _name(path): (path, variable) for path, variable in nnx.to_flat_state(abstract)
     }
     return ModelParts(graph, variables, beds, layouts, kinds)
+
+
+def grow_capacity(
+    parts: ModelParts,
+    bank_optimizer: PerSlot,
+    state: TrainState,
+    capacity: int | Mapping[str, int],
+) -> TrainState:
+    """The same state with another number of slots in its layers.
+
+    Every value and every moment of the slots that stay is kept bit for bit; new slots
+    are free, with fresh parameters and fresh moments. Runs on the host; what is jitted
+    compiles once more for the new shapes.
+
+    Args:
+      parts: the model.
+      bank_optimizer: the one that the state's ``bank_opt`` is of.
+      state: not changed, nor donated.
+      capacity: slots of every layer, or of some by name; the others stay.
+
+    Raises:
+      ValueError: if a layer is unknown, or its capacity out of range, or too small for
+        its living seeds. Nothing has been changed then.
+    """
+    wanted = (
+        dict(capacity)
+        if isinstance(capacity, Mapping)
+        else dict.fromkeys(parts.beds, capacity)
+    )
+    for name in wanted:
+        if name not in parts.beds:
+            raise ValueError(
+                f"capacity: there is no layer {name!r}; expected some of "
+                f"{', '.join(map(repr, parts.beds))}"
+            )
+    sources = {}
+    for name, slots in wanted.items():
+        try:
+            sources[name] = slot_sources(state.seeds[name], slots)
+        except ValueError as error:
+            raise ValueError(f"layer {name!r}: {error}") from None
+
+    def resized(state: TrainState) -> TrainState:
+        new = jax.tree.map(jnp.copy, state)
+        for name, source in sources.items():
+            slots, probe = len(source), parts.probe(name)
+            # Leaves the stream of the state alone; a newborn draws its own.
+            fresh = blueprints.init_bank(
+                jax.random.fold_in(state.rng, slots),
+                slots,
+                parts.kinds[name],
+                parts.layouts[name].width,
+            )
+            new.seeds[name] = resize(state.seeds[name], slots, source)
+            new.banks[name] = move_slots(state.banks[name], fresh, source)
+            new.bank_opt[name] = move_slots(
+                state.bank_opt[name], bank_optimizer.init(new.banks[name]), source
+            )
+            new.rest[probe] = jnp.zeros(slots, state.rest[probe].dtype)
+        return new
+
+    return jax.jit(resized)(state)
+
+
+def copy_state(state: TrainState) -> TrainState:
+    """The same state in arrays of its own: what donates one leaves the other be."""
+    return _copy(state)
+
+
+@jax.jit
+def _copy(tree: Any) -> Any:
+    return jax.tree.map(jnp.copy, tree)
 
 
 def host_weights(params: Arrays, layer: str) -> Arrays:

@@ -6,7 +6,7 @@ functions of it, none of which recompiles while the model grows. `fit` runs them
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +25,7 @@ from esper_jax.functional import (
     ModelParts,
     Monitor,
     TrainState,
+    grow_capacity,
     host_weights,
     is_key,
     split_model,
@@ -50,6 +51,9 @@ class Program(NamedTuple):
       tick: ``tick(state, held_out) -> state, TickReport``.
       evaluate: ``evaluate(state, data) -> loss, score``, means over the rows.
       model: ``model(state) -> nnx.Module`` with the state's values.
+      grow_capacity: ``grow_capacity(state, capacity) -> state`` with another number of
+        slots, in all layers or by name; see `functional.grow_capacity`. The only thing
+        that makes ``step`` and ``tick`` compile again.
       layouts: `ChunkLayout` of each layer that can grow.
       kinds: the blueprints of each layer that can grow.
       gates: the lifecycle's numbers that it was built with.
@@ -63,6 +67,7 @@ class Program(NamedTuple):
     tick: Callable[[TrainState, Batch], tuple[TrainState, TickReport]]
     evaluate: Callable[[TrainState, Batch], tuple[Array, Array]]
     model: Callable[[TrainState], nnx.Module]
+    grow_capacity: Callable[[TrainState, int | Mapping[str, int]], TrainState]
     layouts: dict[str, ChunkLayout]
     kinds: dict[str, tuple[blueprints.Blueprint, ...]]
     gates: LifecycleConfig
@@ -152,6 +157,7 @@ def build(
         model=lambda state: parts.merge(
             jax.tree.map(jnp.copy, parts.values(state)), train=True
         ),
+        grow_capacity=functools.partial(grow_capacity, parts, bank_optimizer),
         layouts=parts.layouts,
         kinds=parts.kinds,
         gates=gates,

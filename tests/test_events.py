@@ -196,7 +196,9 @@ def state() -> SeedState:
         slot_of_seed=state.slot_of_seed.at[17].set(3),
         seed_of_slot=state.seed_of_slot.at[3].set(17),
         health=state.health.at[17].set(0.875),
-        history=(state.history[0].at[17].set(0x011223), *state.history[1:]),
+        history=dataclasses.replace(
+            state.history, newest=state.history.newest.at[17].set(0x011223)
+        ),
         graft=dataclasses.replace(
             state.graft, alpha=state.graft.alpha.at[17].set(0.24)
         ),

@@ -596,7 +596,7 @@ def test_no_value_retraces_and_the_state_is_donated() -> None:
         )
         state, _ = run(state, commands, at(inputs.signals, t))
         assert before.stage.is_deleted()
-        assert before.history[0].is_deleted()
+        assert before.history.newest.is_deleted()
     assert traces == 1
     assert run._cache_size() == 1
 
