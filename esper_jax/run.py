@@ -83,7 +83,7 @@ def train_run(
       config: of the run.
       out: must not hold a run yet, unless ``resume``.
       resume: go on from the newest checkpoint of the run in ``out``, whose config must
-        be the same but for ``train.ticks`` and ``checkpoint``.
+        be the same but for ``train.ticks``, ``governor`` and ``checkpoint``.
       console: for the live view.
 
     Raises:
@@ -358,7 +358,7 @@ def _read_config(out: Path) -> RunConfig:
 def _check_same(config: RunConfig, saved: RunConfig) -> None:
     new, old = _flat(to_dict(config)), _flat(to_dict(saved))
     for key in sorted(set(new) | set(old)):
-        free = key == "train.ticks" or key.startswith("checkpoint.")
+        free = key == "train.ticks" or key.startswith(("governor.", "checkpoint."))
         if not free and new.get(key) != old.get(key):
             raise ConfigError(
                 f"{key}: expected {old.get(key)!r}, as the run to resume has it; "

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,9 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from rich.console import Console
 
+from esper_jax import run
 from esper_jax.config import load_config
 from esper_jax.functional import state_hash
 from esper_jax.governor import (
@@ -441,3 +445,75 @@ def test_the_config_of_a_run_has_a_table(tmp_path):
     assert config.governor == GovernorConfig(
         deviations=5.0, max_rollbacks=1, enabled=False
     )
+
+
+SMOKE = Path(__file__).parents[1] / "configs" / "smoke.toml"
+
+
+def smoke(ticks):
+    early = ["controller.patience=1", "controller.threshold=0.9"]
+    return load_config(SMOKE, [f"train.ticks={ticks}", "checkpoint.every=4", *early])
+
+
+@pytest.fixture
+def broken_run(monkeypatch):
+    """Runs on disk whose batches are NaN where a function of the state says so."""
+    original, rule = run.build_run, {}
+
+    def build_run(config, data):
+        program = original(config, data)
+
+        def step_from(state, rows, order, batch_size):
+            if rule["when"](int(state.step), int(state.governor.rollbacks)):
+                state, rows = nan_batch(state, rows)
+            return program.step_from(state, rows, order, batch_size)
+
+        return program._replace(step_from=step_from)
+
+    monkeypatch.setattr(run, "build_run", build_run)
+    return rule
+
+
+def test_a_run_on_disk_tells_of_rollbacks_and_resumes(broken_run, tmp_path, capsys):
+    # Of 8 steps each, the tenth tick: two after the checkpoint of the eighth.
+    broken_run["when"] = lambda step, rollbacks: step == 75 and rollbacks == 0
+    whole = run.train_run(smoke(14), tmp_path / "whole")
+    [rollback] = whole["rollbacks"]
+    assert rollback | {"text": ""} == {
+        "number": 1,
+        "failed_tick": 10,
+        "tick": 9,
+        "fault": "TRAIN_LOSS",
+        "text": "",
+    }
+    assert rollback["text"] in capsys.readouterr().out
+    events = [e for e in whole["events"] if "rollback" in e]
+    assert events
+    for event in events:
+        assert event["to"] in ("ROLLED_BACK", "CANCELLED")
+        assert (event["outcome"], event["tick"]) == ("OK", 9)
+        assert "(governor: the train loss is nan)" in event["text"]
+    lines = (tmp_path / "whole" / "rollbacks.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == whole["rollbacks"]
+
+    console = Console(quiet=True)
+    for stopped_at in (8, 12):  # before and after the fault
+        out = tmp_path / str(stopped_at)
+        run.train_run(smoke(stopped_at), out, console=console)
+        resumed = run.train_run(smoke(14), out, resume=True, console=console)
+        for key in ("state_hash", "events", "rollbacks"):
+            assert resumed[key] == whole[key], key
+
+
+def test_a_run_that_cannot_go_on_saves_its_state(broken_run, tmp_path):
+    broken_run["when"] = lambda step, rollbacks: step >= 50
+    console, out = Console(quiet=True), tmp_path / "run"
+    message = r"training stopped in tick 7: .*saved as step 48 in .*--resume goes on"
+    with pytest.raises(run.RunError, match=message):
+        run.train_run(smoke(9), out, console=console)
+    assert not (out / "summary.json").exists()
+    broken_run["when"] = lambda step, rollbacks: False
+    summary = run.train_run(smoke(9), out, resume=True, console=console)
+    assert [r["number"] for r in summary["rollbacks"]] == [1, 2, 3, 4]
+    assert {r["tick"] for r in summary["rollbacks"]} == {6}
+    assert summary["final_loss"] < 2.0
