@@ -12,6 +12,7 @@ from typing import Any
 from esper_jax.blueprints import ACTIVATIONS, resolve
 from esper_jax.controller import ControllerConfig
 from esper_jax.data import DATASETS
+from esper_jax.governor import GovernorConfig
 from esper_jax.grafting import Strategy
 from esper_jax.lifecycle import LifecycleConfig
 from esper_jax.stages import Incubation, Stage
@@ -162,6 +163,7 @@ class RunConfig:
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     lifecycle: LifecycleConfig = dataclasses.field(default_factory=LifecycleConfig)
     controller: ControllerConfig = dataclasses.field(default_factory=ControllerConfig)
+    governor: GovernorConfig = dataclasses.field(default_factory=GovernorConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:

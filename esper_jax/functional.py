@@ -24,7 +24,9 @@ from esper_jax.optim import PerSlot
 from esper_jax.state import SeedState, move_slots, resize, slot_sources
 
 __all__ = [
+    "LOSS_WINDOW",
     "Arrays",
+    "GovernorMemory",
     "ModelParts",
     "Monitor",
     "TrainState",
@@ -81,6 +83,35 @@ class Monitor:
         )
 
 
+LOSS_WINDOW = 16
+"""Ticks whose losses the governor remembers."""
+
+
+@struct.dataclass
+class GovernorMemory:
+    """What the governor remembers; part of the state, so that a restored run judges as
+    one that was never stopped."""
+
+    losses: Float[Array, "W 2"]
+    """Train and held-out loss of the last good ticks, newest first; NaN for none."""
+    best: Float[Array, " 2"]
+    """The lowest of each."""
+    rollbacks: Int[Array, ""]
+    """Since the beginning of the run; part of the order of the rows."""
+    consecutive: Int[Array, ""]
+    """Since the last good tick."""
+
+    @classmethod
+    def start(cls) -> "GovernorMemory":
+        """A memory without any tick."""
+        return cls(
+            losses=jnp.full((LOSS_WINDOW, 2), jnp.nan, jnp.float32),
+            best=jnp.full((2,), jnp.inf, jnp.float32),
+            rollbacks=jnp.zeros((), jnp.int32),
+            consecutive=jnp.zeros((), jnp.int32),
+        )
+
+
 @struct.dataclass
 class TrainState:
     """All that a run is: restored, it goes on as if it had never stopped.
@@ -102,6 +133,7 @@ class TrainState:
     """Every other variable of the model: batch statistics, random streams, probes."""
     memory: ControllerMemory
     monitor: Monitor
+    governor: GovernorMemory
 
 
 @dataclasses.dataclass(frozen=True)

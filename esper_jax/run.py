@@ -5,6 +5,7 @@ happened), ``checkpoints/`` and, when it has ended, ``summary.json``.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,15 @@ from esper_jax.config import ConfigError, RunConfig, parse_config, to_dict
 from esper_jax.data import DATASETS, Dataset
 from esper_jax.events import Event, drain
 from esper_jax.functional import TrainState, state_hash
+from esper_jax.governor import Governor, LayerRetreat, Rollback, TrainingStopped
 from esper_jax.grafting import Strategy
 from esper_jax.hosts import MLP
 from esper_jax.lifecycle import LifecycleConfig
 from esper_jax.monitor.live import LiveView
+from esper_jax.signals import Signals
 from esper_jax.stages import Outcome, Stage
 from esper_jax.state import coefficients
-from esper_jax.tick import TickReport
+from esper_jax.tick import LayerReport, TickReport
 from esper_jax.train import Program, build, fit
 
 __all__ = ["EventLog", "RunError", "build_run", "evaluate_run", "train_run"]
@@ -80,11 +83,12 @@ def train_run(
       config: of the run.
       out: must not hold a run yet, unless ``resume``.
       resume: go on from the newest checkpoint of the run in ``out``, whose config must
-        be the same but for ``train.ticks`` and ``checkpoint``.
+        be the same but for ``train.ticks``, ``governor`` and ``checkpoint``.
       console: for the live view.
 
     Raises:
-      RunError: if ``out`` cannot be used so.
+      RunError: if ``out`` cannot be used so, or the governor stopped the run, whose
+        state has been saved then.
       ConfigError: if the config does not fit the data. Nothing has been written then.
     """
     data = DATASETS[config.data.name](config.data.seed)
@@ -118,28 +122,49 @@ def train_run(
         raise RunError(
             f"{out} cannot be written to ({error.strerror}): choose another --out"
         ) from None
-    log = EventLog(out / "events.jsonl", program.gates, keep_until=int(state.ticks))
+    log = EventLog(
+        out / "events.jsonl",
+        program.gates,
+        keep_until=int(state.ticks),
+        rollbacks=int(state.governor.rollbacks),
+    )
     ticks = config.train.ticks
+
+    def save(state: TrainState) -> None:
+        folder, keep = out / "checkpoints", config.checkpoint.keep
+        checkpoint.save(folder, int(state.step), state, keep)
 
     with LiveView(ticks, console) as view:
 
         def on_tick(state: TrainState, report: TickReport) -> None:
             view.update(report, log.add(report))
             if report.tick % config.checkpoint.every == 0 or report.tick == ticks:
-                folder = out / "checkpoints"
-                checkpoint.save(folder, int(report.step), state, config.checkpoint.keep)
+                save(state)
 
-        state = fit(
-            program,
-            state,
-            data.train,
-            data.held_out,
-            ticks=ticks,
-            batch_size=config.train.batch_size,
-            seed=config.seed,
-            on_tick=on_tick,
-        )
-    summary = _summary(program, state, data, log.events)
+        def on_rollback(rollback: Rollback) -> None:
+            for line in log.add_rollback(rollback):
+                view.note(line)
+
+        try:
+            state = fit(
+                program,
+                state,
+                data.train,
+                data.held_out,
+                ticks=ticks,
+                batch_size=config.train.batch_size,
+                seed=config.seed,
+                on_tick=on_tick,
+                governor=_governor(config, program, data, on_rollback),
+            )
+        except TrainingStopped as stop:
+            save(stop.state)
+            raise RunError(
+                f"{stop}. The last good state is saved as step {int(stop.state.step)} "
+                f"in {out / 'checkpoints'}; once the cause is gone, --resume goes on "
+                "from it"
+            ) from None
+    summary = _summary(program, state, data, log)
     _write_json(out / "summary.json", summary)
     return summary
 
@@ -166,13 +191,30 @@ class EventLog:
     Args:
       path: JSON-lines file to append to.
       lifecycle: the gates, which the words of the events tell of.
-      keep_until: events after this tick in the file are dropped.
+      keep_until: events after this tick in the file are dropped,
+      rollbacks: and those of later rollbacks than this many. What the rollbacks were
+        is kept beside the file, in ``rollbacks.jsonl``.
     """
 
-    def __init__(self, path: Path, lifecycle: LifecycleConfig, keep_until: int) -> None:
+    def __init__(
+        self,
+        path: Path,
+        lifecycle: LifecycleConfig,
+        keep_until: int,
+        rollbacks: int = 0,
+    ) -> None:
         self._path = path
         self._lifecycle = lifecycle
-        self.events = [e for e in _read_lines(path) if e["tick"] <= keep_until]
+        self._rollback_path = path.with_name("rollbacks.jsonl")
+        self.rollbacks = [
+            r for r in _read_lines(self._rollback_path) if r["number"] <= rollbacks
+        ]
+        self._write_rollbacks()
+        self.events = [
+            e
+            for e in _read_lines(path)
+            if e["tick"] <= keep_until and e.get("rollback", 0) <= rollbacks
+        ]
         self._last: dict[tuple[str, int], tuple[str, str, str]] = {}
         for event in self.events:
             self._is_news(event)
@@ -186,6 +228,39 @@ class EventLog:
         self.events += new
         return new
 
+    def add_rollback(self, rollback: Rollback) -> list[str]:
+        """Writes down a rollback and what it did to the seeds; returns its lines."""
+        text = (
+            f"rollback {rollback.number}, from tick {rollback.failed_tick} to "
+            f"{rollback.tick}: {rollback.reason}"
+        )
+        self.rollbacks.append(
+            {
+                "number": rollback.number,
+                "failed_tick": rollback.failed_tick,
+                "tick": rollback.tick,
+                "fault": rollback.fault.name,
+                "text": text,
+            }
+        )
+        self._write_rollbacks()
+        new = []
+        for name, layer in rollback.layers.items():
+            for event in _drain(layer, Signals.unmeasured(), self._lifecycle):
+                line = _event(rollback.tick, name, event)
+                line["text"] += f" (governor: {rollback.reason})"
+                new.append({**line, "rollback": rollback.number})
+                self._is_news(line)
+        with self._path.open("a") as file:
+            file.writelines(json.dumps(event) + "\n" for event in new)
+        self.events += new
+        return [text, *(f"tick {e['tick']}: {e['layer']} {e['text']}" for e in new)]
+
+    def _write_rollbacks(self) -> None:
+        if self.rollbacks or self._rollback_path.exists():
+            lines = "".join(json.dumps(r) + "\n" for r in self.rollbacks)
+            self._rollback_path.write_text(lines)
+
     def _is_news(self, event: dict[str, Any]) -> bool:
         key = (event["layer"], event["seed"])
         what = (event["from"], event["to"], event["outcome"])
@@ -197,17 +272,23 @@ class EventLog:
         return [
             _event(int(report.tick), name, event)
             for name, layer in report.layers.items()
-            for event in drain(
-                source=layer.source,
-                target=layer.target,
-                outcome=layer.outcome,
-                slot=layer.slot,
-                epochs=layer.epochs,
-                errors=layer.errors,
-                signals=layer.signals,
-                config=self._lifecycle,
-            )
+            for event in _drain(layer, layer.signals, self._lifecycle)
         ]
+
+
+def _drain(
+    layer: LayerReport | LayerRetreat, signals: Signals, config: LifecycleConfig
+) -> list[Event]:
+    return drain(
+        source=layer.source,
+        target=layer.target,
+        outcome=layer.outcome,
+        slot=layer.slot,
+        epochs=layer.epochs,
+        errors=layer.errors,
+        signals=signals,
+        config=config,
+    )
 
 
 def _event(tick: int, layer: str, event: Event) -> dict[str, Any]:
@@ -225,8 +306,24 @@ def _event(tick: int, layer: str, event: Event) -> dict[str, Any]:
     }
 
 
+def _governor(
+    config: RunConfig,
+    program: Program,
+    data: Dataset,
+    on_rollback: Callable[[Rollback], None],
+) -> Governor | None:
+    if not config.governor.enabled:
+        return None
+    return Governor(
+        program,
+        config.governor,
+        num_classes=data.num_classes,
+        on_rollback=on_rollback,
+    )
+
+
 def _summary(
-    program: Program, state: TrainState, data: Dataset, events: list[dict[str, Any]]
+    program: Program, state: TrainState, data: Dataset, log: EventLog
 ) -> dict[str, Any]:
     loss, accuracy = program.evaluate(state, jax.tree.map(jnp.asarray, data.test))
     return {
@@ -236,7 +333,8 @@ def _summary(
         "host_params": sum(int(np.size(p)) for p in state.params.values()),
         "grown_params": _grown_params(program, state),
         "recompiles": program.recompiles(),
-        "events": events,
+        "rollbacks": log.rollbacks,
+        "events": log.events,
     }
 
 
@@ -276,7 +374,7 @@ def _read_config(out: Path) -> RunConfig:
 def _check_same(config: RunConfig, saved: RunConfig) -> None:
     new, old = _flat(to_dict(config)), _flat(to_dict(saved))
     for key in sorted(set(new) | set(old)):
-        free = key == "train.ticks" or key.startswith("checkpoint.")
+        free = key == "train.ticks" or key.startswith(("governor.", "checkpoint."))
         if not free and new.get(key) != old.get(key):
             raise ConfigError(
                 f"{key}: expected {old.get(key)!r}, as the run to resume has it; "

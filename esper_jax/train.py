@@ -22,6 +22,7 @@ from esper_jax.chunks import ChunkLayout
 from esper_jax.controller import ControllerConfig
 from esper_jax.functional import (
     Arrays,
+    GovernorMemory,
     ModelParts,
     Monitor,
     TrainState,
@@ -31,6 +32,7 @@ from esper_jax.functional import (
     split_model,
     values_of,
 )
+from esper_jax.governor import Governor
 from esper_jax.lifecycle import LifecycleConfig
 from esper_jax.optim import PerSlot, per_slot
 from esper_jax.state import SeedState, saturating_add, slot_coefficients
@@ -175,12 +177,13 @@ def fit(
     batch_size: int,
     seed: int = 0,
     on_tick: Callable[[TrainState, TickReport], None] | None = None,
+    governor: Governor | None = None,
 ) -> TrainState:
     """Trains until the state has seen ``ticks`` ticks, one after each epoch.
 
-    The order of the rows in epoch ``e`` depends on ``seed`` and ``e`` alone, so a
-    restored state goes on where it stopped. What does not fill a batch at the end of an
-    epoch is left out.
+    The order of the rows in epoch ``e`` depends on ``seed``, ``e`` and the number of
+    rollbacks alone, so a restored state goes on where it stopped. What does not fill a
+    batch at the end of an epoch is left out.
 
     Args:
       program: as `build` makes it.
@@ -191,13 +194,15 @@ def fit(
       batch_size: rows a step.
       seed: of the order of the rows.
       on_tick: called after each tick with the state (to read, not to keep: it will be
-        donated) and the report on the host.
+        donated) and the report on the host. Not called for a tick that was undone.
+      governor: checks each tick and undoes those that failed.
 
     Returns:
       The state after the last tick.
 
     Raises:
       ValueError: if the rows do not match or do not fill a batch.
+      TrainingStopped: by the governor.
     """
     data, held_out = _checked("data", data), _checked("held_out", held_out)
     rows = jax.tree.leaves(data)[0].shape[0]
@@ -206,16 +211,25 @@ def fit(
             f"batch_size must be from 1 to the {rows} rows of data, got {batch_size}"
         )
     per_epoch = rows // batch_size
-    shuffle = jax.jit(
-        lambda epoch: jax.random.permutation(
-            jax.random.fold_in(jax.random.key(seed), epoch), rows
-        )
-    )
-    for epoch in range(int(state.ticks), ticks):
-        order = shuffle(epoch)
+
+    @jax.jit
+    def shuffle(epoch: Array, rollbacks: Array) -> Array:
+        # Another order after a rollback, or the same step would fail again.
+        stream = epoch.astype(jnp.uint32) + (rollbacks.astype(jnp.uint32) << 24)
+        key = jax.random.fold_in(jax.random.key(seed), stream)
+        return jax.random.permutation(key, rows)
+
+    if governor is not None:
+        governor.start(state)
+    while int(state.ticks) < ticks:
+        order = shuffle(state.ticks, state.governor.rollbacks)
         for _ in range(per_epoch - int(state.step) % per_epoch):
             state = program.step_from(state, data, order, batch_size)
         state, report = program.tick(state, held_out)
+        if governor is not None:
+            state, rollback = governor.review(state, report, data, held_out)
+            if rollback is not None:
+                continue
         if on_tick is not None:
             on_tick(state, jax.device_get(report))
     return state
@@ -258,6 +272,7 @@ def _init(
         rest=values,
         memory=controller.init_memory(),
         monitor=Monitor.start(jax.tree.map(jnp.array, host_mean)),
+        governor=GovernorMemory.start(),
     )
 
 
