@@ -5,6 +5,7 @@ happened), ``checkpoints/`` and, when it has ended, ``summary.json``.
 """
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ import optax
 from flax import nnx
 from rich.console import Console
 
-from esper_jax import checkpoint
 from esper_jax.blueprints import param_counts
+from esper_jax.checkpoint import Checkpointer, Retention
 from esper_jax.config import ConfigError, RunConfig, parse_config, to_dict
 from esper_jax.data import DATASETS, Dataset
 from esper_jax.events import Event, drain
@@ -31,6 +32,8 @@ from esper_jax.tick import TickReport
 from esper_jax.train import Program, build, fit
 
 __all__ = ["EventLog", "RunError", "build_run", "evaluate_run", "train_run"]
+
+_log = logging.getLogger(__name__)
 
 
 class RunError(ValueError):
@@ -79,12 +82,15 @@ def train_run(
     Args:
       config: of the run.
       out: must not hold a run yet, unless ``resume``.
-      resume: go on from the newest checkpoint of the run in ``out``, whose config must
-        be the same but for ``train.ticks`` and ``checkpoint``.
+      resume: go on from the newest sound checkpoint of the run in ``out``, or from the
+        beginning if it was stopped before the first. Its config must be the same but
+        for ``train.ticks`` and ``checkpoint``.
       console: for the live view.
 
     Raises:
       RunError: if ``out`` cannot be used so.
+      CheckpointError: if no checkpoint of a run to resume is sound, if one cannot be
+        saved, or if another process is training into ``out``.
       ConfigError: if the config does not fit the data. Nothing has been written then.
     """
     data = DATASETS[config.data.name](config.data.seed)
@@ -100,22 +106,47 @@ def train_run(
         raise RunError(f"{out} is not empty: choose another --out, or --resume the run")
     program = build_run(config, data)
     state = program.init(jax.random.key(config.seed))
-    if resume:
-        state = _restore(out, state)
-    out.mkdir(parents=True, exist_ok=True)
-    _write_json(out / "config.json", to_dict(config))
-    log = EventLog(out / "events.jsonl", program.gates, keep_until=int(state.ticks))
-    ticks = config.train.ticks
+    with Checkpointer(out / "checkpoints", retention=_retention(config)) as checkpoints:
+        checkpoints.acquire()
+        if resume and not checkpoints.steps():
+            _log.warning("%s holds no checkpoint: starts anew", checkpoints.directory)
+        elif resume:
+            state = checkpoints.restore(state).state
+        _write_json(out / "config.json", to_dict(config))
+        log = EventLog(out / "events.jsonl", program.gates, int(state.ticks))
+        state = _train(program, state, config, data, log, checkpoints, console)
+    summary = _summary(program, state, data, log.events)
+    _write_json(out / "summary.json", summary)
+    return summary
 
+
+def _train(
+    program: Program,
+    state: TrainState,
+    config: RunConfig,
+    data: Dataset,
+    log: "EventLog",
+    checkpoints: Checkpointer,
+    console: Console | None,
+) -> TrainState:
+    """Trains to the last tick, with the live view, events and checkpoints."""
+    ticks = config.train.ticks
     with LiveView(ticks, console) as view:
 
         def on_tick(state: TrainState, report: TickReport) -> None:
             view.update(report, log.add(report))
             if report.tick % config.checkpoint.every == 0 or report.tick == ticks:
-                folder = out / "checkpoints"
-                checkpoint.save(folder, int(report.step), state, config.checkpoint.keep)
+                checkpoints.save(
+                    int(report.step),
+                    state,
+                    metrics={
+                        "loss": float(report.loss),
+                        "accuracy": float(report.accuracy),
+                    },
+                    config=to_dict(config),
+                )
 
-        state = fit(
+        return fit(
             program,
             state,
             data.train,
@@ -125,21 +156,33 @@ def train_run(
             seed=config.seed,
             on_tick=on_tick,
         )
-    summary = _summary(program, state, data, log.events)
-    _write_json(out / "summary.json", summary)
-    return summary
+
+
+def _retention(config: RunConfig) -> Retention:
+    rules = config.checkpoint
+    modes = {"": None, "loss": ("loss", "min"), "accuracy": ("accuracy", "max")}
+    return Retention(
+        keep_last=rules.keep,
+        best=modes[rules.keep_best],
+        every=rules.keep_every or None,
+        pinned=rules.pinned,
+    )
 
 
 def evaluate_run(out: Path) -> dict[str, Any]:
     """Step, accuracy and loss on the test data of the newest checkpoint in ``out``.
 
+    A damaged checkpoint is named in the log, and the next older one used.
+
     Raises:
-      RunError: if there is no run or no checkpoint.
+      RunError: if there is no run.
+      CheckpointError: if there is no sound checkpoint.
     """
     config = _read_config(out)
     data = DATASETS[config.data.name](config.data.seed)
     program = build_run(config, data)
-    state = _restore(out, program.init(jax.random.key(config.seed)))
+    like = program.init(jax.random.key(config.seed))
+    state = Checkpointer(out / "checkpoints").restore(like).state
     loss, accuracy = program.evaluate(state, jax.tree.map(jnp.asarray, data.test))
     return {"step": int(state.step), "accuracy": float(accuracy), "loss": float(loss)}
 
@@ -162,7 +205,7 @@ class EventLog:
         self._last: dict[tuple[str, int], tuple[str, str, str]] = {}
         for event in self.events:
             self._is_news(event)
-        path.write_text("".join(json.dumps(e) + "\n" for e in self.events))
+        _write_whole(path, "".join(json.dumps(e) + "\n" for e in self.events))
 
     def add(self, report: TickReport) -> list[dict[str, Any]]:
         """The new events of a tick, given its report with host values."""
@@ -236,14 +279,6 @@ def _grown_params(program: Program, state: TrainState) -> int:
     return total
 
 
-def _restore(out: Path, like: TrainState) -> TrainState:
-    folder = out / "checkpoints"
-    saved = checkpoint.steps(folder)
-    if not saved:
-        raise RunError(f"{folder} holds no checkpoint: train the run first")
-    return checkpoint.restore(folder, saved[-1], like)
-
-
 def _read_config(out: Path) -> RunConfig:
     path = out / "config.json"
     try:
@@ -287,7 +322,11 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _write_json(path: Path, content: Any) -> None:
+    _write_whole(path, json.dumps(content, indent=2) + "\n")
+
+
+def _write_whole(path: Path, text: str) -> None:
     """Writes a file whole or not at all."""
     scratch = path.with_suffix(".tmp")
-    scratch.write_text(json.dumps(content, indent=2) + "\n")
+    scratch.write_text(text)
     scratch.replace(path)
