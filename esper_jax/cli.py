@@ -89,10 +89,12 @@ def _log_on_stderr() -> Iterator[None]:
     handler.setFormatter(logging.Formatter("esper-jax: %(message)s"))
     logger = logging.getLogger("esper_jax")
     logger.addHandler(handler)
+    logger.propagate = False  # other libraries put a handler of theirs on the root
     try:
         yield
     finally:
         logger.removeHandler(handler)
+        logger.propagate = True
 
 
 def _train(command: Train) -> None:

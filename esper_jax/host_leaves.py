@@ -73,6 +73,8 @@ def nest(leaves: Mapping[str, HostLeaf]) -> dict[str, Any]:
 def to_host(state: Any) -> dict[str, HostLeaf]:
     """Copies of all leaves; the state may be donated or changed afterwards.
 
+    A `HostLeaf` in the state stays as it is.
+
     Raises:
       LeafError: if a leaf is not an array of numbers or random keys.
     """
@@ -86,6 +88,9 @@ def to_host(state: Any) -> dict[str, HostLeaf]:
         plain[name] = keys, leaf, impl
     host = {}
     for name, (keys, leaf, impl) in plain.items():
+        if isinstance(leaf, HostLeaf):
+            host[name] = leaf
+            continue
         # A copy even on the CPU, where the buffer itself may be donated.
         array = np.array(leaf)
         if array.dtype.hasobject or array.dtype.kind in "SUmM":

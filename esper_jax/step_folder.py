@@ -221,7 +221,7 @@ def _encode(manifest: Manifest) -> bytes:
         name: value if math.isfinite(value) else str(value)
         for name, value in manifest.metrics.items()
     }
-    return _sealed(json.dumps(content, indent=1).encode() + b"\n")
+    return _sealed(json.dumps(content).encode() + b"\n")
 
 
 def _sealed(body: bytes) -> bytes:
