@@ -138,14 +138,22 @@ class CheckpointConfig:
     """Args:
     every: ticks between two checkpoints; the last tick is always saved.
     keep: how many of the newest are kept.
+    keep_best: "loss" or "accuracy": the best on held-out data is kept, too.
+    keep_every: steps that are a multiple of it are kept, too; 0 for none.
+    pinned: steps that are never removed.
     """
 
     every: int = 50
     keep: int = 5
+    keep_best: str = ""
+    keep_every: int = 0
+    pinned: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         _at_least("every", self.every, 1)
         _at_least("keep", self.keep, 1)
+        _one_of("keep_best", self.keep_best, ("", "loss", "accuracy"))
+        _at_least("keep_every", self.keep_every, 0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

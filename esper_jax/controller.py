@@ -30,6 +30,8 @@ class ControllerConfig:
       threshold: relative improvement of the held-out loss that counts as one.
       max_training: seeds that may be in TRAINING (or waiting for it) at once.
       blueprint: index of the blueprint that germinates.
+      waiting_limit: ticks in GERMINATED after which a seed whose turn has not come is
+        cancelled.
       training_limit: ticks in TRAINING after which a seed that may not be grafted is
         culled.
       grafting_limit: ticks in GRAFTING after which a seed whose ramp has not ended is
@@ -48,6 +50,7 @@ class ControllerConfig:
     threshold: float = 0.01
     max_training: int = 1
     blueprint: int = 0
+    waiting_limit: int = 200
     training_limit: int = 200
     grafting_limit: int = 400
     evaluation_limit: int = 200
@@ -225,13 +228,16 @@ def _take_turns(
     targets: Mapping[str, Int[Array, " S"]],
     config: ControllerConfig,
 ) -> dict[str, Int[Array, " S"]]:
-    """Lets no more than ``max_training`` seeds into TRAINING, in order."""
+    """Lets no more than ``max_training`` seeds into TRAINING, in order; cancels those
+    that have waited too long."""
     room = config.max_training - sum(_count(s, Stage.TRAINING) for s in seeds.values())
     allowed = {}
     for name, target in targets.items():
         waiting = target == Stage.TRAINING
         turn = jnp.cumsum(waiting)
-        allowed[name] = jnp.where(waiting & (turn > room), NO_REQUEST, target)
+        late = seeds[name].epochs_in_stage >= config.waiting_limit
+        instead = jnp.where(late, Stage.CANCELLED, NO_REQUEST)
+        allowed[name] = jnp.where(waiting & (turn > room), instead, target)
         room = room - jnp.sum(waiting & (turn <= room))
     return allowed
 

@@ -103,6 +103,11 @@ class SeedBed(nnx.Module):
                 f"incubation must be one of {get_args(Incubation)}, got {incubation!r}"
             )
         self.incubation = incubation
+        if statistics_rows is not None and not statistics_rows >= 0:
+            raise ValueError(
+                f"statistics_rows must be at least 0, or None for all rows; got "
+                f"{statistics_rows!r}"
+            )
         self.statistics_rows = statistics_rows
         self.implementation = implementation
         self.deterministic = deterministic

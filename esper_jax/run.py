@@ -5,6 +5,7 @@ happened), ``checkpoints/`` and, when it has ended, ``summary.json``.
 """
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ import optax
 from flax import nnx
 from rich.console import Console
 
-from esper_jax import checkpoint
 from esper_jax.blueprints import param_counts
+from esper_jax.checkpoint import Checkpointer, Retention
 from esper_jax.config import ConfigError, RunConfig, parse_config, to_dict
 from esper_jax.data import DATASETS, Dataset
 from esper_jax.events import Event, drain
@@ -34,6 +35,8 @@ from esper_jax.tick import LayerReport, TickReport
 from esper_jax.train import Program, build, fit
 
 __all__ = ["EventLog", "RunError", "build_run", "evaluate_run", "train_run"]
+
+_log = logging.getLogger(__name__)
 
 
 class RunError(ValueError):
@@ -82,13 +85,16 @@ def train_run(
     Args:
       config: of the run.
       out: must not hold a run yet, unless ``resume``.
-      resume: go on from the newest checkpoint of the run in ``out``, whose config must
-        be the same but for ``train.ticks``, ``governor`` and ``checkpoint``.
+      resume: go on from the newest sound checkpoint of the run in ``out``, or from the
+        beginning if it was stopped before the first. Its config must be the same but
+        for ``train.ticks``, ``governor`` and ``checkpoint``.
       console: for the live view.
 
     Raises:
       RunError: if ``out`` cannot be used so, or the governor stopped the run, whose
         state has been saved then.
+      CheckpointError: if no checkpoint of a run to resume is sound, if one cannot be
+        saved, or if another process is training into ``out``.
       ConfigError: if the config does not fit the data. Nothing has been written then.
     """
     data = DATASETS[config.data.name](config.data.seed)
@@ -106,47 +112,70 @@ def train_run(
         raise RunError(f"{out} is not empty: choose another --out, or --resume the run")
     program = build_run(config, data)
     state = program.init(jax.random.key(config.seed))
-    # A run that was stopped before its first checkpoint begins again.
-    if resume and checkpoint.steps(out / "checkpoints"):
-        state = _restore(out, state)
-    if config.train.ticks < int(state.ticks):
-        raise ConfigError(
-            f"train.ticks: expected at least {int(state.ticks)}, which the run to "
-            f"resume has done; got {config.train.ticks}"
-        )
     try:
         out.mkdir(parents=True, exist_ok=True)
-        _write_json(out / "config.json", to_dict(config))
-        (out / "summary.json").unlink(missing_ok=True)
     except OSError as error:
         raise RunError(
             f"{out} cannot be written to ({error.strerror}): choose another --out"
         ) from None
-    log = EventLog(
-        out / "events.jsonl",
-        program.gates,
-        keep_until=int(state.ticks),
-        rollbacks=int(state.governor.rollbacks),
-    )
+    with Checkpointer(out / "checkpoints", retention=_retention(config)) as checkpoints:
+        checkpoints.acquire()
+        if resume and not checkpoints.steps():
+            _log.warning("%s holds no checkpoint: starts anew", checkpoints.directory)
+        elif resume:
+            state = checkpoints.restore(state).state
+        if config.train.ticks < int(state.ticks):
+            raise ConfigError(
+                f"train.ticks: expected at least {int(state.ticks)}, which the run to "
+                f"resume has done; got {config.train.ticks}"
+            )
+        _write_json(out / "config.json", to_dict(config))
+        (out / "summary.json").unlink(missing_ok=True)
+        log = EventLog(
+            out / "events.jsonl",
+            program.gates,
+            keep_until=int(state.ticks),
+            rollbacks=int(state.governor.rollbacks),
+        )
+        state = _train(program, state, config, data, log, checkpoints, console)
+    summary = _summary(program, state, data, log)
+    _write_json(out / "summary.json", summary)
+    return summary
+
+
+def _train(
+    program: Program,
+    state: TrainState,
+    config: RunConfig,
+    data: Dataset,
+    log: "EventLog",
+    checkpoints: Checkpointer,
+    console: Console | None,
+) -> TrainState:
+    """Trains to the last tick, with live view, events, checkpoints and governor."""
     ticks = config.train.ticks
-
-    def save(state: TrainState) -> None:
-        folder, keep = out / "checkpoints", config.checkpoint.keep
-        checkpoint.save(folder, int(state.step), state, keep)
-
+    tables = to_dict(config)
     with LiveView(ticks, console) as view:
 
         def on_tick(state: TrainState, report: TickReport) -> None:
             view.update(report, log.add(report))
             if report.tick % config.checkpoint.every == 0 or report.tick == ticks:
-                save(state)
+                checkpoints.save(
+                    int(report.step),
+                    state,
+                    metrics={
+                        "loss": float(report.loss),
+                        "accuracy": float(report.accuracy),
+                    },
+                    config=tables,
+                )
 
         def on_rollback(rollback: Rollback) -> None:
             for line in log.add_rollback(rollback):
                 view.note(line)
 
         try:
-            state = fit(
+            return fit(
                 program,
                 state,
                 data.train,
@@ -158,29 +187,46 @@ def train_run(
                 governor=_governor(config, program, data, on_rollback),
             )
         except TrainingStopped as stop:
-            save(stop.state)
+            step = int(stop.state.step)
+            checkpoints.save(step, stop.state, config=tables)
             raise RunError(
-                f"{stop}. The last good state is saved as step {int(stop.state.step)} "
-                f"in {out / 'checkpoints'}; once the cause is gone, --resume goes on "
+                f"{stop}. The last good state is saved as step {step} in "
+                f"{checkpoints.directory}; once the cause is gone, --resume goes on "
                 "from it"
             ) from None
-    summary = _summary(program, state, data, log)
-    _write_json(out / "summary.json", summary)
-    return summary
+
+
+def _retention(config: RunConfig) -> Retention:
+    rules = config.checkpoint
+    modes = {"": None, "loss": ("loss", "min"), "accuracy": ("accuracy", "max")}
+    return Retention(
+        keep_last=rules.keep,
+        best=modes[rules.keep_best],
+        every=rules.keep_every or None,
+        pinned=rules.pinned,
+    )
 
 
 def evaluate_run(out: Path) -> dict[str, Any]:
     """Step, accuracy and loss on the test data of the newest checkpoint in ``out``.
 
+    A damaged checkpoint is named in the log, and the next older one used.
+
     Raises:
-      RunError: if there is no run or no checkpoint.
+      RunError: if there is no run.
+      CheckpointError: if there is no sound checkpoint.
     """
     config = _read_config(out)
     data = DATASETS[config.data.name](config.data.seed)
     program = build_run(config, data)
-    state = _restore(out, program.init(jax.random.key(config.seed)))
+    like = program.init(jax.random.key(config.seed))
+    state = Checkpointer(out / "checkpoints").restore(like).state
     loss, accuracy = program.evaluate(state, jax.tree.map(jnp.asarray, data.test))
-    return {"step": int(state.step), "accuracy": float(accuracy), "loss": float(loss)}
+    return {
+        "step": int(state.step),
+        "accuracy": _number(accuracy),
+        "loss": _number(loss),
+    }
 
 
 class EventLog:
@@ -218,7 +264,7 @@ class EventLog:
         self._last: dict[tuple[str, int], tuple[str, str, str]] = {}
         for event in self.events:
             self._is_news(event)
-        path.write_text("".join(json.dumps(e) + "\n" for e in self.events))
+        _write_whole(path, "".join(json.dumps(e) + "\n" for e in self.events))
 
     def add(self, report: TickReport) -> list[dict[str, Any]]:
         """The new events of a tick, given its report with host values."""
@@ -327,8 +373,8 @@ def _summary(
 ) -> dict[str, Any]:
     loss, accuracy = program.evaluate(state, jax.tree.map(jnp.asarray, data.test))
     return {
-        "final_accuracy": float(accuracy),
-        "final_loss": float(loss),
+        "final_accuracy": _number(accuracy),
+        "final_loss": _number(loss),
         "state_hash": state_hash(state),
         "host_params": sum(int(np.size(p)) for p in state.params.values()),
         "grown_params": _grown_params(program, state),
@@ -346,14 +392,6 @@ def _grown_params(program: Program, state: TrainState) -> int:
         grown = np.flatnonzero(coefficients(seeds)[0] != 0)
         total += int(counts[np.asarray(seeds.blueprint)[grown], grown].sum())
     return total
-
-
-def _restore(out: Path, like: TrainState) -> TrainState:
-    folder = out / "checkpoints"
-    saved = checkpoint.steps(folder)
-    if not saved:
-        raise RunError(f"{folder} holds no checkpoint: train the run first")
-    return checkpoint.restore(folder, saved[-1], like)
 
 
 def _read_config(out: Path) -> RunConfig:
@@ -397,11 +435,23 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
         return []
     lines = path.read_text().splitlines(keepends=True)
     # The last line of a run that was killed may be half written.
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    try:
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+    except json.JSONDecodeError as error:
+        raise RunError(f"{path} is damaged: {error}; mend or remove it") from None
+
+
+def _number(value: Any) -> float | None:
+    """A number as JSON can hold it: None if it is not finite."""
+    return float(value) if np.isfinite(value) else None
 
 
 def _write_json(path: Path, content: Any) -> None:
+    _write_whole(path, json.dumps(content, indent=2) + "\n")
+
+
+def _write_whole(path: Path, text: str) -> None:
     """Writes a file whole or not at all."""
     scratch = path.with_suffix(".tmp")
-    scratch.write_text(json.dumps(content, indent=2) + "\n")
+    scratch.write_text(text)
     scratch.replace(path)

@@ -128,14 +128,17 @@ def _counterfactuals(
 
 
 def _running(mean: Array, variance: Array, value: Array) -> tuple[Array, Array]:
-    """Exponential running mean and variance; NaN means that there is none yet."""
-    first = jnp.isnan(mean)
+    """Exponential running mean and variance; NaN means that there is none yet.
+
+    A value that is not finite leaves them as they were.
+    """
+    first, measured = jnp.isnan(mean), jnp.isfinite(value)
     change = value - mean
+    new_mean = jnp.where(first, value, mean + (1 - _DECAY) * change)
+    new_variance = jnp.where(first, 0.0, _DECAY * (variance + (1 - _DECAY) * change**2))
     return (
-        jnp.where(first, value, mean + (1 - _DECAY) * change),
-        jnp.where(
-            first, jnp.zeros_like(value), _DECAY * (variance + (1 - _DECAY) * change**2)
-        ),
+        jnp.where(measured, new_mean, mean),
+        jnp.where(measured, new_variance, variance),
     )
 
 
@@ -159,6 +162,7 @@ def _measure(
             lambda m, w: _DECAY * m + (1 - _DECAY) * w, mean, weights
         )
     stability = 1.0 - jnp.sqrt(loss_variance) / jnp.abs(initial)
+    stability = jnp.where(jnp.isfinite(loss), stability, jnp.nan)
     grad_norm = old.grad_norm / jnp.where(old.steps > 0, old.steps, jnp.nan)
     zero = jnp.zeros_like
     monitor = Monitor(

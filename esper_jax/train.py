@@ -337,10 +337,14 @@ def _update_bank(
     grads: Bank,
     gain: Float[Array, " K"],
 ) -> tuple[SeedState, Bank, Any]:
-    """Updates the slots that learn; one whose gradient is not finite waits a step."""
-    _, beta, _ = slot_coefficients(seeds)
-    finite = _finite_slots(grads)
+    """Updates the slots that learn; one whose gradient is not finite waits a step.
+
+    That, and a correction that is not finite in a slot that only counts, is an error.
+    """
+    alpha, beta, _ = slot_coefficients(seeds)
+    finite = _finite_slots(grads) & jnp.isfinite(gain)
     learning = beta != 0
+    living = learning | (alpha != 0)
 
     def update() -> tuple[Bank, Any]:
         updates, new = optimizer.update(
@@ -352,7 +356,7 @@ def _update_bank(
     seeds = dataclasses.replace(
         seeds,
         gain=seeds.gain + gain,
-        errors=saturating_add(seeds.errors, learning & ~finite),
+        errors=saturating_add(seeds.errors, living & ~finite),
     )
     return seeds, bank, opt_state
 

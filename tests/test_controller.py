@@ -114,6 +114,15 @@ def test_no_more_than_max_training_are_let_in():
     assert [t for row in targets.values() for t in row].count(Stage.TRAINING) == 3
 
 
+def test_a_seed_whose_turn_does_not_come_is_cancelled():
+    state = seeds(seed_0="TRAINING", seed_2="GERMINATED")
+    for epochs, expected in ((199, NO_REQUEST), (200, Stage.CANCELLED)):
+        waited = dataclasses.replace(
+            state, epochs_in_stage=state.epochs_in_stage.at[2].set(epochs)
+        )
+        assert run({"a": waited}, [1.0])[0]["a"][2] == expected
+
+
 GOOD = {
     "reconstruction_loss": 0.0,
     "performance_delta": 0.1,
