@@ -7,6 +7,7 @@ some. `blend`, `lifecycle` and `per_slot` work on plain arrays, without Flax.
 from esper_jax import lifecycle
 from esper_jax.chunks import ChunkLayout
 from esper_jax.controller import ControllerConfig
+from esper_jax.governor import Governor, GovernorConfig
 from esper_jax.grafting import GraftConfig, Strategy
 from esper_jax.kernels.blend import blend
 from esper_jax.layers import (
@@ -32,6 +33,8 @@ __all__ = [
     "ChunkedLayer",
     "Commands",
     "ControllerConfig",
+    "Governor",
+    "GovernorConfig",
     "GraftConfig",
     "GraftProbe",
     "LifecycleConfig",
