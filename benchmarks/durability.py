@@ -17,13 +17,17 @@ same arrays, which blocks. Medians.
 
 import argparse
 import collections
+import contextlib
 import logging
+import os
 import platform
 import random
 import shutil
 import statistics
+import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -144,10 +148,26 @@ def trial(folder: Path, states: dict[int, Any]) -> str:
     return "found" if found.damaged else "harmless"
 
 
+@contextlib.contextmanager
+def silence() -> Iterator[None]:
+    """Orbax prints thousands of lines where it fails, from outside of Python, too."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nothing:
+        os.dup2(nothing.fileno(), 2)
+    try:
+        yield
+    finally:
+        time.sleep(0.05)  # its threads
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
 def orbax_trial(folder: Path, expected: dict[str, np.ndarray]) -> str:
     """What Orbax alone makes of it."""
     try:
-        found = ocp.load(folder / "3" / "state")
+        with silence():
+            found = ocp.load(folder / "3" / "state")
         equal = found.keys() == expected.keys() and all(
             np.asarray(found[n]).tobytes() == expected[n].tobytes() for n in expected
         )
@@ -242,6 +262,7 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.getLogger("esper_jax").setLevel(logging.CRITICAL)
     logging.getLogger("absl").setLevel(logging.CRITICAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     print(
         f"{jax.devices()[0].device_kind}, {platform.machine()}, Python "
         f"{platform.python_version()}, jax {jax.__version__}, "

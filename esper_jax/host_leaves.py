@@ -91,8 +91,7 @@ def to_host(state: Any) -> dict[str, HostLeaf]:
         if isinstance(leaf, HostLeaf):
             host[name] = leaf
             continue
-        # A copy even on the CPU, where the buffer itself may be donated.
-        array = np.array(leaf)
+        array = np.array(leaf, copy=True if _is_shared(leaf) else None)
         if array.dtype.hasobject or array.dtype.kind in "SUmM":
             raise LeafError(
                 f"leaf {name}: expected an array of numbers, got {type(leaf).__name__}"
@@ -123,6 +122,14 @@ def place(leaves: Mapping[str, HostLeaf], like: _State) -> _State:
         raise LeafError("; ".join(wrong[:10]) + more)
     placed = [_placed(leaves[name].array, leaf) for name, (_, leaf) in wanted.items()]
     return jax.tree.unflatten(jax.tree.structure(like), placed)
+
+
+def _is_shared(leaf: Any) -> bool:
+    """Whether numpy may look into the leaf's own memory, which can be donated."""
+    if not isinstance(leaf, jax.Array):
+        return True
+    on_cpu = any(device.platform == "cpu" for device in leaf.devices())
+    return on_cpu or leaf.sharding.memory_kind != "device"
 
 
 def _key(key: Any) -> str:

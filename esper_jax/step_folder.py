@@ -11,6 +11,7 @@ This is the only file that knows Orbax; its v1 API still moves.
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import logging
@@ -102,7 +103,9 @@ def write(
 
     Raises:
       Damaged: if what was read back is not what was given.
-      OSError, ValueError: whatever Orbax raises if it cannot write.
+      OSError: if there is no room for the arrays as they are in memory, even if they
+        would have shrunk.
+      Exception: whatever Orbax raises if it cannot write.
     """
     records = {
         name: LeafRecord(
@@ -117,6 +120,7 @@ def write(
     # Orbax refuses arrays without elements: the manifest says all there is of them.
     arrays = {name: leaf.array for name, leaf in leaves.items() if leaf.array.size}
     if arrays:
+        _make_sure_of_room(folder, sum(array.nbytes for array in arrays.values()))
         with _quiet_orbax():
             ocp.save((folder / _STATE).resolve(), arrays)
     manifest = Manifest(
@@ -286,6 +290,21 @@ def _digest(array: np.ndarray) -> str:
 def _file_digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _make_sure_of_room(folder: Path, size: int) -> None:
+    """Asks the system for a file of ``size`` bytes, and gives it back.
+
+    Orbax, when it runs out of room, leaves threads behind that print their stacks.
+    """
+    probe = folder / "room"
+    with probe.open("wb") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                raise
+    probe.unlink()
 
 
 def _sync(folder: Path) -> None:

@@ -326,14 +326,14 @@ def full_disk():
 
 def test_a_failed_save_surfaces_once_and_damages_nothing(copied, full_disk, capfd):
     checkpoints = Checkpointer(copied)
-    big = np.random.default_rng(0).random(100_000)
+    big = dict(enumerate(np.random.default_rng(0).random((100, 1000))))
     full_disk()
-    checkpoints.save(4, {"big": big})
+    checkpoints.save(4, big)
     with pytest.raises(CheckpointError, match=r"step 4 could not .*: File too large"):
         checkpoints.save(5, small(5))
     checkpoints.save(6, small(6))
     checkpoints.wait()
-    checkpoints.save(7, {"big": big})
+    checkpoints.save(7, big)
     with pytest.raises(CheckpointError, match="step 7"):
         checkpoints.close()
     assert checkpoints.steps() == [1, 2, 3, 6]
