@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import logging
 import sys
@@ -25,7 +26,11 @@ class Train:
     """Folder for the run. Default: runs/CONFIG-TIME."""
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Go on with the run in --out from its newest sound checkpoint."""
-    set: Annotated[tuple[str, ...], tyro.conf.arg(metavar="KEY=VALUE ...")] = ()
+    set: Annotated[
+        tuple[tuple[str, ...], ...],
+        tyro.conf.arg(metavar="KEY=VALUE ..."),
+        tyro.conf.UseAppendAction,
+    ] = ()
     """Overrides, such as train.ticks=100 model.hidden=[32,32]."""
 
 
@@ -101,14 +106,15 @@ def _train(command: Train) -> None:
     from esper_jax.config import ConfigError, load_config
     from esper_jax.run import train_run
 
-    config = load_config(command.config, command.set)
+    config = load_config(command.config, list(itertools.chain(*command.set)))
     if command.resume and command.out is None:
         raise ConfigError("--resume: expected --out DIR with the run to go on with")
     stamp = time.strftime("%Y%m%d-%H%M%S")
     out = command.out or Path("runs") / f"{command.config.stem}-{stamp}"
     summary = train_run(config, out, resume=command.resume)
     for name in ("final_accuracy", "final_loss", "host_params", "grown_params"):
-        print(f"{name}: {summary[name]:.6g}")
+        value = summary[name]
+        print(f"{name}: {'not finite' if value is None else f'{value:.6g}'}")
     print(f"recompiles: {summary['recompiles']}")
     print(f"run: {out}")
 

@@ -41,7 +41,7 @@ import numpy as np
 from esper_jax.grafting import GraftMemory, Strategy
 from esper_jax.signals import Statistics
 from esper_jax.stages import LIVING, NUM_STAGES, Stage
-from esper_jax.state import HISTORY, SeedState, init_seeds
+from esper_jax.state import HISTORY, History, SeedState, init_seeds, pack_history
 
 __all__ = [
     "CURRENT",
@@ -231,7 +231,7 @@ def v2_to_v3(
     for name, values in (("epochs_in_stage", epochs), ("error_count", errors)):
         new[name], note = _saturated(name, values, new[name].dtype)
         notes += note
-    new["history"] = _packed(ring, pointers)
+    new["history"] = dataclasses.asdict(pack_history(_packed(ring, pointers)))
     new["health"][:] = health
     new["graft"]["alpha"][:] = alpha
     new["graft"]["stable_alpha"][:] = alpha
@@ -270,6 +270,7 @@ def from_tree(tree: Mapping[str, Any]) -> SeedState:
     """
     _check_v3(tree)
     fields: dict[str, Any] = jax.tree.map(jnp.asarray, dict(tree))
+    fields["history"] = History(**fields["history"])
     fields["graft"] = GraftMemory(**fields["graft"])
     fields["statistics"] = Statistics(**fields["statistics"])
     return SeedState(**fields)
@@ -396,7 +397,7 @@ def _check_v3(tree: Mapping[str, Any]) -> None:
             f"got {k}"
         )
     like = to_tree(init_seeds(s, k))
-    for name in ("graft", "statistics"):
+    for name in ("graft", "history", "statistics"):
         if not isinstance(tree[name], Mapping):
             raise MigrationError(
                 f"schema {CURRENT}: {name}: expected a dictionary of arrays, "

@@ -1,5 +1,6 @@
 """Schema migrations: each step against values worked out by hand."""
 
+import dataclasses
 import json
 import logging
 from pathlib import Path
@@ -17,7 +18,12 @@ from esper_jax.migrations import (
     v1_to_v2,
     v2_to_v3,
 )
-from esper_jax.state import init_seeds
+from esper_jax.state import init_seeds, pack_history
+
+
+def packed(entries):
+    return dataclasses.asdict(pack_history(entries))
+
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -83,14 +89,16 @@ def test_schema_2_to_3():
         "epochs_in_stage": np.uint16([4, 9, 65535, 1, 0]),
         "error_count": np.uint8([0, 2, 255, 0, 1]),
         # Newest first, source and target in one byte, without gaps.
-        "history": np.uint8(
-            [
-                [0x90, 0x19, 0x01, 0, 0, 0, 0, 0, 0, 0],
-                [0x23, 0x12, 0x01, 0, 0, 0, 0, 0, 0, 0],
-                [0x58, 0x45, 0x34, 0x23, 0x80, 0x28, 0x12, 0x01, 0x80, 0x28],
-                [0x67, 0x56, 0x45, 0x34, 0x23, 0x12, 0x01, 0, 0, 0],
-                [0x01, 0, 0, 0, 0, 0, 0, 0, 0, 0],
-            ]
+        "history": packed(
+            np.uint8(
+                [
+                    [0x90, 0x19, 0x01, 0, 0, 0, 0, 0, 0, 0],
+                    [0x23, 0x12, 0x01, 0, 0, 0, 0, 0, 0, 0],
+                    [0x58, 0x45, 0x34, 0x23, 0x80, 0x28, 0x12, 0x01, 0x80, 0x28],
+                    [0x67, 0x56, 0x45, 0x34, 0x23, 0x12, 0x01, 0, 0, 0],
+                    [0x01, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+                ]
+            )
         ),
         "slot_of_seed": np.int32([-1, 0, -1, 1, 2]),
         "seed_of_slot": np.int32([1, 3, 4]),

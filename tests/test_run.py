@@ -1,6 +1,7 @@
 """Runs on disk and the command line, as a user meets them."""
 
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -25,6 +26,7 @@ def esper(*arguments, cwd):
     return subprocess.run(
         [*COMMAND, *map(str, arguments)],
         cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(CONFIGS.parent)},
         capture_output=True,
         text=True,
         timeout=300,
@@ -98,6 +100,9 @@ def test_a_resumed_run_ends_like_one_that_was_not_stopped(finished, tmp_path):
     whole = json.loads((folder / "summary.json").read_text())
     assert resumed["state_hash"] == whole["state_hash"]
     assert resumed["events"] == whole["events"]
+    with pytest.raises(ConfigError, match=r"train.ticks: expected at least 40.*got 20"):
+        train_run(smoke(ticks=20), out, resume=True, console=console)
+    assert json.loads((out / "config.json").read_text())["train"]["ticks"] == 40
     assert evaluate_run(out)["step"] == 320
 
 
@@ -233,6 +238,12 @@ def test_a_run_in_progress_is_left_alone(finished, tmp_path):
         (["train", "{smoke}", "--set", "growth.capacity=0"], "growth.capacity must be"),
         (["train", "{smoke}", "--set", "train.batch_size=5000"], "train.batch_size"),
         (["train", "{smoke}", "--resume"], "--resume: expected --out"),
+        (
+            ["train", "{smoke}", "--set", "train.tics=3", "--set", "seed=1"],
+            "train.tics: unknown key",
+        ),
+        (["train", "{smoke}", "--out", "{smoke}"], "smoke.toml is no folder"),
+        (["train", "{smoke}", "--out", "{smoke}/x"], "smoke.toml/x cannot be written"),
         (["train", "{smoke}", "--resume", "--out", "new"], "new holds no run"),
         (["train"], "CONFIG"),
         (["evaluate", "nowhere"], "nowhere holds no run"),
@@ -252,9 +263,23 @@ def test_wrong_input_is_refused_before_anything_is_written(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_run_stopped_before_its_first_checkpoint_begins_again(tmp_path):
+    console = Console(quiet=True)
+    whole = train_run(smoke(ticks=2), tmp_path / "run", console=console)
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    again = train_run(smoke(ticks=2), tmp_path / "run", resume=True, console=console)
+    assert again == whole
+
+
 def test_a_run_without_a_checkpoint(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        evaluate_run(tmp_path)
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(RunError, match=r"config.json: config: expected a table"):
+        evaluate_run(tmp_path)
+    (tmp_path / "config.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(RunError, match="is damaged"):
         evaluate_run(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(RunError, match="is damaged"):

@@ -97,6 +97,13 @@ class LiveView:
             )
         )
 
+    def note(self, line: str) -> None:
+        """Shows a line that belongs to no tick's report."""
+        if self._live is None:
+            self._print(line)
+        else:
+            self._recent = [*self._recent, line][-6:]
+
     def _print(self, line: str) -> None:
         # Not wrapped or coloured: these lines are read by programs too.
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
