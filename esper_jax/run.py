@@ -189,6 +189,7 @@ def _train(
         except TrainingStopped as stop:
             step = int(stop.state.step)
             checkpoints.save(step, stop.state, config=tables)
+            checkpoints.wait()  # so that what is said next is true
             raise RunError(
                 f"{stop}. The last good state is saved as step {step} in "
                 f"{checkpoints.directory}; once the cause is gone, --resume goes on "

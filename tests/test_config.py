@@ -39,6 +39,8 @@ def test_min_epochs_is_a_table_of_stages():
         ({"train": {"learning_rate": -1}}, ["train.learning_rate", "above 0", "-1"]),
         ({"train": {"learning_rate": float("nan")}}, ["train.learning_rate", "nan"]),
         ({"train": 3}, ["train", "expected a table", "3"]),
+        ({"checkpoint": {"keep_best": "f1"}}, ["keep_best", "loss, accuracy", "f1"]),
+        ({"checkpoint": {"keep_every": -1}}, ["checkpoint.keep_every", "at least 0"]),
         ({"model": {"hidden": 3}}, ["model.hidden", "expected a list of int", "3"]),
         ({"model": {"hidden": [3, "x"]}}, ["model.hidden[1]", "expected int", "'x'"]),
         ({"model": {"hidden": []}}, ["model.hidden", "at least one"]),

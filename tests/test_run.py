@@ -153,6 +153,24 @@ def test_killed_damaged_and_resumed_a_run_ends_the_same(finished, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_disk_that_is_full_gives_one_clear_error(tmp_path):
+    out = tmp_path / "run"
+    command = " ".join([*COMMAND, "train", str(CONFIGS / "smoke.toml"), "--out run"])
+    result = subprocess.run(
+        ["bash", "-c", f"ulimit -f 12; exec {command}"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 2
+    [error] = [line for line in result.stderr.splitlines() if "esper-jax" in line]
+    assert "step 80 could not be saved in run/checkpoints: File too large" in error
+    assert "Traceback" not in result.stderr
+    assert not list((out / "checkpoints").iterdir())
+
+
+@pytest.mark.slow
 def test_killed_again_and_again(finished, tmp_path):
     """From the interpreter's start to the last save, wherever the kills fall."""
     folder, _ = finished
@@ -168,7 +186,7 @@ def test_killed_again_and_again(finished, tmp_path):
         arguments = ["train", CONFIGS / "smoke.toml", *resume, "--out", out]
         with start(*arguments, cwd=tmp_path) as run:
             try:
-                patience = random.uniform(0, whole_run) if kills < 20 else 300
+                patience = random.uniform(0, whole_run) if kills < 8 else 300
                 _, errors = run.communicate(timeout=patience)
                 assert run.returncode == 0, errors
             except subprocess.TimeoutExpired:
