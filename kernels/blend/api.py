@@ -21,12 +21,16 @@ class _Implementation(NamedTuple):
     """Where an automatic choice may take it; None is anywhere."""
     refusal: Callable[..., str | None]
     """Why it does not take (y, alpha, layout, blueprints), or None if it does."""
+    slow: Callable[..., bool]
+    """Whether a later one is faster on them, so that none but a name chooses it."""
     blend: Callable[..., Any]
 
 
 IMPLEMENTATIONS = {
-    "triton": _Implementation(("gpu", "cuda"), triton.refusal, triton.blend),
-    "xla": _Implementation(None, lambda *_: None, reference.blend),
+    "triton": _Implementation(
+        ("gpu", "cuda"), triton.refusal, triton.slow, triton.blend
+    ),
+    "xla": _Implementation(None, lambda *_: None, lambda *_: False, reference.blend),
 }
 """Implementations by name, in order of preference when the choice is automatic."""
 
@@ -135,6 +139,7 @@ def _choose(
             name
             for name, entry in IMPLEMENTATIONS.items()
             if entry.platforms is None or platform in entry.platforms
+            if not entry.slow(*arguments)
         ]
     else:
         names = [implementation] if isinstance(implementation, str) else implementation

@@ -12,16 +12,17 @@ class Blocks:
 
     Args:
       rows: rows of a tile, a power of two; at least 16 where the tile enters a dot.
-      span: rows that a program walks over, a multiple of ``rows``.
       across: columns of a tile of statistics, hidden units of a tile of a blueprint,
         or slots of a tile of narrow chunks; a power of two.
+      programs: how many programs share the work, about as many as the device holds at
+        once: more where there are more slots or tiles of columns than that.
       warps: warps of a program.
       stages: depth of software pipelining.
     """
 
     rows: int
-    span: int
     across: int
+    programs: int
     warps: int = 4
     stages: int = 2
 
@@ -30,10 +31,16 @@ class Blocks:
             value = getattr(self, name)
             if value < 1 or value & (value - 1):
                 raise ValueError(f"{name} must be a power of two, got {value}")
-        if self.span < 1 or self.span % self.rows:
-            raise ValueError(
-                f"span must be a multiple of rows ({self.rows}), got {self.span}"
-            )
+        for name in ("programs", "stages"):
+            value = getattr(self, name)
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+
+    def cut(self, rows: int, least: int) -> "Blocks":
+        """The same for a batch of ``rows``, with tiles no taller than it needs."""
+        return dataclasses.replace(
+            self, rows=min(self.rows, max(least, power_of_two(rows)))
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,12 +64,22 @@ class Config:
     statistics: Blocks
 
 
-TUNED: dict[tuple[str, str, int, int], dict[str, Any]] = {}
+_H100 = "NVIDIA H100 80GB HBM3"
+
+TUNED: dict[tuple[str, str, int, int], dict[str, Blocks]] = {
+    (_H100, "bfloat16", 64, 128): {
+        "forward": Blocks(rows=64, across=128, programs=264, warps=4, stages=3),
+        "backward": Blocks(rows=32, across=128, programs=132, warps=8, stages=4),
+    },
+    (_H100, "bfloat16", 128, 256): {
+        "forward": Blocks(rows=64, across=64, programs=264, warps=4, stages=3),
+        "backward": Blocks(rows=64, across=32, programs=264, warps=4, stages=3),
+        "input": Blocks(rows=128, across=64, programs=264, warps=8, stages=3),
+    },
+}
 """Measured blocks, by device kind, dtype, chunk width and hidden width: the fields of
 `Config` that differ from the rule's. ``benchmarks/blend.py --tune`` finds them."""
 
-_MAX_PARTS = 64
-"""Row blocks of a launch: bounds the memory of partial sums."""
 _NARROW_WIDTH = 4
 _NARROW_HIDDEN = 8
 
@@ -70,12 +87,6 @@ _NARROW_HIDDEN = 8
 def power_of_two(n: int) -> int:
     """The least power of two that is at least ``n``."""
     return 1 << max(0, n - 1).bit_length()
-
-
-def _span(total: int, rows: int, least: int, parts: int = _MAX_PARTS) -> int:
-    """Rows a program walks over, so that there are at most ``parts`` programs."""
-    span = max(least, -(-total // parts))
-    return rows * -(-min(span, max(total, 1)) // rows)
 
 
 def choose(
@@ -99,66 +110,69 @@ def choose(
       statistics_rows: rows that statistics are taken over; all if None.
 
     Returns:
-      The tuned blocks where there are some, cut to the batch, else the rule's.
+      The tuned blocks where there are some, else the rule's; cut to the batch.
     """
     narrow = width <= _NARROW_WIDTH and hidden <= _NARROW_HIDDEN
-    config = _narrow(rows) if narrow else _matrix(rows, width, hidden, dtype)
-    columns = min(512, max(16, power_of_two(features)))
-    sampled = rows if statistics_rows is None else max(1, min(rows, statistics_rows))
-    tile = min(8, power_of_two(sampled))
-    config = dataclasses.replace(
-        config,
-        statistics=Blocks(
-            rows=tile, span=_span(sampled, tile, 4 * tile), across=columns, warps=4
+    config = _narrow() if narrow else _matrix(width, hidden, dtype)
+    tuned: dict[str, Any] = dict(TUNED.get((device, dtype, width, hidden), {}))
+    config = dataclasses.replace(config, **tuned)
+    least = 1 if narrow else 16
+    sampled = rows if statistics_rows is None else min(rows, statistics_rows)
+    return Config(
+        narrow=narrow,
+        forward=config.forward.cut(rows, least),
+        backward=config.backward.cut(rows, least),
+        input=config.input.cut(rows, least),
+        statistics=dataclasses.replace(
+            config.statistics.cut(sampled, 1),
+            across=min(config.statistics.across, max(16, power_of_two(features))),
         ),
     )
-    tuned = TUNED.get((device, dtype, width, hidden), {})
-    return dataclasses.replace(config, **tuned)
 
 
-def _narrow(rows: int) -> Config:
-    tile = min(8, power_of_two(rows))
-    one = min(2, power_of_two(rows))
-    forward = Blocks(rows=tile, span=_span(rows, tile, 32), across=128, warps=4)
-    backward = Blocks(rows=one, span=_span(rows, one, 64), across=128, warps=8)
+_STATISTICS = Blocks(rows=4, across=512, programs=264, warps=4)
+
+
+def _narrow() -> Config:
+    forward = Blocks(rows=8, across=32, programs=1024, warps=1)
+    backward = Blocks(rows=2, across=128, programs=512, warps=8)
     return Config(
         narrow=True,
         forward=forward,
         backward=backward,
         input=forward,
-        statistics=forward,
+        statistics=_STATISTICS,
     )
 
 
-def _matrix(rows: int, width: int, hidden: int, dtype: str) -> Config:
+def _matrix(width: int, hidden: int, dtype: str) -> Config:
     columns = max(16, power_of_two(width))
     units = max(16, power_of_two(hidden))
-    least = max(16, power_of_two(rows))
     wide = columns >= 128 or dtype == "float32"
     warps = 8 if columns * min(units, 128) >= 8192 else 4
-    tile = min(64 if not wide else 32, least)
+    tile = 64 if not wide else 32
     if columns >= 256:
         tile = min(tile, 32 if dtype != "float32" else 16)
     in_registers = 8192 if dtype != "float32" else 4096
     forward = Blocks(
         rows=tile,
-        span=_span(rows, tile, 128),
         across=min(units, max(16, in_registers // columns), 128),
-        warps=warps,
+        programs=264,
+        warps=4 if tile == 64 else warps,
+        stages=3,
     )
-    # Two sums as large as the weights stay in registers; taller tiles would spill.
-    short = min(tile, 32)
     backward = Blocks(
-        rows=short,
-        # Partial sums of all the weights leave each program: few programs, long walks.
-        span=_span(rows, short, 512, parts=16),
+        # Two sums as large as the weights stay in registers; taller tiles would spill.
+        rows=min(tile, 32),
         across=min(units, max(16, in_registers // columns)),
+        programs=132,
         warps=warps,
+        stages=3,
     )
     return Config(
         narrow=False,
         forward=forward,
         backward=backward,
         input=forward,
-        statistics=forward,
+        statistics=_STATISTICS,
     )

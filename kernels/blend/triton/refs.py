@@ -1,0 +1,254 @@
+"""How kernels read and write, and find their slots."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array
+
+from esper_jax.chunks import ChunkLayout
+from esper_jax.kernels.blend.config import power_of_two
+from esper_jax.kernels.blend.triton.static import Static
+
+__all__ = [
+    "NEAR_ZERO",
+    "Order",
+    "Refs",
+    "Share",
+    "Slot",
+    "Span",
+    "biased",
+    "both",
+    "chunk",
+    "f32",
+    "index_range",
+    "loop",
+    "order_of",
+    "read",
+    "share_of",
+    "slot_at",
+    "write",
+]
+
+NEAR_ZERO = 1e-6
+"""Magnitude under which an activation counts as near zero."""
+
+
+class Slot(NamedTuple):
+    """What a program knows about its slot, or its lanes about theirs."""
+
+    alpha: Array
+    beta: Array
+    kind: Array
+    start: Array
+    size: Any
+    living: Array
+    zero: Array
+    """0, but not known to be while tracing: where a span starts that may reach over the
+    end of an array, which Pallas refuses of one that starts at a number."""
+
+
+class Refs(NamedTuple):
+    """The inputs that all kernels of blueprints share."""
+
+    w1: Any
+    b1: Any
+    w2: Any
+    b2: Any
+    scale: Any
+    alpha: Any
+    beta: Any
+    kind: Any
+    owner: Any
+
+
+class Span(NamedTuple):
+    """``size`` indices from ``start`` on."""
+
+    start: Any
+    size: int
+
+
+def _index(index: tuple[Any, ...]) -> tuple[Any, ...]:
+    """An index of Pallas from numbers, spans and arrays."""
+
+    def convert(i: Any) -> Any:
+        if isinstance(i, Span):
+            return pl.ds(i.start, i.size)
+        return jnp.int32(i) if isinstance(i, int) else i
+
+    return tuple(convert(i) for i in index)
+
+
+def read(ref: Any, index: tuple[Any, ...], mask: Array | None = None) -> Array:
+    """``ref[index]``, 0 where the mask is false."""
+    index = _index(index)
+    if mask is None:
+        return ref[index]
+    return plgpu.load(ref.at[index], mask=mask, other=0)
+
+
+def write(
+    ref: Any, index: tuple[Any, ...], value: Array, mask: Array | None = None
+) -> None:
+    """``ref[index] = value`` where the mask is true."""
+    index = _index(index)
+    value = value.astype(ref.dtype)
+    if mask is None:
+        ref[index] = value
+    else:
+        plgpu.store(ref.at[index], value, mask=mask)
+
+
+def index_range(size: int) -> Array:
+    """``[0, 1, ... size - 1]``."""
+    return lax.iota(jnp.int32, size)
+
+
+def both(rows: Any, columns: Any, shape: tuple[int, ...]) -> Array | None:
+    """The mask of a tile from those of its rows and columns; None is all."""
+    if rows is None and columns is None:
+        return None
+    if rows is None:
+        return jnp.broadcast_to(columns[None, :], shape)
+    tall = jnp.broadcast_to(rows[:, None], shape)
+    if columns is None:
+        return tall
+    return tall & jnp.broadcast_to(columns[None, :], shape)
+
+
+def f32(x: Array) -> Array:
+    """``x`` in float32."""
+    return x.astype(jnp.float32)
+
+
+def biased(used: Any, x: Array) -> Array:
+    """``x`` where that part of the blueprint is used, else 0."""
+    if isinstance(used, bool):
+        return x if used else jnp.zeros_like(x)
+    return jnp.where(used, x, 0.0)
+
+
+def loop(start: Any, end: Any, body: Callable[[Any, Any], Any], init: Any) -> Any:
+    """``body(i, carry)`` for each i; no loop where there is known to be one."""
+    if isinstance(start, int) and isinstance(end, int):
+        if end == start + 1:
+            return body(start, init)
+        start, end = np.int32(start), np.int32(end)
+    return lax.fori_loop(start, end, body, init)
+
+
+def chunk(layout: ChunkLayout, seed: Array) -> tuple[Array, Any]:
+    """First feature and width of a seed's chunk; the width a constant if all agree."""
+    base, wider = divmod(layout.features, layout.num_seeds)
+    if layout.even:
+        return seed * base, base
+    # min and max, because the lowering selects no two constants.
+    size = base + jnp.minimum(jnp.maximum(wider - seed, 0), 1)
+    return seed * base + jnp.minimum(seed, wider), size
+
+
+def slot_at(
+    s: Static, refs: Refs, index: Any, zero: Array, mask: Array | None = None
+) -> Slot:
+    """The slot of an index, or those of many."""
+    owner = read(refs.owner, (index,), mask).astype(jnp.int32)
+    alpha = f32(read(refs.alpha, (index,), mask))
+    beta = f32(read(refs.beta, (index,), mask))
+    kind = read(refs.kind, (index,), mask).astype(jnp.int32)
+    kind = jnp.minimum(jnp.maximum(kind, 0), len(s.blueprints) - 1)
+    living = (owner >= 0) & ((alpha != 0.0) | (beta != 0.0))
+    if mask is not None:
+        living = living & mask
+    start, size = chunk(s.layout, jnp.maximum(owner, 0))
+    return Slot(alpha, beta, kind, start, size, living, zero)
+
+
+class Order(NamedTuple):
+    """All slots, and how the living ones are numbered."""
+
+    slots: Array
+    owner: Array
+    living: Array
+    learning: Array
+    rank: Array
+    """Number of living slots up to and with this one."""
+    total: Array
+    """Number of living slots."""
+
+
+def order_of(alpha_ref: Any, beta_ref: Any, owner_ref: Any) -> Order:
+    """Numbers the living slots."""
+    count = alpha_ref.shape[0]
+    size = power_of_two(count)
+    slots = index_range(size)
+    mask = None if size == count else slots < count
+    where = (Span(pl.program_id(0) * 0, size),)
+    owner = read(owner_ref, where, mask).astype(jnp.int32)
+    alpha, beta = read(alpha_ref, where, mask), read(beta_ref, where, mask)
+    living = (owner >= 0) & ((alpha != 0) | (beta != 0))
+    if mask is not None:
+        living = living & mask
+    ones = jnp.where(living, 1, 0)
+    return Order(
+        slots,
+        owner,
+        living,
+        living & (beta != 0),
+        jnp.cumsum(ones),
+        jnp.sum(ones),
+    )
+
+
+class Share(NamedTuple):
+    """What a program does: some tiles of the rows of one slot."""
+
+    slot: Array
+    works: Array
+    block: Any
+    """Which tile of the hidden units."""
+    last: Array
+    """Its last tile, the first to be done: what was written last may be in a cache."""
+    step: Array
+    """From one tile back to the next."""
+    turns: Array
+    program: Array
+    zero: Array
+    """As of `Slot`."""
+
+
+def parts_of(order: Order, programs: Any, tiles: Any, blocks: Any) -> Array:
+    """Programs that share the rows of a living slot's block of hidden units."""
+    parts = lax.div(jnp.int32(programs), jnp.maximum(order.total * blocks, 1))
+    return jnp.minimum(jnp.maximum(parts, 1), tiles)
+
+
+def share_of(order: Order, programs: Any, tiles: Any, blocks: Any = 1) -> Share:
+    """Divides living slots, blocks of hidden units and tiles of rows among programs.
+
+    There are at least as many programs as slots times blocks; each gets at most one of
+    those, and the living ones get equal numbers of programs.
+    """
+    parts = parts_of(order, programs, tiles, blocks)
+    me = pl.program_id(0)
+    unit, part = lax.div(me, parts), lax.rem(me, parts)
+    rank: Any = unit
+    block: Any = 0
+    if blocks > 1:
+        rank, block = lax.div(unit, blocks), lax.rem(unit, blocks)
+    mine = order.living & (order.rank == rank + 1)
+    slot = jnp.sum(jnp.where(mine, order.slots, 0))
+    return Share(
+        slot,
+        rank < order.total,
+        block,
+        tiles - 1 - part,
+        parts,
+        lax.div(tiles - part + parts - 1, parts),
+        me,
+        me * 0,
+    )

@@ -1,0 +1,186 @@
+"""What is known of a call of blend when its kernels are traced."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array
+
+from esper_jax.blueprints import Blueprint, Dense, hidden_width
+from esper_jax.chunks import ChunkLayout
+from esper_jax.kernels.blend.config import Config, power_of_two
+from esper_jax.stages import Incubation
+
+__all__ = ["ACTIVATIONS", "Static"]
+
+
+def _sigmoid_of_double(x: Array, fast: bool) -> Array:
+    """``sigmoid(2 x)``."""
+    if not fast:
+        return jax.nn.sigmoid(2.0 * x)
+    # One instruction, good to 5e-4: there is no neutral call for it.
+    return 0.5 + 0.5 * plgpu.approx_tanh(x)
+
+
+def _gelu_gate(x: Array, square: Array) -> Array:
+    c = np.sqrt(2.0 / np.pi).astype(np.float32)
+    return x * (c + (0.044715 * c) * square)
+
+
+def _gelu(x: Array, fast: bool) -> tuple[Array, Array]:
+    # The tanh form of jax.nn.gelu, by tanh(u) = 2 * sigmoid(2 u) - 1.
+    c = np.sqrt(2.0 / np.pi).astype(np.float32)
+    square = x * x
+    gate = _sigmoid_of_double(_gelu_gate(x, square), fast)
+    out = x * gate
+    slope = gate + (out - out * gate) * (2.0 * c + (0.26829 * c) * square)
+    return out, slope
+
+
+def _silu(x: Array, fast: bool) -> tuple[Array, Array]:
+    gate = _sigmoid_of_double(0.5 * x, fast)
+    out = x * gate
+    return out, gate + out * (1.0 - gate)
+
+
+def _tanh(x: Array, fast: bool) -> tuple[Array, Array]:
+    out = plgpu.approx_tanh(x) if fast else jnp.tanh(x)
+    return out, 1.0 - out * out
+
+
+def _relu(x: Array, fast: bool) -> tuple[Array, Array]:
+    return jnp.maximum(x, 0.0), jnp.where(x > 0.0, 1.0, 0.0)
+
+
+def _identity(x: Array, fast: bool) -> tuple[Array, Array]:
+    return x, jnp.ones_like(x)
+
+
+ACTIVATIONS: dict[str, Callable[[Array, bool], tuple[Array, Array]]] = {
+    "gelu": _gelu,
+    "relu": _relu,
+    "silu": _silu,
+    "tanh": _tanh,
+    "identity": _identity,
+}
+"""Value and derivative of each activation that kernels know; by approximate
+instructions of the GPU, as good as half precision asks for, if the flag is set."""
+
+
+def _double_gelu(x: Array) -> Array:
+    return x + x * plgpu.approx_tanh(_gelu_gate(x, x * x))
+
+
+def _double_silu(x: Array) -> Array:
+    return x + x * plgpu.approx_tanh(0.5 * x)
+
+
+_DOUBLE = {"gelu": _double_gelu, "silu": _double_silu}
+"""Twice the value, for one instruction less: the weights after it are halved."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Static:
+    """All that is known when a kernel is traced."""
+
+    layout: ChunkLayout
+    blueprints: tuple[Blueprint, ...]
+    incubation: Incubation
+    statistics_rows: int | None
+    config: Config
+    interpret: bool
+    dtype: str
+
+    @property
+    def width(self) -> int:
+        return self.layout.width
+
+    @property
+    def columns(self) -> int:
+        """Columns of a tile that holds one chunk; a dot takes no fewer than 16."""
+        return max(16, power_of_two(self.layout.width))
+
+    @property
+    def hidden(self) -> int:
+        return hidden_width(self.blueprints, self.layout.width)
+
+    @property
+    def own_statistics(self) -> bool:
+        """Whether the forward kernel takes the living chunks' statistics."""
+        return self.statistics_rows != 0 and not self.config.narrow
+
+    def sampled(self, rows: int) -> tuple[int, int]:
+        """Rows that statistics are taken over, and the step from one to the next."""
+        if self.statistics_rows is None:
+            return rows, 1
+        sampled = min(rows, self.statistics_rows)
+        return sampled, rows // max(sampled, 1)
+
+    def uses(self, field: str) -> bool:
+        """Whether any blueprint has this part."""
+        return any(getattr(b, field) for b in self.blueprints)
+
+    def of_kind(self, kind: Array, field: str) -> Any:
+        """A property of a blueprint by its run-time index; a constant if all agree."""
+        values = [getattr(b, field) for b in self.blueprints]
+        if field == "hidden":
+            values = [hidden(self.width) for hidden in values]
+        if len(set(values)) == 1:
+            return values[0]
+        out = jnp.full_like(kind, int(values[0]))
+        for i, value in enumerate(values):
+            out = jnp.where(kind == i, int(value), out)
+        return out != 0 if isinstance(values[0], bool) else out
+
+    @property
+    def fast(self) -> bool:
+        """Whether approximate instructions of the GPU are good enough."""
+        return self.dtype != "float32" and not self.interpret
+
+    @property
+    def double(self) -> Callable[[Array], Array] | None:
+        """Twice the activation, if it is known while tracing and cheaper so."""
+        names = {
+            b.activation
+            for b in self.blueprints
+            if isinstance(b, Dense) and b.expansion > 0
+        }
+        return _DOUBLE.get(min(names)) if self.fast and len(names) == 1 else None
+
+    def activate(self, kind: Array, x: Array) -> tuple[Array, Array]:
+        """Value and derivative of the activation that ``kind`` has; one per lane where
+        ``kind`` is no scalar."""
+        fast = self.fast
+        names = [b.activation for b in self.blueprints if isinstance(b, Dense)]
+        used = [
+            b.activation
+            for b in self.blueprints
+            if isinstance(b, Dense) and b.expansion > 0
+        ]
+        # A blueprint without a hidden layer may take any: its units are 0.
+        distinct = list(dict.fromkeys(used)) or ["identity"]
+        if len(distinct) == 1:
+            return ACTIVATIONS[distinct[0]](x, fast)
+        index = jnp.full_like(kind, 0)
+        for i, name in enumerate(names):
+            if name in distinct:
+                index = jnp.where(kind == i, distinct.index(name), index)
+        if kind.ndim == 0:
+            branches = [
+                lambda x, name=name: ACTIVATIONS[name](x, fast) for name in distinct
+            ]
+            return lax.switch(index, branches, x)
+        out = ACTIVATIONS[distinct[0]](x, fast)
+        for i, name in enumerate(distinct[1:], start=1):
+            other = ACTIVATIONS[name](x, fast)
+            chosen = jnp.broadcast_to((index == i)[None, :], x.shape)
+            out = (
+                jnp.where(chosen, other[0], out[0]),
+                jnp.where(chosen, other[1], out[1]),
+            )
+        return out
