@@ -213,16 +213,17 @@ def fit(
     per_epoch = rows // batch_size
 
     @jax.jit
-    def shuffle(epoch: Array, rollbacks: Array) -> Array:
-        # Another order after a rollback, or the same step would fail again.
-        stream = epoch.astype(jnp.uint32) + (rollbacks.astype(jnp.uint32) << 24)
-        key = jax.random.fold_in(jax.random.key(seed), stream)
-        return jax.random.permutation(key, rows)
+    def shuffle(stream: Array) -> Array:
+        return jax.random.permutation(
+            jax.random.fold_in(jax.random.key(seed), stream), rows
+        )
 
     if governor is not None:
         governor.start(state)
-    while int(state.ticks) < ticks:
-        order = shuffle(state.ticks, state.governor.rollbacks)
+    while (epoch := int(state.ticks)) < ticks:
+        # Another order after a rollback, or the same step would fail again.
+        rollbacks = int(state.governor.rollbacks)
+        order = shuffle(np.uint32((epoch + (rollbacks << 24)) % 2**32))
         for _ in range(per_epoch - int(state.step) % per_epoch):
             state = program.step_from(state, data, order, batch_size)
         state, report = program.tick(state, held_out)
