@@ -7,6 +7,7 @@ some. `blend`, `lifecycle` and `per_slot` work on plain arrays, without Flax.
 from esper_jax import lifecycle
 from esper_jax.chunks import ChunkLayout
 from esper_jax.controller import ControllerConfig
+from esper_jax.governor import Governor, GovernorConfig
 from esper_jax.grafting import GraftConfig, Strategy
 from esper_jax.kernels.blend import blend
 from esper_jax.layers import (
@@ -15,6 +16,7 @@ from esper_jax.layers import (
     GraftProbe,
     SeedBed,
     SeedVariable,
+    grow_capacity,
 )
 from esper_jax.lifecycle import Commands, LifecycleConfig
 from esper_jax.optim import per_slot
@@ -31,6 +33,8 @@ __all__ = [
     "ChunkedLayer",
     "Commands",
     "ControllerConfig",
+    "Governor",
+    "GovernorConfig",
     "GraftConfig",
     "GraftProbe",
     "LifecycleConfig",
@@ -45,6 +49,7 @@ __all__ = [
     "build",
     "coefficients",
     "fit",
+    "grow_capacity",
     "init_seeds",
     "lifecycle",
     "per_slot",

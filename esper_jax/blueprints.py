@@ -211,7 +211,8 @@ def resolve(blueprints: Sequence[str | Blueprint]) -> tuple[Blueprint, ...]:
         if isinstance(entry, str):
             if entry not in _REGISTRY:
                 raise ValueError(
-                    f"unknown blueprint {entry!r}; expected one of {sorted(_REGISTRY)}"
+                    f"blueprints: unknown blueprint {entry!r}; expected one of "
+                    f"{sorted(_REGISTRY)}"
                 )
             resolved.append(_REGISTRY[entry]())
         elif isinstance(entry, (Dense, Custom)):
@@ -226,7 +227,8 @@ def resolve(blueprints: Sequence[str | Blueprint]) -> tuple[Blueprint, ...]:
     twice = sorted({n for n in names if names.count(n) > 1})
     if twice:
         raise ValueError(
-            f"two custom blueprints are named {twice[0]!r}; give one another name"
+            f"blueprints: two custom blueprints are named {twice[0]!r}; give one "
+            "another name"
         )
     return tuple(resolved)
 

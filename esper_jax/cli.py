@@ -1,15 +1,19 @@
-"""The command line: ``esper-jax train`` and ``esper-jax evaluate``."""
+"""The command line: ``esper-jax train``, ``evaluate`` and ``checkpoint``."""
 
+import contextlib
 import dataclasses
+import itertools
 import json
+import logging
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
-__all__ = ["Evaluate", "Train", "main"]
+__all__ = ["Checkpoint", "Evaluate", "Train", "main"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,14 +25,18 @@ class Train:
     out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Folder for the run. Default: runs/CONFIG-TIME."""
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Go on with the run in --out from its newest checkpoint."""
-    set: Annotated[tuple[str, ...], tyro.conf.arg(metavar="KEY=VALUE ...")] = ()
+    """Go on with the run in --out from its newest sound checkpoint."""
+    set: Annotated[
+        tuple[tuple[str, ...], ...],
+        tyro.conf.arg(metavar="KEY=VALUE ..."),
+        tyro.conf.UseAppendAction,
+    ] = ()
     """Overrides, such as train.ticks=100 model.hidden=[32,32]."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluate:
-    """Evaluate the newest checkpoint of a run on its test data.
+    """Evaluate the newest sound checkpoint of a run on its test data.
 
     The last line of the output is one JSON object with step, accuracy and loss.
     """
@@ -37,23 +45,41 @@ class Evaluate:
     """Folder of the run."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """List, verify or migrate the checkpoints of a run.
+
+    verify reads every byte, prints a line for each step and exits with status 1 if any
+    is damaged. migrate replaces those of an older schema by the same in today's.
+    """
+
+    action: Annotated[Literal["list", "verify", "migrate"], tyro.conf.Positional]
+    """What to do."""
+    dir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+    """Folder of the run, or of its checkpoints."""
+
+
 def main() -> None:
     """Runs the command line. Exit status 2 for input that cannot be used."""
     command = tyro.extras.subcommand_cli_from_dict(
-        {"train": Train, "evaluate": Evaluate},
+        {"train": Train, "evaluate": Evaluate, "checkpoint": Checkpoint},
         prog="esper-jax",
         description="Grow neural networks while they train.",
     )
     # Imported late, so that --help and mistyped options answer at once.
+    from esper_jax.checkpoint import CheckpointError
     from esper_jax.config import ConfigError
     from esper_jax.run import RunError
 
     try:
-        if isinstance(command, Train):
-            _train(command)
-        else:
-            _evaluate(command)
-    except (ConfigError, RunError) as error:
+        with _log_on_stderr():
+            if isinstance(command, Train):
+                _train(command)
+            elif isinstance(command, Evaluate):
+                _evaluate(command)
+            else:
+                _checkpoint(command)
+    except (CheckpointError, ConfigError, RunError, OSError) as error:
         print(f"esper-jax: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
@@ -61,18 +87,34 @@ def main() -> None:
         raise SystemExit(130) from None
 
 
+@contextlib.contextmanager
+def _log_on_stderr() -> Iterator[None]:
+    """Shows what the library logs, warnings and above."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("esper-jax: %(message)s"))
+    logger = logging.getLogger("esper_jax")
+    logger.addHandler(handler)
+    logger.propagate = False  # other libraries put a handler of theirs on the root
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = True
+
+
 def _train(command: Train) -> None:
     from esper_jax.config import ConfigError, load_config
     from esper_jax.run import train_run
 
-    config = load_config(command.config, command.set)
+    config = load_config(command.config, list(itertools.chain(*command.set)))
     if command.resume and command.out is None:
         raise ConfigError("--resume: expected --out DIR with the run to go on with")
     stamp = time.strftime("%Y%m%d-%H%M%S")
     out = command.out or Path("runs") / f"{command.config.stem}-{stamp}"
     summary = train_run(config, out, resume=command.resume)
     for name in ("final_accuracy", "final_loss", "host_params", "grown_params"):
-        print(f"{name}: {summary[name]:.6g}")
+        value = summary[name]
+        print(f"{name}: {'not finite' if value is None else f'{value:.6g}'}")
     print(f"recompiles: {summary['recompiles']}")
     print(f"run: {out}")
 
@@ -81,3 +123,32 @@ def _evaluate(command: Evaluate) -> None:
     from esper_jax.run import evaluate_run
 
     print(json.dumps(evaluate_run(command.dir)))
+
+
+def _checkpoint(command: Checkpoint) -> None:
+    from esper_jax.checkpoint import Checkpointer, CheckpointError
+
+    inner = command.dir / "checkpoints"
+    with Checkpointer(inner if inner.is_dir() else command.dir) as checkpoints:
+        steps = checkpoints.steps()
+        if not steps:
+            raise CheckpointError(f"{checkpoints.directory} holds no checkpoint")
+        sound = True
+        for step in steps:
+            if command.action == "list":
+                print(checkpoints.describe(step))
+                continue
+            verdict = checkpoints.verify(step)
+            sound &= verdict.manifest is not None
+            if command.action == "verify" or verdict.manifest is None:
+                print(verdict)
+                continue
+            notes = checkpoints.migrate(step)
+            after = checkpoints.verify(step)
+            changed = after.manifest != verdict.manifest
+            was = f"was {verdict.manifest.schema}" if changed else "as it was"
+            print(f"{after}, {was}")
+            for note in notes:
+                print(f"  {note}")
+    if not sound:
+        raise SystemExit(1)

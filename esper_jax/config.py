@@ -12,6 +12,7 @@ from typing import Any
 from esper_jax.blueprints import ACTIVATIONS, resolve
 from esper_jax.controller import ControllerConfig
 from esper_jax.data import DATASETS
+from esper_jax.governor import GovernorConfig
 from esper_jax.grafting import Strategy
 from esper_jax.lifecycle import LifecycleConfig
 from esper_jax.stages import Incubation, Stage
@@ -137,14 +138,22 @@ class CheckpointConfig:
     """Args:
     every: ticks between two checkpoints; the last tick is always saved.
     keep: how many of the newest are kept.
+    keep_best: "loss" or "accuracy": the best on held-out data is kept, too.
+    keep_every: steps that are a multiple of it are kept, too; 0 for none.
+    pinned: steps that are never removed.
     """
 
     every: int = 50
     keep: int = 5
+    keep_best: str = ""
+    keep_every: int = 0
+    pinned: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         _at_least("every", self.every, 1)
         _at_least("keep", self.keep, 1)
+        _one_of("keep_best", self.keep_best, ("", "loss", "accuracy"))
+        _at_least("keep_every", self.keep_every, 0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -162,10 +171,14 @@ class RunConfig:
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     lifecycle: LifecycleConfig = dataclasses.field(default_factory=LifecycleConfig)
     controller: ControllerConfig = dataclasses.field(default_factory=ControllerConfig)
+    governor: GovernorConfig = dataclasses.field(default_factory=GovernorConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:
-        _at_least("seed", self.seed, 0)
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(
+                f"seed must be at least 0 and below 2**32, got {self.seed}"
+            )
         if self.growth.num_seeds > min(self.model.hidden):
             raise ValueError(
                 f"growth.num_seeds must be at most the narrowest layer of model.hidden "
@@ -232,7 +245,7 @@ def _override(table: dict[str, Any], override: str) -> None:
 
 def _build(cls: type, table: Any, where: str) -> Any:
     if not isinstance(table, Mapping):
-        raise ConfigError(f"{where}: expected a table, got {table!r}")
+        raise ConfigError(f"{where or 'config'}: expected a table, got {table!r}")
     prefix = f"{where}." if where else ""
     kinds = typing.get_type_hints(cls)
     unknown = [key for key in table if key not in kinds]

@@ -30,6 +30,8 @@ class ControllerConfig:
       threshold: relative improvement of the held-out loss that counts as one.
       max_training: seeds that may be in TRAINING (or waiting for it) at once.
       blueprint: index of the blueprint that germinates.
+      waiting_limit: ticks in GERMINATED after which a seed whose turn has not come is
+        cancelled.
       training_limit: ticks in TRAINING after which a seed that may not be grafted is
         culled.
       grafting_limit: ticks in GRAFTING after which a seed whose ramp has not ended is
@@ -48,6 +50,7 @@ class ControllerConfig:
     threshold: float = 0.01
     max_training: int = 1
     blueprint: int = 0
+    waiting_limit: int = 200
     training_limit: int = 200
     grafting_limit: int = 400
     evaluation_limit: int = 200
@@ -55,17 +58,19 @@ class ControllerConfig:
     enabled: bool = True
 
     def __post_init__(self) -> None:
-        for name in (
-            "patience",
-            "max_training",
-            "training_limit",
-            "grafting_limit",
-            "evaluation_limit",
-            "tuning_limit",
+        # A limit that epochs_in_stage (uint16) cannot hold would wrap when compared.
+        for name, most in (
+            ("patience", 2**31 - 1),
+            ("max_training", 2**31 - 1),
+            ("training_limit", 65535),
+            ("grafting_limit", 65535),
+            ("evaluation_limit", 65535),
+            ("tuning_limit", 65535),
         ):
-            if getattr(self, name) < 1:
+            if not 1 <= getattr(self, name) <= most:
                 raise ValueError(
-                    f"{name} must be at least 1, got {getattr(self, name)}"
+                    f"{name} must be at least 1 and at most {most}, "
+                    f"got {getattr(self, name)}"
                 )
         if not 0 <= self.threshold < 1:
             raise ValueError(
@@ -152,7 +157,7 @@ def _watch(
     memory: ControllerMemory, loss: Array, config: ControllerConfig
 ) -> ControllerMemory:
     """Plateau detection; a loss that was not measured counts as no improvement."""
-    better = loss < memory.best_loss * (1.0 - config.threshold)
+    better = loss < memory.best_loss - config.threshold * jnp.abs(memory.best_loss)
     better |= jnp.isinf(memory.best_loss) & jnp.isfinite(loss)
     return ControllerMemory(
         best_loss=jnp.where(better, loss, memory.best_loss),
@@ -223,13 +228,16 @@ def _take_turns(
     targets: Mapping[str, Int[Array, " S"]],
     config: ControllerConfig,
 ) -> dict[str, Int[Array, " S"]]:
-    """Lets no more than ``max_training`` seeds into TRAINING, in order."""
+    """Lets no more than ``max_training`` seeds into TRAINING, in order; cancels those
+    that have waited too long."""
     room = config.max_training - sum(_count(s, Stage.TRAINING) for s in seeds.values())
     allowed = {}
     for name, target in targets.items():
         waiting = target == Stage.TRAINING
         turn = jnp.cumsum(waiting)
-        allowed[name] = jnp.where(waiting & (turn > room), NO_REQUEST, target)
+        late = seeds[name].epochs_in_stage >= config.waiting_limit
+        instead = jnp.where(late, Stage.CANCELLED, NO_REQUEST)
+        allowed[name] = jnp.where(waiting & (turn > room), instead, target)
         room = room - jnp.sum(waiting & (turn <= room))
     return allowed
 

@@ -6,6 +6,7 @@ model, joined by slashes (``layers/0/base/kernel``, ``layers/0``).
 
 import dataclasses
 import hashlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -19,13 +20,18 @@ from esper_jax.blueprints import Bank
 from esper_jax.chunks import ChunkLayout
 from esper_jax.controller import ControllerMemory
 from esper_jax.layers import BlueprintParam, SeedBed
-from esper_jax.state import SeedState
+from esper_jax.optim import PerSlot
+from esper_jax.state import SeedState, move_slots, resize, slot_sources
 
 __all__ = [
+    "LOSS_WINDOW",
     "Arrays",
+    "GovernorMemory",
     "ModelParts",
     "Monitor",
     "TrainState",
+    "copy_state",
+    "grow_capacity",
     "host_weights",
     "is_key",
     "split_model",
@@ -41,7 +47,7 @@ class Monitor:
     """Running measurements of the whole model between ticks."""
 
     initial_loss: Float[Array, ""]
-    """First held-out loss measured; the scale of the stability score. NaN before."""
+    """First finite held-out loss; the scale of the stability score. NaN before."""
     loss_mean: Float[Array, ""]
     loss_variance: Float[Array, ""]
     accuracy_mean: Float[Array, ""]
@@ -77,6 +83,35 @@ class Monitor:
         )
 
 
+LOSS_WINDOW = 16
+"""Ticks whose losses the governor remembers."""
+
+
+@struct.dataclass
+class GovernorMemory:
+    """What the governor remembers; part of the state, so that a restored run judges as
+    one that was never stopped."""
+
+    losses: Float[Array, "W 2"]
+    """Train and held-out loss of the last good ticks, newest first; NaN for none."""
+    best: Float[Array, " 2"]
+    """The lowest of each."""
+    rollbacks: Int[Array, ""]
+    """Since the beginning of the run; part of the order of the rows."""
+    consecutive: Int[Array, ""]
+    """Since the last good tick."""
+
+    @classmethod
+    def start(cls) -> "GovernorMemory":
+        """A memory without any tick."""
+        return cls(
+            losses=jnp.full((LOSS_WINDOW, 2), jnp.nan, jnp.float32),
+            best=jnp.full((2,), jnp.inf, jnp.float32),
+            rollbacks=jnp.zeros((), jnp.int32),
+            consecutive=jnp.zeros((), jnp.int32),
+        )
+
+
 @struct.dataclass
 class TrainState:
     """All that a run is: restored, it goes on as if it had never stopped.
@@ -98,6 +133,7 @@ class TrainState:
     """Every other variable of the model: batch statistics, random streams, probes."""
     memory: ControllerMemory
     monitor: Monitor
+    governor: GovernorMemory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,6 +203,10 @@ def split_model(model: nnx.Module) -> ModelParts:
             beds[name] = _name(path)
             layouts[name] = node.layout
             kinds[name] = node.blueprints
+    if "" in beds.values():
+        raise ValueError(
+            "model must hold a SeedBed, not be one: by itself it has no host to grow"
+        )
     if not beds:
         raise ValueError(
             "model must hold at least one ChunkedLayer or SeedBed: without one there "
@@ -182,6 +222,78 @@ def split_model(model: nnx.Module) -> ModelParts:
         _name(path): (path, variable) for path, variable in nnx.to_flat_state(abstract)
     }
     return ModelParts(graph, variables, beds, layouts, kinds)
+
+
+def grow_capacity(
+    parts: ModelParts,
+    bank_optimizer: PerSlot,
+    state: TrainState,
+    capacity: int | Mapping[str, int],
+) -> TrainState:
+    """The same state with another number of slots in its layers.
+
+    Every value and every moment of the slots that stay is kept bit for bit; new slots
+    are free, with fresh parameters and fresh moments. Runs on the host; what is jitted
+    compiles once more for the new shapes.
+
+    Args:
+      parts: the model.
+      bank_optimizer: the one that the state's ``bank_opt`` is of.
+      state: not changed, nor donated.
+      capacity: slots of every layer, or of some by name; the others stay.
+
+    Raises:
+      ValueError: if a layer is unknown, or its capacity out of range, or too small for
+        its living seeds. Nothing has been changed then.
+    """
+    wanted = (
+        dict(capacity)
+        if isinstance(capacity, Mapping)
+        else dict.fromkeys(parts.beds, capacity)
+    )
+    for name in wanted:
+        if name not in parts.beds:
+            raise ValueError(
+                f"capacity: there is no layer {name!r}; expected some of "
+                f"{', '.join(map(repr, parts.beds))}"
+            )
+    sources = {}
+    for name, slots in wanted.items():
+        try:
+            sources[name] = slot_sources(state.seeds[name], slots)
+        except ValueError as error:
+            raise ValueError(f"layer {name!r}: {error}") from None
+
+    def resized(state: TrainState) -> TrainState:
+        new = jax.tree.map(jnp.copy, state)
+        for name, source in sources.items():
+            slots, probe = len(source), parts.probe(name)
+            # Leaves the stream of the state alone; a newborn draws its own.
+            fresh = blueprints.init_bank(
+                jax.random.fold_in(state.rng, slots),
+                slots,
+                parts.kinds[name],
+                parts.layouts[name].width,
+            )
+            new.seeds[name] = resize(state.seeds[name], slots, source)
+            new.banks[name] = move_slots(state.banks[name], fresh, source)
+            new.bank_opt[name] = move_slots(
+                state.bank_opt[name], bank_optimizer.init(new.banks[name]), source
+            )
+            new.rest[probe] = jnp.zeros(slots, state.rest[probe].dtype)
+        return new
+
+    return jax.jit(resized)(state)
+
+
+def copy_state(state: TrainState) -> TrainState:
+    """The same state in arrays of its own: what donates one leaves the other be."""
+    return _copy(state)
+
+
+@jax.jit
+def _copy(tree: Any) -> Any:
+    return jax.tree.map(jnp.copy, tree)
 
 
 def host_weights(params: Arrays, layer: str) -> Arrays:

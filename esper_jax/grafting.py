@@ -78,8 +78,9 @@ class GraftConfig:
                     f"{name} must be {expected}, got {getattr(self, name)!r}"
                 )
 
-        for name in ("ramp_duration", "stability_window"):
-            require(np.asarray(getattr(self, name)) >= 1, name, "at least 1")
+        require(np.asarray(self.ramp_duration) >= 1, "ramp_duration", "at least 1")
+        window = np.asarray(self.stability_window)
+        require((window >= 1) & (window <= 65535), "stability_window", "1 to 65535")
         pause = np.asarray(self.pause_duration)
         require((pause >= 0) & (pause <= 65535), "pause_duration", "from 0 to 65535")
         low, high = np.asarray(self.min_alpha), np.asarray(self.max_alpha)

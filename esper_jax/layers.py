@@ -12,7 +12,14 @@ from esper_jax.chunks import ChunkLayout
 from esper_jax.grafting import Strategy
 from esper_jax.kernels.blend import blend
 from esper_jax.stages import Incubation
-from esper_jax.state import init_seeds, record, slot_coefficients
+from esper_jax.state import (
+    init_seeds,
+    move_slots,
+    record,
+    resize,
+    slot_coefficients,
+    slot_sources,
+)
 
 __all__ = [
     "DEFAULT_CAPACITY",
@@ -21,6 +28,7 @@ __all__ = [
     "GraftProbe",
     "SeedBed",
     "SeedVariable",
+    "grow_capacity",
 ]
 
 DEFAULT_CAPACITY = 8
@@ -95,12 +103,19 @@ class SeedBed(nnx.Module):
                 f"incubation must be one of {get_args(Incubation)}, got {incubation!r}"
             )
         self.incubation = incubation
+        if statistics_rows is not None and not statistics_rows >= 0:
+            raise ValueError(
+                f"statistics_rows must be at least 0, or None for all rows; got "
+                f"{statistics_rows!r}"
+            )
         self.statistics_rows = statistics_rows
         self.implementation = implementation
         self.deterministic = deterministic
+        if strategy not in list(Strategy):
+            raise ValueError(f"strategy must be a Strategy, got {strategy!r}")
         if capacity is None:
             capacity = min(DEFAULT_CAPACITY, num_seeds)
-        self.seeds = SeedVariable(init_seeds(num_seeds, capacity, Strategy(strategy)))
+        self.seeds = SeedVariable(init_seeds(num_seeds, capacity, strategy))
         self.bank = BlueprintParam(
             init_bank(rngs.params(), capacity, self.blueprints, self.layout.width)
         )
@@ -127,6 +142,37 @@ class SeedBed(nnx.Module):
         if not self.deterministic:
             self.seeds.set_value(record(seeds, statistics, reconstruction))
         return out
+
+
+def grow_capacity(model: nnx.Module, capacity: int, *, rngs: nnx.Rngs) -> None:
+    """Changes the number of slots of every layer of a model that can grow, in place.
+
+    Values are kept bit for bit; new slots are free and fresh. A smaller capacity moves
+    the slots of living seeds together. An optimizer state of the banks does not follow:
+    `Program.grow_capacity` does this with all of a `TrainState`, or use
+    `state.move_slots` on it.
+
+    Args:
+      model: holds `ChunkedLayer` or `SeedBed` modules.
+      capacity: slots of each of them.
+      rngs: key ``params`` draws the parameters of new slots.
+
+    Raises:
+      ValueError: if the model holds nothing that can grow, or the capacity is out of a
+        layer's range, or too small for its living seeds. Nothing has been changed then.
+    """
+    beds = [node for _, node in nnx.iter_graph(model) if isinstance(node, SeedBed)]
+    if not beds:
+        raise ValueError(
+            "model must hold at least one ChunkedLayer or SeedBed: without one there "
+            "is nothing that could grow"
+        )
+    sources = [slot_sources(bed.seeds.get_value(), capacity) for bed in beds]
+    for bed, source in zip(beds, sources, strict=True):
+        fresh = init_bank(rngs.params(), capacity, bed.blueprints, bed.layout.width)
+        bed.seeds.set_value(resize(bed.seeds.get_value(), capacity, source))
+        bed.bank.set_value(move_slots(bed.bank.get_value(), fresh, source))
+        bed.probe.set_value(jnp.zeros(capacity, jnp.float32))
 
 
 class ChunkedLayer(nnx.Module):

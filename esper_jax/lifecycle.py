@@ -22,7 +22,7 @@ from esper_jax import grafting
 from esper_jax.grafting import GraftConfig, Strategy
 from esper_jax.signals import Signals
 from esper_jax.stages import LEGAL, NO_REQUEST, NUM_STAGES, Outcome, Stage
-from esper_jax.state import HISTORY, SeedState, saturating_add
+from esper_jax.state import SeedState, push_history, saturating_add
 
 __all__ = [
     "Commands",
@@ -59,7 +59,8 @@ class LifecycleConfig:
       min_stability: stability score needed to leave EVALUATING for FINE_TUNING.
       cull_delta: a worth below this culls,
       cull_error_rate: an error rate above this,
-      cull_error_count: or an error count above this.
+      cull_error_count: or an error count above this; from 0 to 255, where 255 turns
+        it off.
       min_improvement: total improvement needed for FOSSILIZED,
       min_final_stability: and the stability.
       grafting: numbers of the grafting strategies.
@@ -86,13 +87,15 @@ class LifecycleConfig:
                 f"min_epochs must have one number for each of the {NUM_STAGES} stages, "
                 f"got {self.min_epochs!r}"
             )
-        for name, value in [
-            *((f"min_epochs[{s.name}]", self.min_epochs[s]) for s in Stage),
-            ("max_epochs", self.max_epochs),
+        # A number that the counter's type cannot hold would wrap in the comparison.
+        for name, value, most in [
+            *((f"min_epochs[{s.name}]", self.min_epochs[s], 65535) for s in Stage),
+            ("max_epochs", self.max_epochs, 65535),
+            ("cull_error_count", self.cull_error_count, 255),
         ]:
-            if not (isinstance(value, numbers.Integral) and 0 <= value <= 65535):
+            if not (isinstance(value, numbers.Integral) and 0 <= value <= most):
                 raise ValueError(
-                    f"{name} must be an integer from 0 to 65535, got {value!r}"
+                    f"{name} must be an integer from 0 to {most}, got {value!r}"
                 )
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -365,7 +368,7 @@ def transition(
     def put(where: Array, new: Any, old: Array) -> Array:
         return jnp.where(where, jnp.asarray(new, old.dtype), old)
 
-    shifted = jnp.concatenate([pair[:, None], state.history[:, : HISTORY - 1]], axis=1)
+    pushed = push_history(state.history, pair)
     restyled = (commands.strategy >= 0) & (commands.strategy < len(Strategy))
     new = dataclasses.replace(
         state,
@@ -379,7 +382,9 @@ def transition(
         ),
         epochs_in_stage=put(accepted, 0, state.epochs_in_stage),
         error_count=put(born, 0, state.error_count),
-        history=jnp.where(accepted[:, None], shifted, state.history),
+        history=jax.tree.map(
+            functools.partial(jnp.where, accepted), pushed, state.history
+        ),
         slot_of_seed=put(freed, -1, state.slot_of_seed)
         .at[jnp.where(served, seeds, state.num_seeds)]
         .set(slots, mode="drop"),

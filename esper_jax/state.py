@@ -4,6 +4,7 @@ Letters: ``S`` seeds (chunks of the layer), ``K`` slots of its bank.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,18 +18,41 @@ from esper_jax.stages import Stage
 
 __all__ = [
     "HISTORY",
+    "History",
     "SeedState",
     "coefficients",
     "init_seeds",
+    "move_slots",
+    "pack_history",
+    "push_history",
     "record",
+    "resize",
     "saturating_add",
     "slot_coefficients",
+    "slot_sources",
     "start_tick",
     "transitions",
+    "unpack_history",
 ]
 
 HISTORY = 10
 """Number of past transitions that a seed remembers."""
+
+
+@struct.dataclass
+class History:
+    """The last ten transitions of each seed, one byte each, the newest in the lowest.
+
+    An entry is ``source << 4 | target``; 0 is none (DORMANT to DORMANT is no
+    transition). Shifting words is several times faster than shifting a (S, 10) array.
+    """
+
+    newest: UInt[Array, "*S"]
+    """Entries 0 to 3, uint32."""
+    middle: UInt[Array, "*S"]
+    """Entries 4 to 7, uint32."""
+    oldest: UInt[Array, "*S"]
+    """Entries 8 and 9, uint16."""
 
 
 @struct.dataclass
@@ -52,9 +76,8 @@ class SeedState:
     error_count: UInt[Array, "*S"]
     """Steps with gradients that were not finite since germination, uint8, saturating
     at 255."""
-    history: UInt[Array, "*S 10"]
-    """Last transitions, newest first, one byte each: ``source << 4 | target``; 0 for
-    none (DORMANT to DORMANT is no transition)."""
+    history: History
+    """Last ten transitions, as `push_history` and `unpack_history` know them."""
     slot_of_seed: Int[Array, "*S"]
     """The bank slot that the seed owns, or -1."""
     graft: GraftMemory
@@ -115,7 +138,11 @@ def init_seeds(num_seeds: int, capacity: int, strategy: int = 0) -> SeedState:
         strategy=full(s, strategy, jnp.int8),
         epochs_in_stage=full(s, 0, jnp.uint16),
         error_count=full(s, 0, jnp.uint8),
-        history=jnp.asarray(np.zeros((s, HISTORY), np.uint8)),
+        history=History(
+            newest=full(s, 0, jnp.uint32),
+            middle=full(s, 0, jnp.uint32),
+            oldest=full(s, 0, jnp.uint16),
+        ),
         slot_of_seed=full(s, -1, jnp.int32),
         graft=GraftMemory(
             alpha=full(s, 0, jnp.float32),
@@ -136,6 +163,83 @@ def init_seeds(num_seeds: int, capacity: int, strategy: int = 0) -> SeedState:
         errors=full(k, 0, jnp.uint16),
         steps=jnp.asarray(np.int32(0)),
     )
+
+
+def slot_sources(state: SeedState, capacity: int) -> Int[np.ndarray, " capacity"]:
+    """The old slot that each slot takes over when the capacity changes, -1 for none.
+
+    In a larger capacity every slot keeps its place and the new ones follow. In a
+    smaller one the slots of living seeds are moved together, in their order, and free
+    ones fill up the rest. Runs on the host: it reads the state.
+
+    Raises:
+      ValueError: if the capacity is out of its range, or a living seed would be lost.
+    """
+    if state.seed_of_slot.ndim != 1:
+        raise ValueError(
+            "state must be of one layer, with slots of shape (K,); got "
+            f"{state.seed_of_slot.shape}. Index the leading axes first"
+        )
+    owned = np.asarray(state.seed_of_slot) >= 0
+    least = max(1, int(owned.sum()))
+    if not least <= capacity <= state.num_seeds:
+        raise ValueError(
+            f"capacity must be from {least} (the living seeds, at least 1) to "
+            f"{state.num_seeds} (all seeds), got {capacity}; a smaller one would lose "
+            "a living seed"
+        )
+    if capacity >= state.capacity:
+        new = np.full(capacity - state.capacity, -1)
+        return np.concatenate([np.arange(state.capacity), new])
+    return np.concatenate([np.flatnonzero(owned), np.flatnonzero(~owned)])[:capacity]
+
+
+def move_slots(old: Any, fresh: Any, source: Int[np.ndarray, " N"]) -> Any:
+    """Arrays with ``N`` slots on their leading axis, made from those with ``K``.
+
+    Args:
+      old: a pytree, each leaf with ``K`` slots.
+      fresh: the same with ``N`` slots, for those that take over none.
+      source: as `slot_sources` gives it.
+    """
+    taken = np.flatnonzero(source >= 0)
+
+    def move(old: Array, fresh: Array) -> Array:
+        return fresh.at[taken].set(old[source[taken]].astype(fresh.dtype))
+
+    return jax.tree.map(move, old, fresh)
+
+
+def resize(
+    state: SeedState, capacity: int, source: Int[np.ndarray, " capacity"] | None = None
+) -> SeedState:
+    """The same seeds with another number of slots.
+
+    Bank, optimizer state and probe have to follow: `move_slots`.
+
+    Args:
+      state: of one layer.
+      capacity: the new number of slots.
+      source: what `slot_sources` gives, where it was asked already; with it this can be
+        jitted.
+
+    Raises:
+      ValueError: as `slot_sources`.
+    """
+    if source is None:
+        source = slot_sources(state, capacity)
+    fresh = init_seeds(state.num_seeds, capacity)
+    names = ("seed_of_slot", "reconstruction", "gain", "errors")
+    moved = move_slots(
+        {name: getattr(state, name) for name in names},
+        {name: getattr(fresh, name) for name in names},
+        source,
+    )
+    owner = moved["seed_of_slot"]
+    slot = fresh.slot_of_seed.at[jnp.where(owner >= 0, owner, state.num_seeds)].set(
+        jnp.arange(capacity, dtype=jnp.int32), mode="drop"
+    )
+    return dataclasses.replace(state, **moved, slot_of_seed=slot)
 
 
 def coefficients(
@@ -219,7 +323,33 @@ def start_tick(state: SeedState) -> SeedState:
     )
 
 
+def push_history(history: History, entry: UInt[Array, "*S"]) -> History:
+    """``history`` with a new entry, uint8[S], and without its oldest."""
+    return History(
+        newest=history.newest << 8 | entry.astype(jnp.uint32),
+        middle=history.middle << 8 | history.newest >> 24,
+        oldest=history.oldest << 8 | (history.middle >> 24).astype(jnp.uint16),
+    )
+
+
+def pack_history(entries: UInt[np.ndarray, "*S 10"]) -> History:
+    """Words from entries, newest first, on the host."""
+    shifts = (8 * np.arange(HISTORY) % 32).astype(np.uint32)
+    shifted = np.asarray(entries, np.uint32) << shifts
+    newest, middle, oldest = (
+        np.bitwise_or.reduce(shifted[..., i : i + 4], axis=-1) for i in (0, 4, 8)
+    )
+    return History(newest=newest, middle=middle, oldest=oldest.astype(np.uint16))
+
+
+def unpack_history(history: History) -> UInt[np.ndarray, "*S 10"]:
+    """Entries from words, newest first, uint8, on the host."""
+    words = (history.newest, history.middle, history.oldest)
+    entries = [np.asarray(words[i // 4]) >> 8 * (i % 4) & 0xFF for i in range(HISTORY)]
+    return np.stack(entries, axis=-1).astype(np.uint8)
+
+
 def transitions(state: SeedState, seed: int) -> list[tuple[Stage, Stage]]:
     """The last transitions of one seed as ``(source, target)``, newest first."""
-    packed = [int(byte) for byte in jax.device_get(state.history[seed]) if byte]
-    return [(Stage(byte >> 4), Stage(byte & 15)) for byte in packed]
+    entries = unpack_history(jax.tree.map(lambda word: word[seed], state.history))
+    return [(Stage(int(e) >> 4), Stage(int(e) & 15)) for e in entries if e]

@@ -78,7 +78,7 @@ def evaluate(
     rows = jax.tree.leaves(data)[0].shape[0]
     size = min(eval_batch, rows)
     batches = -(-rows // size)
-    # The last batch is filled up with its own first rows, which then do not count.
+    # The last batch is filled up with the first rows, which then do not count.
     index = jnp.arange(batches * size) % rows
     counted = (jnp.arange(batches * size) < rows).astype(jnp.float32)
 
@@ -128,14 +128,17 @@ def _counterfactuals(
 
 
 def _running(mean: Array, variance: Array, value: Array) -> tuple[Array, Array]:
-    """Exponential running mean and variance; NaN means that there is none yet."""
-    first = jnp.isnan(mean)
+    """Exponential running mean and variance; NaN means that there is none yet.
+
+    A value that is not finite leaves them as they were.
+    """
+    first, measured = jnp.isnan(mean), jnp.isfinite(value)
     change = value - mean
+    new_mean = jnp.where(first, value, mean + (1 - _DECAY) * change)
+    new_variance = jnp.where(first, 0.0, _DECAY * (variance + (1 - _DECAY) * change**2))
     return (
-        jnp.where(first, value, mean + (1 - _DECAY) * change),
-        jnp.where(
-            first, jnp.zeros_like(value), _DECAY * (variance + (1 - _DECAY) * change**2)
-        ),
+        jnp.where(measured, new_mean, mean),
+        jnp.where(measured, new_variance, variance),
     )
 
 
@@ -148,7 +151,7 @@ def _measure(
     accuracy_mean, accuracy_variance = _running(
         old.accuracy_mean, old.accuracy_variance, accuracy
     )
-    initial = jnp.where(jnp.isnan(old.initial_loss), loss, old.initial_loss)
+    initial = jnp.where(jnp.isfinite(old.initial_loss), old.initial_loss, loss)
     drift, host_mean = {}, {}
     for name, mean in old.host_mean.items():
         weights = host_weights(state.params, name)
@@ -158,7 +161,8 @@ def _measure(
         host_mean[name] = jax.tree.map(
             lambda m, w: _DECAY * m + (1 - _DECAY) * w, mean, weights
         )
-    stability = 1.0 - jnp.sqrt(loss_variance) / initial
+    stability = 1.0 - jnp.sqrt(loss_variance) / jnp.abs(initial)
+    stability = jnp.where(jnp.isfinite(loss), stability, jnp.nan)
     grad_norm = old.grad_norm / jnp.where(old.steps > 0, old.steps, jnp.nan)
     zero = jnp.zeros_like
     monitor = Monitor(

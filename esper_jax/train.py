@@ -6,7 +6,7 @@ functions of it, none of which recompiles while the model grows. `fit` runs them
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -22,14 +22,17 @@ from esper_jax.chunks import ChunkLayout
 from esper_jax.controller import ControllerConfig
 from esper_jax.functional import (
     Arrays,
+    GovernorMemory,
     ModelParts,
     Monitor,
     TrainState,
+    grow_capacity,
     host_weights,
     is_key,
     split_model,
     values_of,
 )
+from esper_jax.governor import Governor
 from esper_jax.lifecycle import LifecycleConfig
 from esper_jax.optim import PerSlot, per_slot
 from esper_jax.state import SeedState, saturating_add, slot_coefficients
@@ -50,6 +53,9 @@ class Program(NamedTuple):
       tick: ``tick(state, held_out) -> state, TickReport``.
       evaluate: ``evaluate(state, data) -> loss, score``, means over the rows.
       model: ``model(state) -> nnx.Module`` with the state's values.
+      grow_capacity: ``grow_capacity(state, capacity) -> state`` with another number of
+        slots, in all layers or by name; see `functional.grow_capacity`. The only thing
+        that makes ``step`` and ``tick`` compile again.
       layouts: `ChunkLayout` of each layer that can grow.
       kinds: the blueprints of each layer that can grow.
       gates: the lifecycle's numbers that it was built with.
@@ -63,6 +69,7 @@ class Program(NamedTuple):
     tick: Callable[[TrainState, Batch], tuple[TrainState, TickReport]]
     evaluate: Callable[[TrainState, Batch], tuple[Array, Array]]
     model: Callable[[TrainState], nnx.Module]
+    grow_capacity: Callable[[TrainState, int | Mapping[str, int]], TrainState]
     layouts: dict[str, ChunkLayout]
     kinds: dict[str, tuple[blueprints.Blueprint, ...]]
     gates: LifecycleConfig
@@ -104,9 +111,11 @@ def build(
       eval_batch: rows that are evaluated at once.
 
     Raises:
-      ValueError: if the model holds nothing that can grow, or the controller's
-        blueprint is not one of every layer's.
+      ValueError: if the model holds nothing that can grow, the controller's blueprint
+        is not one of every layer's, or ``eval_batch`` is below 1.
     """
+    if eval_batch < 1:
+        raise ValueError(f"eval_batch must be at least 1, got {eval_batch}")
     gates = lifecycle_config or LifecycleConfig()
     policy = controller_config or ControllerConfig()
     parts = split_model(model)
@@ -146,7 +155,11 @@ def build(
         step_from=jitted[1],
         tick=jitted[2],
         evaluate=jax.jit(lambda state, data: measure(parts.values(state), data)),
-        model=lambda state: parts.merge(parts.values(state), train=True),
+        # Copies: the state's own arrays are gone once it is donated.
+        model=lambda state: parts.merge(
+            jax.tree.map(jnp.copy, parts.values(state)), train=True
+        ),
+        grow_capacity=functools.partial(grow_capacity, parts, bank_optimizer),
         layouts=parts.layouts,
         kinds=parts.kinds,
         gates=gates,
@@ -164,12 +177,13 @@ def fit(
     batch_size: int,
     seed: int = 0,
     on_tick: Callable[[TrainState, TickReport], None] | None = None,
+    governor: Governor | None = None,
 ) -> TrainState:
     """Trains until the state has seen ``ticks`` ticks, one after each epoch.
 
-    The order of the rows in epoch ``e`` depends on ``seed`` and ``e`` alone, so a
-    restored state goes on where it stopped. What does not fill a batch at the end of an
-    epoch is left out.
+    The order of the rows in epoch ``e`` depends on ``seed``, ``e`` and the number of
+    rollbacks alone, so a restored state goes on where it stopped. What does not fill a
+    batch at the end of an epoch is left out.
 
     Args:
       program: as `build` makes it.
@@ -180,31 +194,43 @@ def fit(
       batch_size: rows a step.
       seed: of the order of the rows.
       on_tick: called after each tick with the state (to read, not to keep: it will be
-        donated) and the report on the host.
+        donated) and the report on the host. Not called for a tick that was undone.
+      governor: checks each tick and undoes those that failed.
 
     Returns:
       The state after the last tick.
 
     Raises:
       ValueError: if the rows do not match or do not fill a batch.
+      TrainingStopped: by the governor.
     """
     data, held_out = _checked("data", data), _checked("held_out", held_out)
-    rows = data[0].shape[0]
+    rows = jax.tree.leaves(data)[0].shape[0]
     if not 1 <= batch_size <= rows:
         raise ValueError(
             f"batch_size must be from 1 to the {rows} rows of data, got {batch_size}"
         )
     per_epoch = rows // batch_size
-    shuffle = jax.jit(
-        lambda epoch: jax.random.permutation(
-            jax.random.fold_in(jax.random.key(seed), epoch), rows
+
+    @jax.jit
+    def shuffle(stream: Array) -> Array:
+        return jax.random.permutation(
+            jax.random.fold_in(jax.random.key(seed), stream), rows
         )
-    )
-    for epoch in range(int(state.ticks), ticks):
-        order = shuffle(epoch)
+
+    if governor is not None:
+        governor.start(state)
+    while (epoch := int(state.ticks)) < ticks:
+        # Another order after a rollback, or the same step would fail again.
+        rollbacks = int(state.governor.rollbacks)
+        order = shuffle(np.uint32((epoch + (rollbacks << 24)) % 2**32))
         for _ in range(per_epoch - int(state.step) % per_epoch):
             state = program.step_from(state, data, order, batch_size)
         state, report = program.tick(state, held_out)
+        if governor is not None:
+            state, rollback = governor.review(state, report, data, held_out)
+            if rollback is not None:
+                continue
         if on_tick is not None:
             on_tick(state, jax.device_get(report))
     return state
@@ -247,6 +273,7 @@ def _init(
         rest=values,
         memory=controller.init_memory(),
         monitor=Monitor.start(jax.tree.map(jnp.array, host_mean)),
+        governor=GovernorMemory.start(),
     )
 
 
@@ -311,10 +338,14 @@ def _update_bank(
     grads: Bank,
     gain: Float[Array, " K"],
 ) -> tuple[SeedState, Bank, Any]:
-    """Updates the slots that learn; one whose gradient is not finite waits a step."""
-    _, beta, _ = slot_coefficients(seeds)
-    finite = _finite_slots(grads)
+    """Updates the slots that learn; one whose gradient is not finite waits a step.
+
+    That, and a correction that is not finite in a slot that only counts, is an error.
+    """
+    alpha, beta, _ = slot_coefficients(seeds)
+    finite = _finite_slots(grads) & jnp.isfinite(gain)
     learning = beta != 0
+    living = learning | (alpha != 0)
 
     def update() -> tuple[Bank, Any]:
         updates, new = optimizer.update(
@@ -326,7 +357,7 @@ def _update_bank(
     seeds = dataclasses.replace(
         seeds,
         gain=seeds.gain + gain,
-        errors=saturating_add(seeds.errors, learning & ~finite),
+        errors=saturating_add(seeds.errors, living & ~finite),
     )
     return seeds, bank, opt_state
 

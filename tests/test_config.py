@@ -39,6 +39,8 @@ def test_min_epochs_is_a_table_of_stages():
         ({"train": {"learning_rate": -1}}, ["train.learning_rate", "above 0", "-1"]),
         ({"train": {"learning_rate": float("nan")}}, ["train.learning_rate", "nan"]),
         ({"train": 3}, ["train", "expected a table", "3"]),
+        ({"checkpoint": {"keep_best": "f1"}}, ["keep_best", "loss, accuracy", "f1"]),
+        ({"checkpoint": {"keep_every": -1}}, ["checkpoint.keep_every", "at least 0"]),
         ({"model": {"hidden": 3}}, ["model.hidden", "expected a list of int", "3"]),
         ({"model": {"hidden": [3, "x"]}}, ["model.hidden[1]", "expected int", "'x'"]),
         ({"model": {"hidden": []}}, ["model.hidden", "at least one"]),
@@ -51,7 +53,10 @@ def test_min_epochs_is_a_table_of_stages():
             {"growth": {"num_seeds": 65}},
             ["growth.num_seeds", "narrowest layer", "64", "65"],
         ),
-        ({"growth": {"blueprints": ["tree"]}}, ["growth", "tree", "residual_mlp"]),
+        (
+            {"growth": {"blueprints": ["tree"]}},
+            ["growth.blueprints", "tree", "residual_mlp"],
+        ),
         ({"growth": {"blueprints": []}}, ["growth", "blueprints", "1 to 127"]),
         ({"growth": {"strategy": "hope"}}, ["growth.strategy", "linear", "hope"]),
         ({"growth": {"incubation": "egg"}}, ["growth.incubation", "task", "egg"]),
@@ -72,6 +77,23 @@ def test_min_epochs_is_a_table_of_stages():
         ({"controller": {"blueprint": 1}}, ["controller.blueprint", "0 to 0", "1"]),
         ({"checkpoint": {"keep": 0}}, ["checkpoint.keep", "at least 1", "0"]),
         ({"seed": -1}, ["seed", "at least 0", "-1"]),
+        ({"seed": 2**32}, ["seed", "below 2**32", "4294967296"]),
+        (
+            {"controller": {"training_limit": 70000}},
+            ["controller.training_limit", "at most 65535", "70000"],
+        ),
+        (
+            {"controller": {"patience": 10**10}},
+            ["controller.patience", "at most", "10000000000"],
+        ),
+        (
+            {"lifecycle": {"cull_error_count": 300}},
+            ["lifecycle.cull_error_count", "0 to 255", "300"],
+        ),
+        (
+            {"lifecycle": {"grafting": {"stability_window": 100000}}},
+            ["lifecycle.grafting.stability_window", "65535", "100000"],
+        ),
     ],
     ids=lambda value: None if isinstance(value, dict) else "-".join(value[:1]),
 )

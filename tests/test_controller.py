@@ -56,6 +56,15 @@ def test_an_improving_loss_is_no_plateau():
     assert memory.stale == 0
 
 
+def test_a_loss_below_zero_can_stand_still_too():
+    layers = {"a": seeds(health=[0.1] * 4)}
+    targets, _, _ = run(layers, [-1.0, *[-1.05] * 3])
+    assert targets["a"][0] == Stage.GERMINATED
+    targets, _, memory = run(layers, [-1.0, -1.2, -1.4, -1.6])
+    assert targets == {"a": [-1] * 4}
+    assert memory.stale == 0
+
+
 def test_a_loss_that_is_not_measured_is_no_improvement():
     layers = {"a": seeds(health=[0.1] * 4)}
     targets, _, memory = run(layers, [1.0, *[float("nan")] * 3])
@@ -103,6 +112,15 @@ def test_no_more_than_max_training_are_let_in():
     config = dataclasses.replace(CONFIG, max_training=3)
     targets, _, _ = run(layers, [1.0], config)
     assert [t for row in targets.values() for t in row].count(Stage.TRAINING) == 3
+
+
+def test_a_seed_whose_turn_does_not_come_is_cancelled():
+    state = seeds(seed_0="TRAINING", seed_2="GERMINATED")
+    for epochs, expected in ((199, NO_REQUEST), (200, Stage.CANCELLED)):
+        waited = dataclasses.replace(
+            state, epochs_in_stage=state.epochs_in_stage.at[2].set(epochs)
+        )
+        assert run({"a": waited}, [1.0])[0]["a"][2] == expected
 
 
 GOOD = {
@@ -166,6 +184,7 @@ def test_keeps_to_the_minimum_epochs():
         ("threshold", float("nan")),
         ("max_training", 0),
         ("training_limit", 0),
+        ("training_limit", 65536),
         ("blueprint", -1),
     ],
 )

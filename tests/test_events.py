@@ -196,8 +196,8 @@ def state() -> SeedState:
         slot_of_seed=state.slot_of_seed.at[17].set(3),
         seed_of_slot=state.seed_of_slot.at[3].set(17),
         health=state.health.at[17].set(0.875),
-        history=state.history.at[17, :3].set(
-            jnp.asarray([0x23, 0x12, 0x01], jnp.uint8)
+        history=dataclasses.replace(
+            state.history, newest=state.history.newest.at[17].set(0x011223)
         ),
         graft=dataclasses.replace(
             state.graft, alpha=state.graft.alpha.at[17].set(0.24)

@@ -322,6 +322,7 @@ def test_an_unknown_strategy_walks_the_linear_ramp(code: int) -> None:
         ("momentum_factor", 1.0),
         ("momentum_factor", -0.1),
         ("stability_window", 0),
+        ("stability_window", 65536),
         ("max_loss_variance", math.nan),
         ("max_grad_norm", -1.0),
         ("max_accuracy_variance", -1.0),

@@ -228,7 +228,7 @@ def test_arguments_reach_the_base_layer_and_capacity_its_default() -> None:
         ({"capacity": 0}, ValueError, "capacity must be from 1 to num_seeds"),
         ({"capacity": 5}, ValueError, r"capacity must be .*\(4\).*got 5"),
         ({"blueprints": ["mlp"]}, ValueError, "unknown blueprint 'mlp'"),
-        ({"strategy": 7}, ValueError, "7 is not a valid Strategy"),
+        ({"strategy": 7}, ValueError, "strategy must be a Strategy, got 7"),
         ({"incubation": "none"}, ValueError, "incubation must be one of"),
         ({"base": nnx.relu}, TypeError, "features must be given"),
         ({"features": 6.0}, TypeError, "features must be an integer"),

@@ -26,6 +26,7 @@ from esper_jax.state import (
     saturating_add,
     slot_coefficients,
     transitions,
+    unpack_history,
 )
 
 TICKS = 200
@@ -227,7 +228,7 @@ def test_histories_equal_the_scalar_model(number: int) -> None:
             "unstable": (graft.unstable_checks, [s.unstable for s in seeds]),
             "outcome": (h.outcome[t], outcomes),
             "history": (
-                now.history,
+                unpack_history(now.history),
                 [([a << 4 | b for a, b in s.history] + [0] * 10)[:10] for s in seeds],
             ),
         }
@@ -595,7 +596,7 @@ def test_no_value_retraces_and_the_state_is_donated() -> None:
         )
         state, _ = run(state, commands, at(inputs.signals, t))
         assert before.stage.is_deleted()
-        assert before.history.is_deleted()
+        assert before.history.newest.is_deleted()
     assert traces == 1
     assert run._cache_size() == 1
 
@@ -673,6 +674,8 @@ def test_an_unknown_signal_is_named() -> None:
         ("cull_delta", math.nan),
         ("cull_error_rate", "much"),
         ("cull_error_count", math.nan),
+        ("cull_error_count", 256),
+        ("cull_error_count", -1),
         ("min_improvement", math.nan),
         ("min_final_stability", None),
         ("grafting", 3),

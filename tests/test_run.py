@@ -1,13 +1,18 @@
 """Runs on disk and the command line, as a user meets them."""
 
 import json
+import os
+import random
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from esper_jax.checkpoint import Checkpointer, CheckpointError
 from esper_jax.cli import main
 from esper_jax.config import ConfigError, load_config
 from esper_jax.run import RunError, evaluate_run, train_run
@@ -21,6 +26,7 @@ def esper(*arguments, cwd):
     return subprocess.run(
         [*COMMAND, *map(str, arguments)],
         cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(CONFIGS.parent)},
         capture_output=True,
         text=True,
         timeout=300,
@@ -94,7 +100,133 @@ def test_a_resumed_run_ends_like_one_that_was_not_stopped(finished, tmp_path):
     whole = json.loads((folder / "summary.json").read_text())
     assert resumed["state_hash"] == whole["state_hash"]
     assert resumed["events"] == whole["events"]
+    with pytest.raises(ConfigError, match=r"train.ticks: expected at least 40.*got 20"):
+        train_run(smoke(ticks=20), out, resume=True, console=console)
+    assert json.loads((out / "config.json").read_text())["train"]["ticks"] == 40
     assert evaluate_run(out)["step"] == 320
+
+
+def start(*arguments, cwd):
+    return subprocess.Popen(
+        [*COMMAND, *map(str, arguments)],
+        cwd=cwd,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def flip_a_bit_of_the_newest(checkpoints):
+    newest = max(checkpoints.steps())
+    files = (checkpoints.directory / str(newest)).rglob("d/*")
+    path = max(files, key=lambda file: file.stat().st_size)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    return newest, path.name
+
+
+def test_killed_damaged_and_resumed_a_run_ends_the_same(finished, tmp_path):
+    folder, _ = finished
+    out = tmp_path / "run"
+    checkpoints = Checkpointer(out / "checkpoints")
+    with start("train", CONFIGS / "smoke.toml", "--out", out, cwd=tmp_path) as run:
+        while len(checkpoints.steps()) < 2:
+            assert run.poll() is None, run.stderr.read()
+            time.sleep(0.01)
+        time.sleep(random.random() / 2)
+        run.kill()
+    newest, file = flip_a_bit_of_the_newest(checkpoints)
+    resumed = esper(
+        "train", CONFIGS / "smoke.toml", "--resume", "--out", out, cwd=tmp_path
+    )
+    assert resumed.returncode == 0, resumed.stderr
+    first, second = resumed.stderr.splitlines()
+    assert f"{newest} is damaged" in first
+    assert file in first
+    assert f"fell back to step {newest - 80}" in second
+    whole = json.loads((folder / "summary.json").read_text())
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["state_hash"] == whole["state_hash"]
+    assert summary["events"] == whole["events"]
+    assert all(checkpoints.verify(n).damage is None for n in checkpoints.steps())
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_gives_one_clear_error(tmp_path):
+    out = tmp_path / "run"
+    command = " ".join([*COMMAND, "train", str(CONFIGS / "smoke.toml"), "--out run"])
+    result = subprocess.run(
+        ["bash", "-c", f"ulimit -f 12; exec {command}"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 2
+    [error] = [line for line in result.stderr.splitlines() if "esper-jax" in line]
+    assert "step 80 could not be saved in run/checkpoints: File too large" in error
+    assert "Traceback" not in result.stderr
+    assert not list((out / "checkpoints").iterdir())
+
+
+@pytest.mark.slow
+def test_killed_again_and_again(finished, tmp_path):
+    """From the interpreter's start to the last save, wherever the kills fall."""
+    folder, _ = finished
+    out = tmp_path / "run"
+    kills = 0
+    began = time.monotonic()
+    esper("train", CONFIGS / "smoke.toml", "--out", tmp_path / "timed", cwd=tmp_path)
+    whole_run = time.monotonic() - began
+    while not (out / "summary.json").exists():
+        resume = ["--resume"] if (out / "config.json").exists() else []
+        if not resume:
+            shutil.rmtree(out, ignore_errors=True)
+        arguments = ["train", CONFIGS / "smoke.toml", *resume, "--out", out]
+        with start(*arguments, cwd=tmp_path) as run:
+            try:
+                patience = random.uniform(0, whole_run) if kills < 8 else 300
+                _, errors = run.communicate(timeout=patience)
+                assert run.returncode == 0, errors
+            except subprocess.TimeoutExpired:
+                run.kill()
+                kills += 1
+    whole = json.loads((folder / "summary.json").read_text())
+    summary = json.loads((out / "summary.json").read_text())
+    assert kills
+    assert summary["state_hash"] == whole["state_hash"]
+    assert summary["events"] == whole["events"]
+
+
+def test_evaluate_falls_back_and_says_so(finished, tmp_path, monkeypatch, capsys):
+    folder = shutil.copytree(finished[0], tmp_path / "run")
+    checkpoints = Checkpointer(folder / "checkpoints")
+    _, file = flip_a_bit_of_the_newest(checkpoints)
+    monkeypatch.setattr(sys, "argv", ["esper-jax", "evaluate", str(folder)])
+    main()
+    said = capsys.readouterr()
+    assert json.loads(said.out.splitlines()[-1])["step"] == 240
+    assert file in said.err
+    assert "fell back to step 240" in said.err
+    for step in checkpoints.steps():
+        (checkpoints.directory / str(step) / "manifest.json").unlink()
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert all(f"step {step}: manifest.json is missing" in error for step in (80, 320))
+
+
+def test_a_run_in_progress_is_left_alone(finished, tmp_path):
+    folder = shutil.copytree(finished[0], tmp_path / "run")
+    before = (folder / "events.jsonl").read_bytes()
+    with Checkpointer(folder / "checkpoints") as other:
+        other.acquire()
+        with pytest.raises(CheckpointError, match="is being written to"):
+            train_run(smoke(ticks=50), folder, resume=True)
+    assert (folder / "events.jsonl").read_bytes() == before
+    assert json.loads((folder / "config.json").read_text())["train"]["ticks"] == 40
 
 
 @pytest.mark.parametrize(
@@ -106,6 +238,12 @@ def test_a_resumed_run_ends_like_one_that_was_not_stopped(finished, tmp_path):
         (["train", "{smoke}", "--set", "growth.capacity=0"], "growth.capacity must be"),
         (["train", "{smoke}", "--set", "train.batch_size=5000"], "train.batch_size"),
         (["train", "{smoke}", "--resume"], "--resume: expected --out"),
+        (
+            ["train", "{smoke}", "--set", "train.tics=3", "--set", "seed=1"],
+            "train.tics: unknown key",
+        ),
+        (["train", "{smoke}", "--out", "{smoke}"], "smoke.toml is no folder"),
+        (["train", "{smoke}", "--out", "{smoke}/x"], "smoke.toml/x cannot be written"),
         (["train", "{smoke}", "--resume", "--out", "new"], "new holds no run"),
         (["train"], "CONFIG"),
         (["evaluate", "nowhere"], "nowhere holds no run"),
@@ -125,9 +263,23 @@ def test_wrong_input_is_refused_before_anything_is_written(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_run_stopped_before_its_first_checkpoint_begins_again(tmp_path):
+    console = Console(quiet=True)
+    whole = train_run(smoke(ticks=2), tmp_path / "run", console=console)
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    again = train_run(smoke(ticks=2), tmp_path / "run", resume=True, console=console)
+    assert again == whole
+
+
 def test_a_run_without_a_checkpoint(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(RunError, match="holds no checkpoint"):
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        evaluate_run(tmp_path)
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(RunError, match=r"config.json: config: expected a table"):
+        evaluate_run(tmp_path)
+    (tmp_path / "config.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(RunError, match="is damaged"):
         evaluate_run(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(RunError, match="is damaged"):

@@ -13,9 +13,11 @@ from esper_jax import lifecycle
 from esper_jax.controller import ControllerConfig
 from esper_jax.functional import state_hash
 from esper_jax.hosts import MLP
+from esper_jax.layers import SeedBed
 from esper_jax.lifecycle import LifecycleConfig
 from esper_jax.signals import Signals
 from esper_jax.stages import Outcome, Stage
+from esper_jax.tick import _measure
 from esper_jax.train import build, classification, fit
 
 LAYERS = ("layers/0", "layers/1")
@@ -309,6 +311,58 @@ def test_signals_of_a_tick(program):
     )
 
 
+@pytest.mark.parametrize("first", [-2.0, np.inf])
+def test_stability_of_a_loss_below_zero_and_after_an_infinite_one(program, first):
+    monitor = program.init(jax.random.key(0)).monitor
+    monitor = dataclasses.replace(
+        monitor, initial_loss=first, loss_mean=-2.0, loss_variance=1.0
+    )
+    state = dataclasses.replace(start(program), monitor=monitor)
+    new, _, stability, _ = _measure(state, jnp.float32(-2.0), jnp.float32(0.5))
+    assert new.initial_loss == -2
+    np.testing.assert_allclose(stability, 1 - np.sqrt(0.9) / 2, rtol=1e-6)
+
+
+def test_a_model_outlives_the_state_it_came_from(program):
+    state = start(program)
+    model = program.model(state)
+    before = np.asarray(model(HELD_OUT[0]))
+    program.step(state, TRAIN)
+    np.testing.assert_array_equal(model(HELD_OUT[0]), before)
+
+
+def test_a_model_with_a_bare_bed_batch_norm_and_dropout():
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.linear = nnx.Linear(6, 8, rngs=rngs)
+            self.norm = nnx.BatchNorm(8, rngs=rngs)
+            self.dropout = nnx.Dropout(0.3, rngs=rngs)
+            self.grown = SeedBed(8, 3, rngs=rngs)
+            self.readout = nnx.Linear(8, 3, rngs=rngs)
+
+        def __call__(self, x):
+            y = self.dropout(self.norm(self.linear(x["x"])))
+            return self.readout(self.grown(y))
+
+    program = build(
+        Model(nnx.Rngs(0)),
+        optax.adam(1e-2),
+        optax.adam(1e-3),
+        lifecycle_config=QUICK,
+        controller_config=POLICY,
+    )
+    train, held_out = (({"x": x}, y) for x, y in (TRAIN, HELD_OUT))
+    state = start(program)
+    count = int(state.rest["dropout/rngs/count"])
+    state = fit(program, state, train, held_out, ticks=12, batch_size=16)
+    assert int(state.rest["dropout/rngs/count"]) == count + int(state.step) == 48
+    assert np.any(state.rest["norm/mean"])
+    assert np.any(state.seeds["grown"].history)
+    # Evaluation neither draws from the dropout nor moves the running means.
+    assert program.evaluate(state, held_out) == program.evaluate(state, held_out)
+    assert program.recompiles() == 0
+
+
 def test_bad_input(program):
     state = start(program)
     with pytest.raises(ValueError, match=r"batch_size must be from 1 to the 64 rows"):
@@ -326,5 +380,9 @@ def test_bad_input(program):
             optax.sgd(1.0),
             controller_config=ControllerConfig(blueprint=3),
         )
+    with pytest.raises(ValueError, match="eval_batch must be at least 1, got 0"):
+        build(make_model(), optax.sgd(1.0), optax.sgd(1.0), eval_batch=0)
+    with pytest.raises(ValueError, match="hold a SeedBed, not be one"):
+        build(SeedBed(6, 3, rngs=nnx.Rngs(0)), optax.sgd(1.0), optax.sgd(1.0))
     with pytest.raises(TypeError, match="unknown signal 'los'"):
         Signals.unmeasured(los=1.0)

@@ -55,7 +55,11 @@ class LiveView:
         )
 
     def __enter__(self) -> "LiveView":
-        if self._live is not None:
+        waiting = "compiling the train step and the tick"
+        if self._live is None:
+            self._print(waiting)
+        else:
+            self._live.update(Text(waiting, style="dim"))
             self._live.start()
         return self
 
@@ -92,6 +96,13 @@ class LiveView:
                 *(Text(line, style="dim") for line in self._recent),
             )
         )
+
+    def note(self, line: str) -> None:
+        """Shows a line that belongs to no tick's report."""
+        if self._live is None:
+            self._print(line)
+        else:
+            self._recent = [*self._recent, line][-6:]
 
     def _print(self, line: str) -> None:
         # Not wrapped or coloured: these lines are read by programs too.
