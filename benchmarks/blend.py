@@ -605,6 +605,9 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, help="directory for details")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, any device")
     parser.add_argument("--tune", action="store_true", help="sweep block sizes")
+    parser.add_argument(
+        "--errors", action="store_true", help="errors of every shape, and no times"
+    )
     parser.add_argument("--specs", nargs="*", help="shapes to tune, or to go both ways")
     parser.add_argument("--budget", type=float, default=420, help="seconds to tune for")
     options = parser.parse_args()
@@ -627,6 +630,8 @@ def main() -> None:
         if run.smoke:
             names = names[:1]
         tune(run, [specs[name] for name in names], options.budget)
+    elif options.errors:
+        errors_table(run, list(specs.values()))
     else:
         both_ways_table(run, [specs["width_64"]], (0.0, 0.1, 0.5, 1.0), SETS)
         forward_table(run, specs["width_64"])
