@@ -124,6 +124,7 @@ def _lane_tile(
 def forward_kernel(
     s: Static, total: int, span: int, save: bool, *all_refs: Any
 ) -> None:
+    """Output, reconstruction and, with ``save``, the living chunks of narrow slots."""
     refs = Refs(*all_refs[:9])
     y_ref, rest = all_refs[9], list(all_refs[10:])
     if s.statistics_rows != 0:
@@ -182,6 +183,7 @@ def forward_kernel(
 
 
 def backward_kernel(s: Static, total: int, span: int, *all_refs: Any) -> None:
+    """Partial gradients of the bank and alpha, and ``dy``, of narrow slots."""
     refs = Refs(*all_refs[:9])
     saved_ref, g_ref = all_refs[9:11]
     dw1_ref, db1_ref, dw2_ref, db2_ref, dscale_ref, dalpha_ref, dy_ref = all_refs[11:]
