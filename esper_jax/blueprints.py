@@ -6,7 +6,8 @@ newborn's correction is 0. The built-in ones are one form,
     r(y) = W2 act(W1 y + b1) + b2 + scale * y,
 
 with some of its parts switched off, so that all of them share one set of arrays and one
-kernel, and a seed's blueprint is a run-time number. `Custom` takes any function.
+kernel, and a seed's blueprint is a run-time number. `Custom` takes any function; `glu`,
+`context` and `context_glu` are made of it.
 
 The `Bank` of a layer holds the parameters of its ``K`` slots.
 """
@@ -15,7 +16,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -31,11 +32,15 @@ __all__ = [
     "Dense",
     "affine",
     "bottleneck",
+    "context",
+    "context_glu",
+    "glu",
     "hidden_width",
     "init_bank",
     "init_slots",
     "low_rank",
     "noop",
+    "operations",
     "param_counts",
     "register",
     "residual_mlp",
@@ -102,7 +107,9 @@ class Dense:
         """Hidden width over a chunk of ``width`` features."""
         return max(1, round(self.expansion * width)) if self.expansion else 0
 
-    def param_count(self, width: int, widest: int | None = None) -> int:
+    def param_count(
+        self, width: int, widest: int | None = None, features: int | None = None
+    ) -> int:
         """Number of parameters over a chunk of ``width`` features.
 
         The hidden layer is as wide as the layer's ``widest`` chunk asks for (default:
@@ -119,25 +126,47 @@ class Custom:
 
     Args:
       name: its name.
-      init: ``init(key, width) -> params``, a pytree of float arrays. The correction of
-        fresh parameters should be 0, so that a newborn is the identity.
-      apply: ``apply(params, y) -> correction`` with ``y`` and the correction of shape
-        (N, C), float32. Over uneven chunks a narrow chunk has a last column of zeros,
-        and what the correction holds there is dropped.
+      init: ``init(key, width) -> params``, a pytree of float arrays; where it reads the
+        layer, ``init(key, width, features)``. The correction of fresh parameters should
+        be 0, so that a newborn is the identity.
+      apply: ``apply(params, y) -> correction``, float32 of shape (N, C). Over uneven
+        chunks a narrow chunk has a last column of zeros, and what the correction holds
+        there is dropped.
+      reads: what ``y`` is: the seed's ``"chunk"``, (N, C), or the whole ``"layer"``,
+        (N, F), float32. It writes its chunk either way.
     """
 
     name: str
-    init: Callable[[Any, int], Any]
+    init: Callable[..., Any]
     apply: Callable[[Any, Any], Any]
+    reads: Literal["chunk", "layer"] = "chunk"
 
-    def param_count(self, width: int, widest: int | None = None) -> int:
-        """Number of parameters over a chunk of ``width`` features.
+    def __post_init__(self) -> None:
+        if self.reads not in ("chunk", "layer"):
+            raise ValueError(f"reads must be 'chunk' or 'layer', got {self.reads!r}")
+
+    def fresh(self, key: Any, width: int, features: int | None) -> Any:
+        """New parameters for a chunk of ``width`` of a layer's ``features``."""
+        if self.reads == "chunk":
+            return self.init(key, width)
+        if features is None:
+            raise ValueError(
+                f"features must be given: blueprint {self.name!r} reads the whole layer"
+            )
+        return self.init(key, width, features)
+
+    def param_count(
+        self, width: int, widest: int | None = None, features: int | None = None
+    ) -> int:
+        """Number of parameters over a chunk of ``width`` of a layer's ``features``.
 
         They are made for the layer's ``widest`` chunk (default: ``width``), and how
         many of them a narrower one leaves idle is not known here.
         """
         made_for = width if widest is None else widest
-        shapes = jax.eval_shape(lambda: self.init(jax.random.key(0), made_for))
+        shapes = jax.eval_shape(
+            lambda: self.fresh(jax.random.key(0), made_for, features)
+        )
         return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
 
 
@@ -177,8 +206,82 @@ def noop() -> Dense:
     return Dense(name="noop")
 
 
+@functools.cache
+def _hidden_layer(
+    name: str,
+    expansion: float,
+    activation: str,
+    gated: bool,
+    reads: Literal["chunk", "layer"],
+) -> Custom:
+    """One hidden layer, gated or not. Cached: equal arguments give an equal blueprint,
+    as static arguments of jitted functions need."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(
+            f"activation must be one of {sorted(ACTIVATIONS)}, got {activation!r}"
+        )
+    if not (math.isfinite(expansion) and expansion > 0):
+        raise ValueError(
+            f"expansion must be a finite number above 0, got {expansion}"
+        )
+
+    def init(key: Any, width: int, features: int | None = None) -> dict[str, Array]:
+        inputs = width if features is None else features
+        hidden = max(1, round(expansion * width))
+        keys = jax.random.split(key)
+        scale = 1 / math.sqrt(inputs)
+        params = {
+            "w1": scale * jax.random.normal(keys[0], (inputs, hidden), jnp.float32),
+            "b1": jnp.zeros(hidden, jnp.float32),
+            "w2": jnp.zeros((hidden, width), jnp.float32),
+            "b2": jnp.zeros(width, jnp.float32),
+        }
+        if gated:
+            gate = jax.random.normal(keys[1], (inputs, hidden), jnp.float32)
+            params |= {"v": scale * gate, "c": jnp.zeros(hidden, jnp.float32)}
+        return params
+
+    def apply(params: dict[str, Array], y: Array) -> Array:
+        hidden = ACTIVATIONS[activation](y @ params["w1"] + params["b1"])
+        if gated:
+            hidden = hidden * (y @ params["v"] + params["c"])
+        return hidden @ params["w2"] + params["b2"]
+
+    return Custom(name=name, init=init, apply=apply, reads=reads)
+
+
+def glu(*, expansion: float = 2.0, activation: str = "silu") -> Custom:
+    """``W2 (act(W1 y + b1) * (V y + c)) + b2``: a gated linear unit (arXiv:2002.05202)."""
+    return _hidden_layer("glu", expansion, activation, True, "chunk")
+
+
+def context(*, expansion: float = 2.0, activation: str = "gelu") -> Custom:
+    """``W2 act(W1 x + b1) + b2`` of the whole layer's output ``x``.
+
+    Args:
+      expansion: hidden width over the width of the chunk that it writes.
+      activation: a key of `ACTIVATIONS`.
+    """
+    return _hidden_layer("context", expansion, activation, False, "layer")
+
+
+def context_glu(*, expansion: float = 2.0, activation: str = "silu") -> Custom:
+    """`glu` of the whole layer's output: reads all, writes its chunk."""
+    return _hidden_layer("context_glu", expansion, activation, True, "layer")
+
+
 _REGISTRY: dict[str, Callable[[], Blueprint]] = {
-    f.__name__: f for f in (residual_mlp, bottleneck, low_rank, affine, noop)
+    f.__name__: f
+    for f in (
+        residual_mlp,
+        bottleneck,
+        low_rank,
+        affine,
+        noop,
+        glu,
+        context,
+        context_glu,
+    )
 }
 
 
@@ -240,7 +343,11 @@ def hidden_width(blueprints: Sequence[Blueprint], width: int) -> int:
 
 
 def _init_slot(
-    key: Any, kind: Any, blueprints: Sequence[Blueprint], width: int
+    key: Any,
+    kind: Any,
+    blueprints: Sequence[Blueprint],
+    width: int,
+    features: int | None,
 ) -> Bank:
     """One slot for the blueprint with id ``kind`` (traced): ``W1`` LeCun-normal in the
     hidden units that it uses, all else of the common form 0."""
@@ -254,7 +361,9 @@ def _init_slot(
         b2=jnp.zeros(width, jnp.float32),
         scale=jnp.zeros(width, jnp.float32),
         custom={
-            b.name: b.init(key, width) for b in blueprints if isinstance(b, Custom)
+            b.name: b.fresh(key, width, features)
+            for b in blueprints
+            if isinstance(b, Custom)
         },
     )
 
@@ -264,6 +373,7 @@ def init_slots(
     kinds: Int[Array, " K"],
     blueprints: Sequence[Blueprint],
     width: int,
+    features: int | None = None,
 ) -> Bank:
     """Fresh parameters for ``K`` slots.
 
@@ -272,22 +382,28 @@ def init_slots(
       kinds: the blueprint id of each slot; a run-time value.
       blueprints: the layer's blueprints, as `resolve` returns them.
       width: chunk width ``C``.
+      features: width of the layer ``F``; needed where a blueprint reads all of it.
 
     Returns:
       The bank.
     """
-    return jax.vmap(lambda key, kind: _init_slot(key, kind, blueprints, width))(
-        keys, kinds
-    )
+    return jax.vmap(
+        lambda key, kind: _init_slot(key, kind, blueprints, width, features)
+    )(keys, kinds)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
 def init_bank(
-    key: Key[Array, ""], capacity: int, blueprints: Sequence[Blueprint], width: int
+    key: Key[Array, ""],
+    capacity: int,
+    blueprints: Sequence[Blueprint],
+    width: int,
+    features: int | None = None,
 ) -> Bank:
     """A bank of ``capacity`` fresh slots, each with the first blueprint."""
     keys = jax.random.split(key, capacity)
-    return init_slots(keys, jnp.zeros(capacity, jnp.int32), blueprints, width)
+    kinds = jnp.zeros(capacity, jnp.int32)
+    return init_slots(keys, kinds, blueprints, width, features)
 
 
 def param_counts(
@@ -296,9 +412,19 @@ def param_counts(
     """Parameters that each blueprint would have on each chunk, for every (id, seed)."""
     widths = [int(w) for w in sizes]
     counts = {
-        w: [b.param_count(w, max(widths)) for b in blueprints] for w in set(widths)
+        w: [b.param_count(w, max(widths), sum(widths)) for b in blueprints]
+        for w in set(widths)
     }
     return np.stack([counts[w] for w in widths], axis=1)
+
+
+def operations(parameters: Any) -> Any:
+    """Floating-point operations of one forward pass of a row through a blueprint.
+
+    A multiplication and an addition for each parameter, which every network that uses
+    each of its parameters once comes to; activations are not counted.
+    """
+    return 2 * parameters
 
 
 def dense_masks(

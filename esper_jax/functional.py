@@ -274,6 +274,7 @@ def grow_capacity(
                 slots,
                 parts.kinds[name],
                 parts.layouts[name].width,
+                parts.layouts[name].features,
             )
             new.seeds[name] = resize(state.seeds[name], slots, source)
             new.banks[name] = move_slots(state.banks[name], fresh, source)

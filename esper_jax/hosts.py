@@ -4,13 +4,14 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from esper_jax.blueprints import ACTIVATIONS
 from esper_jax.layers import ChunkedLayer
 
-__all__ = ["MLP"]
+__all__ = ["MLP", "CharMLP", "ConvNet"]
 
 
 class MLP(nnx.Module):
@@ -41,7 +42,7 @@ class MLP(nnx.Module):
         self.layers = nnx.List(
             [
                 ChunkedLayer(
-                    _Activated(a, b, ACTIVATIONS[activation], rngs),
+                    _Activated(nnx.Linear(a, b, rngs=rngs), ACTIVATIONS[activation]),
                     num_seeds,
                     features=b,
                     rngs=rngs,
@@ -59,17 +60,100 @@ class MLP(nnx.Module):
         return self.readout(x)
 
 
-class _Activated(nnx.Module):
-    """A linear layer and its activation, so that the seeds see what is passed on."""
+class ConvNet(nnx.Module):
+    """A convolutional network over one axis; each layer, its activation included, can
+    grow, at every position alike.
+
+    Ends with a mean over the positions and a linear readout.
+
+    Args:
+      channels: of each layer.
+      outputs: width of the output.
+      kernel: samples that a layer sees.
+      strides: of each layer.
+      num_seeds: seeds of each layer, over its channels.
+      activation: a key of `ACTIVATIONS`.
+      rngs: key ``params`` draws the parameters.
+      **options: of the layers' `SeedBed`.
+    """
 
     def __init__(
         self,
-        inputs: int,
+        channels: Sequence[int],
         outputs: int,
-        activation: Callable[[Array], Array],
+        *,
+        num_seeds: int,
+        kernel: int = 5,
+        strides: Sequence[int] | None = None,
+        activation: str = "relu",
         rngs: nnx.Rngs,
+        **options: Any,
     ) -> None:
-        self.linear = nnx.Linear(inputs, outputs, rngs=rngs)
+        widths = [1, *channels]
+        steps = [1] * len(channels) if strides is None else strides
+        self.layers = nnx.List(
+            [
+                ChunkedLayer(
+                    _Activated(
+                        nnx.Conv(a, b, (kernel,), strides=step, rngs=rngs),
+                        ACTIVATIONS[activation],
+                    ),
+                    num_seeds,
+                    features=b,
+                    rngs=rngs,
+                    **options,
+                )
+                for (a, b), step in zip(itertools.pairwise(widths), steps, strict=True)
+            ]
+        )
+        self.readout = nnx.Linear(widths[-1], outputs, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B D"]) -> Float[Array, "B N"]:
+        """Logits of signals of ``D`` samples."""
+        x = x[..., None]
+        for layer in self.layers:
+            x = layer(x)
+        return self.readout(jnp.mean(x, axis=-2))
+
+
+class CharMLP(nnx.Module):
+    """An `MLP` over embedded characters (Bengio et al., JMLR 3, 2003).
+
+    Args:
+      characters: how many there are.
+      window: characters that it reads.
+      embedding: width of each one's embedding.
+      hidden: width of each hidden layer.
+      rngs: key ``params`` draws the parameters.
+      **options: of the `MLP`.
+    """
+
+    def __init__(
+        self,
+        characters: int,
+        window: int,
+        embedding: int,
+        hidden: Sequence[int],
+        *,
+        rngs: nnx.Rngs,
+        **options: Any,
+    ) -> None:
+        self.embed = nnx.Embed(characters, embedding, rngs=rngs)
+        self.mlp = MLP(window * embedding, hidden, characters, rngs=rngs, **options)
+
+    def __call__(self, x: Int[Array, "B T"]) -> Float[Array, "B N"]:
+        """Logits of the next character."""
+        embedded = self.embed(x)
+        return self.mlp(embedded.reshape(*x.shape[:-1], -1))
+
+
+class _Activated(nnx.Module):
+    """A layer and its activation, so that the seeds see what is passed on."""
+
+    def __init__(
+        self, linear: nnx.Module, activation: Callable[[Array], Array]
+    ) -> None:
+        self.linear = linear
         self.activation = activation
 
     def __call__(self, x: Array) -> Array:

@@ -117,7 +117,9 @@ class SeedBed(nnx.Module):
             capacity = min(DEFAULT_CAPACITY, num_seeds)
         self.seeds = SeedVariable(init_seeds(num_seeds, capacity, strategy))
         self.bank = BlueprintParam(
-            init_bank(rngs.params(), capacity, self.blueprints, self.layout.width)
+            init_bank(
+                rngs.params(), capacity, self.blueprints, self.layout.width, features
+            )
         )
         self.probe = GraftProbe(jnp.zeros(capacity, jnp.float32))
 
@@ -169,7 +171,10 @@ def grow_capacity(model: nnx.Module, capacity: int, *, rngs: nnx.Rngs) -> None:
         )
     sources = [slot_sources(bed.seeds.get_value(), capacity) for bed in beds]
     for bed, source in zip(beds, sources, strict=True):
-        fresh = init_bank(rngs.params(), capacity, bed.blueprints, bed.layout.width)
+        layout = bed.layout
+        fresh = init_bank(
+            rngs.params(), capacity, bed.blueprints, layout.width, layout.features
+        )
         bed.seeds.set_value(resize(bed.seeds.get_value(), capacity, source))
         bed.bank.set_value(move_slots(bed.bank.get_value(), fresh, source))
         bed.probe.set_value(jnp.zeros(capacity, jnp.float32))

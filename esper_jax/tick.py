@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from esper_jax import blueprints, controller, lifecycle
 from esper_jax.blueprints import Bank
+from esper_jax.chunks import ChunkLayout
 from esper_jax.controller import ControllerConfig
 from esper_jax.functional import Arrays, ModelParts, Monitor, TrainState, host_weights
 from esper_jax.lifecycle import LifecycleConfig
@@ -259,7 +260,7 @@ def tick(
             state.banks[name],
             state.bank_opt[name],
             parts.kinds[name],
-            parts.layouts[name].width,
+            parts.layouts[name],
         )
         reports[name] = LayerReport(
             outcome=outcome,
@@ -302,7 +303,7 @@ def _give_birth(
     bank: Bank,
     opt_state: Any,
     kinds: tuple[blueprints.Blueprint, ...],
-    width: int,
+    layout: ChunkLayout,
 ) -> tuple[Bank, Any]:
     """Fresh parameters and fresh moments in the slots that changed hands."""
     born = (after.seed_of_slot != before.seed_of_slot) & (after.seed_of_slot >= 0)
@@ -311,7 +312,9 @@ def _give_birth(
         keys = jax.random.split(key, born.size)
         owner = jnp.maximum(after.seed_of_slot, 0)
         kind = after.blueprint[owner].astype(jnp.int32)
-        fresh = blueprints.init_slots(keys, kind, kinds, width)
+        fresh = blueprints.init_slots(
+            keys, kind, kinds, layout.width, layout.features
+        )
 
         def put(new: Array, old: Array) -> Array:
             where = born.reshape(born.shape + (1,) * (old.ndim - 1))

@@ -38,7 +38,7 @@ from esper_jax.optim import PerSlot, per_slot
 from esper_jax.state import SeedState, saturating_add, slot_coefficients
 from esper_jax.tick import Batch, Loss, TickReport, evaluate, tick
 
-__all__ = ["Program", "build", "classification", "fit"]
+__all__ = ["Program", "build", "classification", "epoch_order", "fit"]
 
 
 class Program(NamedTuple):
@@ -46,7 +46,8 @@ class Program(NamedTuple):
     state that they are given.
 
     Attributes:
-      init: ``init(rng) -> TrainState``, from the values the model had when built.
+      init: ``init(rng) -> TrainState``, from the values the model had when built;
+        ``init(rng, values)`` from others, as `functional.values_of` gives them.
       step: ``step(state, batch) -> state``: one update from ``batch = (x, y)``.
       step_from: ``step_from(state, data, order, batch_size) -> state``: the same with
         the rows of ``data`` that ``order`` names at the state's position.
@@ -63,7 +64,7 @@ class Program(NamedTuple):
         after their first time.
     """
 
-    init: Callable[[Any], TrainState]
+    init: Callable[..., TrainState]
     step: Callable[[TrainState, Batch], TrainState]
     step_from: Callable[[TrainState, Batch, Any, int], TrainState]
     tick: Callable[[TrainState, Batch], tuple[TrainState, TickReport]]
@@ -150,7 +151,11 @@ def build(
         jax.jit(one_tick, donate_argnums=0),
     ]
     return Program(
-        init=jax.jit(lambda rng: _init(parts, optimizer, bank_optimizer, initial, rng)),
+        init=jax.jit(
+            lambda rng, values=initial: _init(
+                parts, optimizer, bank_optimizer, values, rng
+            )
+        ),
         step=jitted[0],
         step_from=jitted[1],
         tick=jitted[2],
@@ -212,18 +217,13 @@ def fit(
         )
     per_epoch = rows // batch_size
 
-    @jax.jit
-    def shuffle(stream: Array) -> Array:
-        return jax.random.permutation(
-            jax.random.fold_in(jax.random.key(seed), stream), rows
-        )
-
+    shuffle = jax.jit(
+        lambda epoch, rollbacks: epoch_order(seed, epoch, rollbacks, rows)
+    )
     if governor is not None:
         governor.start(state)
     while (epoch := int(state.ticks)) < ticks:
-        # Another order after a rollback, or the same step would fail again.
-        rollbacks = int(state.governor.rollbacks)
-        order = shuffle(np.uint32((epoch + (rollbacks << 24)) % 2**32))
+        order = shuffle(np.int32(epoch), state.governor.rollbacks)
         for _ in range(per_epoch - int(state.step) % per_epoch):
             state = program.step_from(state, data, order, batch_size)
         state, report = program.tick(state, held_out)
@@ -234,6 +234,22 @@ def fit(
         if on_tick is not None:
             on_tick(state, jax.device_get(report))
     return state
+
+
+def epoch_order(
+    seed: int | Int[Array, ""],
+    epoch: Int[Array, ""],
+    rollbacks: Int[Array, ""],
+    rows: int,
+) -> Int[Array, " rows"]:
+    """The order of the rows in an epoch.
+
+    Another one after a rollback, or the same step would fail again.
+    """
+    stream = epoch.astype(jnp.uint32) + (rollbacks.astype(jnp.uint32) << 24)
+    return jax.random.permutation(
+        jax.random.fold_in(jax.random.key(seed), stream), rows
+    )
 
 
 def _checked(name: str, data: Batch) -> Batch:

@@ -12,6 +12,7 @@ import pytest
 from esper_jax.blueprints import (
     Custom,
     bottleneck,
+    context,
     init_bank,
     low_rank,
     residual_mlp,
@@ -40,6 +41,9 @@ KINDS = resolve(
         "affine",
         "noop",
         GATED,
+        "glu",
+        context(expansion=0.75),
+        "context_glu",
     ]
 )
 # TRAINING, GRAFTING at two points of the ramp, EVALUATING, FINE_TUNING, GERMINATED.
@@ -83,7 +87,9 @@ def arguments(
     kinds, pairs = zip(*slots, strict=True)
     owners = rng.permutation(layout.num_seeds)[:SLOTS]
     owners[-1] = -1
-    bank = init_bank(jax.random.key(0), SLOTS, KINDS, layout.width)
+    bank = init_bank(
+        jax.random.key(0), SLOTS, KINDS, layout.width, layout.features
+    )
     return {
         "y": jnp.asarray(rng.normal(size=(*batch, layout.features)), dtype),
         "bank": filled(bank),

@@ -56,6 +56,9 @@ def blend(
     On the chunk ``y_c`` of the seed that owns slot ``k``, with the blueprint's
     correction ``r(y_c) = f(y_c) - y_c`` and the cotangent ``g`` of the output:
 
+    (``r`` of a blueprint that reads the whole layer is ``r(y)``; ``J_y(r)^T g`` then
+    reaches all of ``y``)
+
     - forward: ``out = y_c + alpha * r(y_c)``;
     - backward: ``dy = g + alpha * J_y(r)^T g``, ``dtheta = beta * J_theta(r)^T g`` and
       ``dalpha = sum(g * r(y_c))``.
@@ -201,7 +204,9 @@ def _validate(
                 f"got {value.dtype} of shape {value.shape}"
             )
     expected = jax.eval_shape(
-        lambda: init_bank(jax.random.key(0), slots[0], blueprints, layout.width)
+        lambda: init_bank(
+            jax.random.key(0), slots[0], blueprints, layout.width, layout.features
+        )
     )
     _validate_bank(bank, expected)
 

@@ -95,7 +95,9 @@ class ArgSpec:
         rng = np.random.default_rng(seed)
         blueprints, slots = resolve(self.blueprints), self.slots
         bank = jax.eval_shape(
-            lambda: init_bank(jax.random.key(0), slots, blueprints, self.layout.width)
+            lambda: init_bank(
+                jax.random.key(0), slots, blueprints, self.layout.width, self.layout.features
+            )
         )
         width = self.layout.width
         bank = jax.tree.map(

@@ -18,9 +18,14 @@ __all__ = ["blend", "correction"]
 
 
 @functools.partial(jax.jit, static_argnames="blueprint")
-def correction(params: Bank, y: jax.Array, blueprint: Blueprint) -> jax.Array:
-    """``r(y) = f(y) - y`` of one slot on one chunk (N, width), of its true width."""
+def correction(
+    params: Bank, y: jax.Array, blueprint: Blueprint, layer: jax.Array | None = None
+) -> jax.Array:
+    """``r(y) = f(y) - y`` of one slot on one chunk (N, width), of its true width; of
+    the whole ``layer`` (N, F) where the blueprint reads that."""
     width, widest = y.shape[-1], params.w1.shape[0]
+    if isinstance(blueprint, Custom) and blueprint.reads == "layer":
+        return blueprint.apply(params.custom[blueprint.name], layer)[:, :width]
     if isinstance(blueprint, Custom):
         padded = jnp.pad(y, ((0, 0), (0, widest - width)))
         return blueprint.apply(params.custom[blueprint.name], padded)[:, :width]
@@ -73,8 +78,8 @@ def blend(
         params = jax.tree.map(lambda x, k=k: of_slot(x, k, keepdims=False), bank)
         kind = blueprints[int(np.asarray(blueprint)[k])]
         chunk = jax.lax.dynamic_slice_in_dim(flat, start, size, axis=1)
-        r_frozen = correction(stop(params), chunk, kind)
-        r_learning = correction(params, stop(chunk), kind)
+        r_frozen = correction(stop(params), chunk, kind, flat)
+        r_learning = correction(params, stop(chunk), kind, stop(flat))
         reconstruction.append(stop(jnp.mean(r_frozen**2)))
         new = chunk + a * r_frozen
         if incubation == "reconstruction" and bool(a == 0):

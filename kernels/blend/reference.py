@@ -57,8 +57,12 @@ def corrections(
     blueprint: Int[Array, " K"],
     chunks: Float[Array, "K N C"],
     blueprints: tuple[Blueprint, ...],
+    layer: Float[Array, "N F"] | None = None,
 ) -> Float[Array, "K N C"]:
-    """``r(y)`` of each slot on its chunk, float32; differentiable."""
+    """``r(y)`` of each slot on its chunk, float32; differentiable.
+
+    ``layer`` is what the blueprints that read the whole layer see.
+    """
     blueprint = jnp.clip(blueprint, 0, len(blueprints) - 1)
     out = jnp.zeros(chunks.shape, jnp.float32)
     if any(isinstance(b, Dense) for b in blueprints):
@@ -69,15 +73,60 @@ def corrections(
             params, x = _gradients_only_where(
                 blueprint == i, (bank.custom[b.name], chunks.astype(jnp.float32))
             )
-            own = jax.vmap(b.apply)(params, x)
+            if b.reads == "layer":
+                if layer is None:
+                    raise ValueError(
+                        f"layer must be given: blueprint {b.name!r} reads all of it"
+                    )
+                x = layer.astype(jnp.float32)
+            axis = None if b.reads == "layer" else 0
+            own = jax.vmap(b.apply, in_axes=(0, axis))(params, x)
             if own.shape != chunks.shape:
                 raise ValueError(
-                    f"blueprint {b.name!r}: apply must return the shape of y, "
+                    f"blueprint {b.name!r}: apply must return the shape of its chunk, "
                     f"{chunks.shape[1:]}; got {own.shape[1:]}"
                 )
             chosen = (blueprint == i)[:, None, None]
             out = jnp.where(chosen, own.astype(jnp.float32), out)
     return out
+
+
+def _reads_layer(blueprints: tuple[Blueprint, ...]) -> bool:
+    return any(isinstance(b, Custom) and b.reads == "layer" for b in blueprints)
+
+
+def _from_layer(
+    y: Array,
+    bank: Bank,
+    alpha: Array,
+    blueprint: Array,
+    seed_of_slot: Array,
+    g: Array,
+    layout: ChunkLayout,
+    blueprints: tuple[Blueprint, ...],
+) -> tuple[Array, Array]:
+    """What comes back to ``y`` through the slots that read the whole layer, float32:
+    the sum over them of ``alpha * J(r)^T g``; and whether any of them counts.
+
+    The sum over slots is contracted into one (N, F) array, so alpha has to weight what
+    goes in. A slot that does not count goes in as parameters of 0, or an infinite one
+    would bring NaN to the host.
+    """
+    a = _per_slot(alpha.astype(jnp.float32), _chunks(g, seed_of_slot, layout))
+    chunks = _chunks(y, seed_of_slot, layout)
+    valid = _valid(seed_of_slot, layout)
+    reads = [isinstance(b, Custom) and b.reads == "layer" for b in blueprints]
+    reader = jnp.asarray(np.array(reads))[jnp.clip(blueprint, 0, len(reads) - 1)]
+    counts = reader & (alpha != 0) & (seed_of_slot >= 0)
+    bank = _cut(counts, bank)
+
+    def masked(layer: Array) -> Array:
+        r = corrections(bank, blueprint, chunks, blueprints, layer)
+        return jnp.where(valid & counts[:, None, None], r, 0.0)
+
+    _, pull = jax.vjp(masked, y.astype(jnp.float32))
+    g_chunks = _chunks(g, seed_of_slot, layout).astype(jnp.float32)
+    return pull(a * g_chunks)[0], jnp.any(counts)
 
 
 @jax.custom_vjp
@@ -193,7 +242,7 @@ def _blend(
 
     def living() -> tuple[Array, Array]:
         chunks = _chunks(y, seed_of_slot, layout)
-        r = corrections(bank, blueprint, chunks, blueprints)
+        r = corrections(bank, blueprint, chunks, blueprints, y)
         r = jnp.where(_valid(seed_of_slot, layout), r, 0.0)
         a = _per_slot(alpha.astype(jnp.float32), r)
         mixed = (chunks.astype(jnp.float32) + a * r).astype(y.dtype)
@@ -243,7 +292,7 @@ def _backward(
         valid = _valid(seed_of_slot, layout)
 
         def masked(bank: Bank, chunks: Array) -> Array:
-            r = corrections(bank, blueprint, chunks, blueprints)
+            r = corrections(bank, blueprint, chunks, blueprints, y)
             return jnp.where(valid, r, 0.0)
 
         r, pull = jax.vjp(masked, bank, chunks)
@@ -257,6 +306,13 @@ def _backward(
         d_bank, d_chunks = pull(pulled)
         mixed = (g32 + a * d_chunks.astype(jnp.float32)).astype(g.dtype)
         dy = _put(g, seed_of_slot, jnp.where(a != 0, mixed, g_chunks), layout)
+        if _reads_layer(blueprints):
+            more, any_counts = _from_layer(
+                y, bank, alpha, blueprint, seed_of_slot, g, layout, blueprints
+            )
+            # Not even a zero is added where none counts: -0.0 + 0.0 is another number.
+            added = (dy.astype(jnp.float32) + more).astype(g.dtype)
+            dy = jnp.where(any_counts, added, dy)
         d_alpha = jnp.where(lives, jnp.sum(g32 * r, axis=(1, 2)), 0.0)
         learns = jnp.where(seed_of_slot >= 0, beta, 0.0)
         return dy, _scaled(d_bank, learns), d_alpha.astype(alpha.dtype)
