@@ -19,6 +19,7 @@ from esper_jax import blueprints
 from esper_jax.blueprints import Bank
 from esper_jax.chunks import ChunkLayout
 from esper_jax.controller import ControllerMemory
+from esper_jax.gradients import GradientSums
 from esper_jax.layers import BlueprintParam, SeedBed
 from esper_jax.optim import PerSlot
 from esper_jax.state import SeedState, move_slots, resize, slot_sources
@@ -30,6 +31,7 @@ __all__ = [
     "ModelParts",
     "Monitor",
     "TrainState",
+    "base_prefix",
     "copy_state",
     "grow_capacity",
     "host_weights",
@@ -58,10 +60,14 @@ class Monitor:
     """Sum over the tick's steps."""
     grad_norm: Float[Array, ""]
     """Sum over the tick's steps."""
+    gradients: dict[str, GradientSums]
+    """Of each layer, sums over the tick's steps."""
     steps: Int[Array, ""]
 
     @classmethod
-    def start(cls, host_mean: dict[str, Arrays]) -> "Monitor":
+    def start(
+        cls, host_mean: dict[str, Arrays], num_seeds: Mapping[str, int]
+    ) -> "Monitor":
         """A monitor that has measured nothing yet."""
         # One array a field: the state is donated, so no two leaves may share one.
         unknown = {
@@ -79,6 +85,7 @@ class Monitor:
             host_mean=host_mean,
             train_loss=jnp.zeros((), jnp.float32),
             grad_norm=jnp.zeros((), jnp.float32),
+            gradients={name: GradientSums.start(s) for name, s in num_seeds.items()},
             steps=jnp.zeros((), jnp.int32),
         )
 
@@ -298,9 +305,23 @@ def _copy(tree: Any) -> Any:
 
 
 def host_weights(params: Arrays, layer: str) -> Arrays:
-    """Parameters of the base of a `ChunkedLayer`; none for a bare `SeedBed`."""
-    prefix = f"{layer}/base/" if layer else "base/"
-    return {name: p for name, p in params.items() if name.startswith(prefix)}
+    """Parameters that a layer's seeds stand beside.
+
+    Those of the base of a `ChunkedLayer`; for a bare `SeedBed`, those of the nearest
+    module around it that has any.
+    """
+    place = layer.split("/") if layer else []
+    around = ["/".join(place[:n]) for n in range(len(place), -1, -1)]
+    for prefix in [base_prefix(layer), *(f"{p}/" if p else "" for p in around)]:
+        found = {name: p for name, p in params.items() if name.startswith(prefix)}
+        if found:
+            return found
+    return {}
+
+
+def base_prefix(layer: str) -> str:
+    """What the names of the parameters of a `ChunkedLayer`'s base begin with."""
+    return f"{layer}/base/" if layer else "base/"
 
 
 def is_key(leaf: Any) -> bool:

@@ -95,7 +95,7 @@ class ConvNet(nnx.Module):
             [
                 ChunkedLayer(
                     _Activated(
-                        nnx.Conv(a, b, (kernel,), strides=step, rngs=rngs),
+                        _Conv(a, b, kernel, step, rngs),
                         ACTIVATIONS[activation],
                     ),
                     num_seeds,
@@ -145,6 +145,28 @@ class CharMLP(nnx.Module):
         """Logits of the next character."""
         embedded = self.embed(x)
         return self.mlp(embedded.reshape(*x.shape[:-1], -1))
+
+
+class _Conv(nnx.Module):
+    """A convolution over one axis, zero-padded, as one matrix product.
+
+    So that it stays a matrix product under `jax.vmap` over models, where the built-in
+    one becomes a convolution with as many groups as there are models.
+    """
+
+    def __init__(
+        self, inputs: int, outputs: int, size: int, stride: int, rngs: nnx.Rngs
+    ) -> None:
+        self.linear = nnx.Linear(size * inputs, outputs, rngs=rngs)
+        self.size = size
+        self.stride = stride
+
+    def __call__(self, x: Float[Array, "B L I"]) -> Float[Array, "B M O"]:
+        length = x.shape[-2]
+        before = (self.size - 1) // 2
+        padded = jnp.pad(x, ((0, 0), (before, self.size - 1 - before), (0, 0)))
+        seen = [padded[:, i : i + length : self.stride] for i in range(self.size)]
+        return self.linear(jnp.concatenate(seen, axis=-1))
 
 
 class _Activated(nnx.Module):

@@ -392,6 +392,7 @@ def transition(
             state.graft, accepted & (target == Stage.GRAFTING), config.grafting
         ),
         worth=put(accepted, jnp.nan, state.worth),
+        worth_ticks=put(accepted, 0, state.worth_ticks),
         seed_of_slot=owner.at[jnp.where(served, slots, state.capacity)].set(
             seeds, mode="drop"
         ),

@@ -25,7 +25,7 @@ class Signals:
     error_rate: Float[Array, "*#S"]
     """Share of this tick's steps in which the seed's gradients were not finite."""
     total_improvement: Float[Array, "*#S"]
-    """Worth of the seed, averaged over the ticks in its stage."""
+    """Worth of the seed, averaged over the ticks in its stage that measured it."""
     final_stability: Float[Array, "*#S"]
     """As ``stability_score``, read by the last gate."""
     drift: Float[Array, "*#S"]
@@ -38,6 +38,19 @@ class Signals:
     """Mean global norm of the host's gradient over this tick's steps."""
     held_out_loss: Float[Array, "*#S"]
     held_out_accuracy: Float[Array, "*#S"]
+    gain: Float[Array, "*#S"]
+    """First-order gain of grafting the seed: minus the training loss's gradient with
+    respect to its alpha, averaged over this tick's steps."""
+    gradient_ratio: Float[Array, "*#S"]
+    """Norm of the gradient of a living seed's blueprint over that of its host layer's
+    weights, each averaged over this tick's steps."""
+    chunk_gradient: Float[Array, "*#S"]
+    """Norm of the gradient of the host weights that write the chunk, averaged over this
+    tick's steps."""
+    parameters: Float[Array, "*#S"]
+    """Parameters of a living seed's blueprint."""
+    operations: Float[Array, "*#S"]
+    """Floating-point operations that it adds to the forward pass of one row."""
 
     @classmethod
     def unmeasured(cls, **measured: Shaped[Array, "*#S"] | float) -> "Signals":

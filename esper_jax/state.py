@@ -86,6 +86,8 @@ class SeedState:
     worth: Float[Array, "*S"]
     """Mean worth over the ticks in this stage, in units of the held-out loss; NaN where
     none was measured."""
+    worth_ticks: UInt[Array, "*S"]
+    """How many ticks that is the mean of, uint16, saturating."""
     statistics: Statistics
     seed_of_slot: Int[Array, "*K"]
     """The seed that owns each slot, or -1."""
@@ -154,6 +156,7 @@ def init_seeds(num_seeds: int, capacity: int, strategy: int = 0) -> SeedState:
         ),
         health=full(s, jnp.nan, jnp.float32),
         worth=full(s, jnp.nan, jnp.float32),
+        worth_ticks=full(s, 0, jnp.uint16),
         statistics=Statistics(
             **{f.name: full(s, 0, jnp.float32) for f in dataclasses.fields(Statistics)}
         ),

@@ -13,16 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import struct
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
-from esper_jax import blueprints, controller, lifecycle
+from esper_jax import blueprints, controller, gradients, lifecycle
 from esper_jax.blueprints import Bank
 from esper_jax.chunks import ChunkLayout
-from esper_jax.controller import ControllerConfig
+from esper_jax.controller import ControllerConfig, Decide
 from esper_jax.functional import Arrays, ModelParts, Monitor, TrainState, host_weights
 from esper_jax.lifecycle import LifecycleConfig
 from esper_jax.optim import PerSlot
 from esper_jax.signals import Signals, health
+from esper_jax.stages import Stage
 from esper_jax.state import (
     SeedState,
     coefficients,
@@ -69,6 +70,8 @@ class TickReport:
     loss: Float[Array, ""]
     """On the held-out data that the gates read."""
     accuracy: Float[Array, ""]
+    reason: Int[Array, ""]
+    """Why the controller germinated something, or did not: `Reason`."""
     layers: dict[str, LayerReport]
 
 
@@ -107,25 +110,46 @@ def _counterfactuals(
     base_loss: Array,
 ) -> dict[str, Float[Array, " K"]]:
     """Worth of the seed in each slot: the held-out loss with its alpha at 0, less the
-    loss as it is. NaN for a slot whose alpha is 0: nothing to take away."""
+    loss as it is. NaN for a slot whose alpha is 0, with nothing to take away, and for
+    a fossil, about which nothing is left to decide.
+
+    The losses without each of the seeds are vmapped, `_AT_ONCE` of them at a time; the
+    cost follows the number of seeds on probation, and is none where there is none.
+    """
     alphas = {name: slot_coefficients(s)[0] for name, s in state.seeds.items()}
     flat = jnp.concatenate(list(alphas.values()))
+    on_probation = jnp.concatenate([_on_probation(s) for s in state.seeds.values()])
     ends = np.cumsum([a.size for a in alphas.values()])[:-1]
+    asked = on_probation & (flat != 0)
+    size = min(_AT_ONCE, flat.size)
+    # Those that are asked for come first; the last group is filled up with others.
+    order = jnp.argsort(~asked, stable=True)
+    order = jnp.pad(order, (0, -flat.size % size), constant_values=flat.size)
+    groups = -(-jnp.sum(asked) // size)
 
     def without(slot: Array) -> Array:
         probe = jnp.where(jnp.arange(flat.size) == slot, -flat, 0.0)
         probes = dict(zip(alphas, jnp.split(probe, ends), strict=True))
+        return evaluate(parts.values(state, probes), held_out)[0] - base_loss
 
-        def measure() -> Array:
-            values = parts.values(state, probes)
-            return evaluate(values, held_out)[0] - base_loss
+    def group(i: Array, worth: Array) -> Array:
+        slots = jax.lax.dynamic_slice_in_dim(order, i * size, size)
+        return worth.at[slots].set(jax.vmap(without)(slots), mode="drop")
 
-        return jax.lax.cond(
-            flat[slot] != 0, measure, lambda: jnp.full_like(base_loss, jnp.nan)
-        )
-
-    worth = jax.lax.map(without, jnp.arange(flat.size))
+    worth = jnp.full(flat.shape, jnp.nan, base_loss.dtype)
+    worth = jax.lax.fori_loop(0, groups, group, worth)
+    worth = jnp.where(asked, worth, jnp.nan)
     return dict(zip(alphas, jnp.split(worth, ends), strict=True))
+
+
+_AT_ONCE = 4
+"""Counterfactuals that are evaluated side by side, which bounds their memory."""
+
+
+def _on_probation(state: SeedState) -> Bool[Array, " K"]:
+    """Slots whose seed may still be removed; what is kept for good is not asked."""
+    owner = jnp.maximum(state.seed_of_slot, 0)
+    return (state.seed_of_slot >= 0) & (state.stage[owner] != Stage.FOSSILIZED)
 
 
 def _running(mean: Array, variance: Array, value: Array) -> tuple[Array, Array]:
@@ -175,6 +199,7 @@ def _measure(
         host_mean=host_mean,
         train_loss=zero(old.train_loss),
         grad_norm=zero(old.grad_norm),
+        gradients=jax.tree.map(zero, old.gradients),
         steps=zero(old.steps),
     )
     return monitor, drift, stability, grad_norm
@@ -186,15 +211,21 @@ def _by_seed(state: SeedState, per_slot: Float[Array, " K"]) -> Float[Array, " S
     return jnp.where(slot >= 0, per_slot[jnp.maximum(slot, 0)], jnp.nan)
 
 
+def _parameters(state: SeedState, costs: Int[np.ndarray, "N S"]) -> Array:
+    """Parameters of each living seed's blueprint, float32; NaN for any other."""
+    kind = jnp.clip(state.blueprint.astype(jnp.int32), 0, len(costs) - 1)
+    own = jnp.asarray(costs, jnp.float32)[kind, jnp.arange(state.num_seeds)]
+    return jnp.where(state.slot_of_seed >= 0, own, jnp.nan)
+
+
 def _absorb(state: SeedState, worth: Float[Array, " K"]) -> tuple[SeedState, Signals]:
     """Turns the tick's sums into health, worth and error counts, and into the seed's
     own signals. The sums are cleared."""
     steps = jnp.where(state.steps > 0, state.steps, jnp.nan).astype(jnp.float32)
     delta = _by_seed(state, worth)
-    ticks = state.epochs_in_stage.astype(jnp.float32) + 1.0
-    running = jnp.where(
-        jnp.isnan(state.worth), delta, state.worth + (delta - state.worth) / ticks
-    )
+    ticks = saturating_add(state.worth_ticks, ~jnp.isnan(delta))
+    change = (delta - state.worth) / ticks.astype(jnp.float32)
+    running = jnp.where(jnp.isnan(state.worth), delta, state.worth + change)
     mean_worth = jnp.where(jnp.isnan(delta), state.worth, running)
     errors = jnp.nan_to_num(_by_seed(state, state.errors.astype(jnp.float32)))
     score = health(state.statistics).score
@@ -203,11 +234,13 @@ def _absorb(state: SeedState, worth: Float[Array, " K"]) -> tuple[SeedState, Sig
         performance_delta=delta,
         total_improvement=mean_worth,
         error_rate=errors / steps,
+        gain=_by_seed(state, -state.gain / steps),
     )
     state = dataclasses.replace(
         start_tick(state),
         health=jnp.where(jnp.isnan(score), state.health, score),
         worth=mean_worth,
+        worth_ticks=ticks,
         error_count=saturating_add(state.error_count, errors),
     )
     return state, signals
@@ -221,14 +254,22 @@ def tick(
     policy: ControllerConfig,
     state: TrainState,
     held_out: Batch,
+    decide: Decide = controller.decide,
 ) -> tuple[TrainState, TickReport]:
     """Measures, decides and carries out what was decided, for all layers."""
     loss, accuracy = evaluate(parts.values(state), held_out)
     worth = _counterfactuals(parts, evaluate, state, held_out, loss)
     monitor, drift, stability, grad_norm = _measure(state, loss, accuracy)
 
+    costs = {
+        name: blueprints.param_counts(kinds, parts.layouts[name].sizes)
+        for name, kinds in parts.kinds.items()
+    }
     seeds, signals = {}, {}
     for name, layer in state.seeds.items():
+        sums = state.monitor.gradients[name]
+        parameters = _parameters(layer, costs[name])
+        ratio = gradients.gradient_ratio(sums, layer)
         layer, own = _absorb(layer, worth[name])
         signals[name] = dataclasses.replace(
             own,
@@ -240,10 +281,14 @@ def tick(
             grad_norm=grad_norm,
             held_out_loss=loss,
             held_out_accuracy=accuracy,
+            gradient_ratio=ratio,
+            chunk_gradient=gradients.chunk_gradient(sums, state.monitor.steps),
+            parameters=parameters,
+            operations=blueprints.operations(parameters),
         )
         seeds[name] = lifecycle.age(layer, signals[name], gates)
 
-    commands, memory = controller.decide(seeds, signals, state.memory, policy, gates)
+    commands, memory = decide(seeds, signals, state.memory, policy, gates, costs)
     rng, birth = jax.random.split(state.rng)
     after, banks, bank_opt, reports = {}, {}, {}, {}
     for (name, layer), key in zip(
@@ -290,6 +335,7 @@ def tick(
         train_loss=state.monitor.train_loss / steps,
         loss=loss,
         accuracy=accuracy,
+        reason=memory.reason,
         layers=reports,
     )
     return new, report

@@ -16,16 +16,17 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from esper_jax import blueprints, controller
+from esper_jax import blueprints, controller, gradients
 from esper_jax.blueprints import Bank
 from esper_jax.chunks import ChunkLayout
-from esper_jax.controller import ControllerConfig
+from esper_jax.controller import ControllerConfig, Decide
 from esper_jax.functional import (
     Arrays,
     GovernorMemory,
     ModelParts,
     Monitor,
     TrainState,
+    base_prefix,
     grow_capacity,
     host_weights,
     is_key,
@@ -95,6 +96,7 @@ def build(
     loss: Loss = classification,
     lifecycle_config: LifecycleConfig | None = None,
     controller_config: ControllerConfig | None = None,
+    decide: Decide = controller.decide,
     eval_batch: int = 1024,
 ) -> Program:
     """Makes the functions that train and grow ``model``.
@@ -109,6 +111,7 @@ def build(
         score is what counts as accuracy.
       lifecycle_config: minima, gates and grafting.
       controller_config: the heuristic's numbers.
+      decide: what asks for transitions, with the signature of `controller.decide`.
       eval_batch: rows that are evaluated at once.
 
     Raises:
@@ -143,7 +146,9 @@ def build(
         return step(state, jax.tree.map(lambda a: a[rows], data))
 
     def one_tick(state: TrainState, held_out: Batch) -> tuple[TrainState, TickReport]:
-        return tick(parts, measure, bank_optimizer, gates, policy, state, held_out)
+        return tick(
+            parts, measure, bank_optimizer, gates, policy, state, held_out, decide
+        )
 
     jitted: list[Any] = [
         jax.jit(step, donate_argnums=0),
@@ -277,6 +282,7 @@ def _init(
     seeds = {layer: values.pop(f"{bed}/seeds") for layer, bed in layers.items()}
     params = {name: values.pop(name) for name in parts.host_params()}
     host_mean = {layer: host_weights(params, layer) for layer in layers}
+    num_seeds = {layer: layout.num_seeds for layer, layout in parts.layouts.items()}
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         ticks=jnp.zeros((), jnp.int32),
@@ -287,8 +293,12 @@ def _init(
         bank_opt={layer: bank_optimizer.init(bank) for layer, bank in banks.items()},
         seeds=seeds,
         rest=values,
-        memory=controller.init_memory(),
-        monitor=Monitor.start(jax.tree.map(jnp.array, host_mean)),
+        memory=controller.init_memory(
+            num_seeds,
+            key=jax.random.fold_in(rng, 1),
+            blueprints=min(len(kinds) for kinds in parts.kinds.values()),
+        ),
+        monitor=Monitor.start(jax.tree.map(jnp.array, host_mean), num_seeds),
         governor=GovernorMemory.start(),
     )
 
@@ -326,8 +336,20 @@ def _step(
             bank_grads[name],
             gains[name],
         )
+    sums = {
+        name: gradients.add(
+            state.monitor.gradients[name],
+            host_weights(grads, name),
+            bank_grads[name],
+            state.seeds[name],
+            parts.layouts[name],
+            owns=any(p.startswith(base_prefix(name)) for p in grads),
+        )
+        for name in parts.beds
+    }
     monitor = dataclasses.replace(
         state.monitor,
+        gradients=sums,
         train_loss=state.monitor.train_loss + value,
         grad_norm=state.monitor.grad_norm + optax.tree.norm(grads),
         steps=state.monitor.steps + 1,
