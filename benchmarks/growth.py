@@ -1,0 +1,267 @@
+"""Whether growth pays: a grown network against other ways to spend the same.
+
+    python benchmarks/growth.py [--task digits ...] [--runs 24] [--json FILE] [--quick]
+
+Arms, each trained on the same rows in the same order from hosts drawn from the same
+keys:
+
+- grown: the controller decides when, where and what.
+- host: the host that growth starts from, and nothing else.
+- static: a wider host of the same shape, with at least the parameters of the largest
+  grown model.
+- static, ops: the same, trained for as many epochs as take grown's operations.
+- always on: all seeds learn and count from the first step to the last.
+- retrained: each grown run's final topology, trained from scratch.
+- random: as many seeds as the paired grown run ended with, at random places and times,
+  all of them kept.
+
+Three-way splits: training data; held-out data, which the gates and the controller read
+and every arm is tuned on; test data, which are evaluated beside the training and read
+by nothing. Every arm is tuned over the same grid of learning rate and weight decay with
+the same number of runs, whose random seeds are none of the final ones, by the held-out
+accuracy at the last tick. "last" is the test accuracy of the model at the last tick;
+"stopped" is that at the tick with the best held-out accuracy. Intervals are 95%
+Student-t intervals of the paired difference over the random seeds of initialisation and
+order; the split is one and the same.
+
+Operations are those of a whole run: forward and backward passes of host and living
+seeds (incubation included), held-out evaluations and counterfactuals. Seconds are those
+of all final runs of an arm together, without compilation.
+"""
+
+import argparse
+import dataclasses
+import json
+import platform
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from growth_arms import (
+    COUNTS,
+    Arm,
+    Runs,
+    always_on,
+    grown,
+    prepare,
+    replay,
+    retrained,
+    static,
+)
+from growth_tasks import TASKS, Task, host_size, widen
+from scipy import stats
+
+TUNING_SEED = 100_000
+"""Random seeds of the tuning runs begin here; those of the final runs at 0."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """An arm, tuned, and its final runs."""
+
+    arm: Arm
+    rate: float
+    decay: float
+    runs: Runs
+    tuning: Runs
+    """At the grid point that was chosen, a run for each tuning seed."""
+
+
+def tune_and_run(
+    task: Task, arm: Arm, data: Any, count: int, extras: Any = None
+) -> Result:
+    """Tunes an arm over the task's grid and runs it ``count`` times.
+
+    Args:
+      task: what to learn.
+      arm: how.
+      data: the three-way split.
+      count: final runs; as many are spent on tuning.
+      extras: the arm's extra for the tuning runs and for the final ones.
+    """
+    each = max(1, count // len(task.grid))
+    grid = np.repeat(np.array(task.grid, np.float32), each, axis=0)
+    seeds = TUNING_SEED + np.tile(np.arange(each), len(task.grid))
+    tuning_extra, final_extra = extras or (None, None)
+    if tuning_extra is not None:
+        tuning_extra = jax.tree.map(
+            lambda x: np.concatenate([x[:each]] * len(task.grid)), tuning_extra
+        )
+    run = prepare(task, arm, data)
+    tried = run(seeds, grid[:, 0], grid[:, 1], tuning_extra)
+    score = tried.accuracy[:, -1].reshape(len(task.grid), each).mean(axis=1)
+    best = int(np.argmax(score))
+    rate, decay = task.grid[best]
+    runs = run(np.arange(count), rate, decay, final_extra)
+    return Result(arm, rate, decay, runs, _part(tried, best * each, each))
+
+
+def _part(runs: Runs, first: int, count: int) -> Runs:
+    rows = slice(first, first + count)
+    fields = {
+        f.name: getattr(runs, f.name)[rows]
+        for f in dataclasses.fields(runs)
+        if f.name not in ("stages", "seconds")
+    }
+    stages = {name: stage[rows] for name, stage in runs.stages.items()}
+    return Runs(**fields, stages=stages, seconds=runs.seconds)
+
+
+def final_topology(runs: Runs) -> dict[str, np.ndarray]:
+    """Which seeds count in the end: bool (R, S) by layer."""
+    return {name: COUNTS[stage[:, -1]] for name, stage in runs.stages.items()}
+
+
+def random_plan(runs: Runs, task: Task) -> dict[str, np.ndarray]:
+    """As many seeds as each run ended with, anywhere, at any tick that leaves them the
+    time to be grafted: int32 (R, S) by layer, -1 for never."""
+    final = final_topology(runs)
+    rng = np.random.default_rng(0)
+    names = list(final)
+    ends = np.cumsum([final[n].shape[1] for n in names])[:-1]
+    plans = []
+    for counts in sum(final[n].sum(axis=1) for n in names):
+        total = sum(final[n].shape[1] for n in names)
+        plan = np.full(total, -1, np.int32)
+        places = rng.permutation(total)[:counts]
+        plan[places] = rng.integers(0, max(1, task.ticks // 2), len(places))
+        plans.append(plan)
+    return dict(zip(names, np.split(np.stack(plans), ends, axis=1), strict=True))
+
+
+def compare(name: str, task: Task, count: int, threads: int) -> dict[str, Result]:
+    """All arms of a task."""
+    data = task.data(0)
+    with ThreadPoolExecutor(threads) as pool:
+
+        def start(arm: Arm, extras: Any = None) -> Any:
+            return pool.submit(tune_and_run, task, arm, data, count, extras)
+
+        first = [grown(task), static(task, "host", task.widths), always_on(task)]
+        waiting = [start(arm) for arm in first]
+        results = {"grown": waiting[0].result()}
+        best = results["grown"]
+        wide = widen(task, float(best.runs.parameters[:, -1].max()))
+        topologies = [final_topology(r) for r in (best.tuning, best.runs)]
+        plans = [random_plan(r, task) for r in (best.tuning, best.runs)]
+        same = static(task, "static", wide)
+        # Operations of a static net are known without a run: they follow its ticks.
+        waiting += [
+            start(same),
+            start(retrained(task), topologies),
+            start(replay(task), plans),
+        ]
+        each_tick = waiting[3].result().runs.operations.mean() / task.ticks
+        longer = max(task.ticks, round(best.runs.operations.mean() / each_tick))
+        waiting.append(start(static(task, "static, ops", wide, longer)))
+        for future in waiting:
+            result = future.result()
+            results[result.arm.name] = result
+    report(name, task, results)
+    return results
+
+
+def interval(differences: np.ndarray) -> tuple[float, float, float]:
+    """Mean and 95% Student-t interval, in percentage points."""
+    mean, n = differences.mean(), len(differences)
+    half = stats.t.ppf(0.975, n - 1) * differences.std(ddof=1) / np.sqrt(n)
+    return 100 * mean, 100 * (mean - half), 100 * (mean + half)
+
+
+def stopped(runs: Runs) -> np.ndarray:
+    """Test accuracy at each run's tick of best held-out accuracy."""
+    best = runs.accuracy.argmax(axis=1)
+    return runs.test[np.arange(len(best)), best]
+
+
+def report(name: str, task: Task, results: dict[str, Result]) -> None:
+    """Prints the table of a task and the paired differences."""
+    count = len(results["grown"].runs.test)
+    lines = [
+        f"\n### {name}\n",
+        f"host widths {task.widths} ({host_size(task, task.widths)} parameters), "
+        f"{task.num_seeds} seeds a layer, blueprint {task.blueprints[0]}, "
+        f"{task.ticks} epochs, batch {task.batch}, {count} runs\n",
+        "| arm | rate | decay | test % last | stopped | held-out % | parameters "
+        "| operations | seconds |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for key, r in results.items():
+        mean, low, _ = interval(r.runs.test[:, -1])
+        lines.append(
+            f"| {key} | {r.rate:g} | {r.decay:g} | {mean:.2f} ± {mean - low:.2f} "
+            f"| {100 * stopped(r.runs).mean():.2f} "
+            f"| {100 * r.runs.accuracy[:, -1].mean():.2f} "
+            f"| {r.runs.parameters[:, -1].mean():.0f} "
+            f"| {r.runs.operations.mean():.3g} | {r.runs.seconds:.0f} |"
+        )
+    lines += ["", "| grown minus | last, 95% interval | stopped, 95% interval |"]
+    lines.append("|---|---|---|")
+    ours = results["grown"].runs
+    for key, r in results.items():
+        if key != "grown":
+            last = interval(ours.test[:, -1] - r.runs.test[:, -1])
+            early = interval(stopped(ours) - stopped(r.runs))
+            lines.append(f"| {key} | {_cell(last)} | {_cell(early)} |")
+    print("\n".join(lines), flush=True)
+
+
+def _cell(values: tuple[float, float, float]) -> str:
+    mean, low, high = values
+    return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
+
+
+def _plain(results: dict[str, Result]) -> dict[str, Any]:
+    """What the table was made of, as JSON holds it."""
+    return {
+        key: {
+            "rate": r.rate,
+            "decay": r.decay,
+            "widths": r.arm.widths,
+            "ticks": r.arm.ticks,
+            "test": r.runs.test[:, -1].tolist(),
+            "stopped": stopped(r.runs).tolist(),
+            "held_out": r.runs.accuracy[:, -1].tolist(),
+            "parameters": r.runs.parameters[:, -1].tolist(),
+            "operations": r.runs.operations.tolist(),
+            "seconds": r.runs.seconds,
+        }
+        for key, r in results.items()
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--task", nargs="*", choices=list(TASKS), default=list(TASKS))
+    parser.add_argument(
+        "--runs", type=int, default=24, help="final runs, and tuning runs, of each arm"
+    )
+    parser.add_argument("--json", type=Path, help="file to write every number to")
+    parser.add_argument("--quick", action="store_true", help="few ticks, to try it out")
+    parser.add_argument("--threads", type=int, default=1, help="arms at a time")
+    options = parser.parse_args()
+    device = jax.devices()[0]
+    print(
+        f"device {device.device_kind} ({platform.processor() or platform.machine()}), "
+        f"jax {jax.__version__}"
+    )
+    numbers = {}
+
+    def one(name: str) -> None:
+        task = TASKS[name]
+        if options.quick:
+            task = dataclasses.replace(task, ticks=12)
+        numbers[name] = _plain(compare(name, task, options.runs, options.threads))
+        if options.json:
+            options.json.write_text(json.dumps(numbers) + "\n")
+
+    with ThreadPoolExecutor(options.threads) as pool:
+        list(pool.map(one, options.task))
+
+
+if __name__ == "__main__":
+    main()

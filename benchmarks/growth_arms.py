@@ -1,0 +1,346 @@
+"""The arms of `growth.py`: ways to spend parameters on the same task, side by side.
+
+Every arm is one program: a whole training run inside a scan, vmapped over runs. Run
+``i`` of each arm draws its host from the same key and sees the same rows in the same
+order.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx, struct
+from growth_tasks import Task, host_size
+
+from esper_jax import controller
+from esper_jax.blueprints import operations, param_counts
+from esper_jax.controller import Reason
+from esper_jax.functional import TrainState
+from esper_jax.lifecycle import no_commands
+from esper_jax.scan import scan_fit, start_from
+from esper_jax.stages import LIVING, Stage
+from esper_jax.state import SeedState
+from esper_jax.train import build
+
+__all__ = ["Arm", "Runs", "always_on", "grown", "replay", "retrained", "static"]
+
+COUNTS = np.array([Stage.GRAFTING <= s <= Stage.FOSSILIZED for s in Stage])
+"""``COUNTS[stage]``: whether the seed's blueprint is part of the model."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """One way to train.
+
+    Args:
+      name: of the row in the table.
+      widths: of the host's layers.
+      grows: whether there is anything in it that can grow.
+      begin: ``begin(state, extra) -> state`` before the first step.
+      decide: the policy.
+      ticks: epochs.
+    """
+
+    name: str
+    widths: tuple[int, ...]
+    grows: bool
+    begin: Callable[[TrainState, Any], TrainState]
+    decide: Callable[..., Any]
+    ticks: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Runs:
+    """What an arm's ``R`` runs did at each of ``T`` ticks."""
+
+    accuracy: np.ndarray
+    """On held-out data, (R, T)."""
+    loss: np.ndarray
+    test: np.ndarray
+    """Accuracy on test data, which nothing has read, (R, T)."""
+    parameters: np.ndarray
+    """Host and blueprints that count, (R, T)."""
+    operations: np.ndarray
+    """Floating-point operations of the whole run, (R,)."""
+    stages: dict[str, np.ndarray]
+    """By layer, (R, T, S)."""
+    seconds: float
+    """Wall time of all runs together, compilation included."""
+
+
+@struct.dataclass
+class _Nothing:
+    reason: jax.Array
+
+
+def _hold(seeds: Any, signals: Any, memory: Any, *_: Any) -> Any:
+    """A policy that asks for nothing."""
+    return {name: no_commands(s.num_seeds) for name, s in seeds.items()}, memory
+
+
+def _held(state: TrainState) -> TrainState:
+    memory = _Nothing(reason=jnp.asarray(Reason.DISABLED, jnp.int8))
+    return dataclasses.replace(state, memory=memory)  # type: ignore[arg-type]
+
+
+def _alive(state: TrainState, where: dict[str, jax.Array]) -> TrainState:
+    """The seeds of ``where`` (bool[S] by layer) learn and count from the start."""
+    seeds = {}
+    for name, layer in state.seeds.items():
+        flags = where[name]
+        slot = jnp.where(flags, jnp.arange(layer.num_seeds), -1).astype(jnp.int32)
+        seeds[name] = dataclasses.replace(
+            layer,
+            stage=jnp.where(flags, Stage.FINE_TUNING, layer.stage).astype(jnp.int8),
+            slot_of_seed=slot,
+            seed_of_slot=slot,  # as many slots as seeds
+        )
+    return dataclasses.replace(state, seeds=seeds)
+
+
+def grown(task: Task) -> Arm:
+    """The controller decides."""
+    return Arm(
+        "grown",
+        task.widths,
+        True,
+        lambda state, _: state,
+        controller.decide,
+        task.ticks,
+    )
+
+
+def static(
+    task: Task, name: str, widths: tuple[int, ...], ticks: int | None = None
+) -> Arm:
+    """A host in which nothing grows."""
+    return Arm(
+        name, widths, False, lambda s, _: _held(s), _hold, ticks or task.ticks
+    )
+
+
+def always_on(task: Task) -> Arm:
+    """All seeds learn and count from the first step to the last."""
+
+    def begin(state: TrainState, _: Any) -> TrainState:
+        every = {n: jnp.ones(s.num_seeds, bool) for n, s in state.seeds.items()}
+        return _held(_alive(state, every))
+
+    return Arm("always on", task.widths, True, begin, _hold, task.ticks)
+
+
+def retrained(task: Task) -> Arm:
+    """The topology that a grown run ended with (``extra``: bool[S] by layer), from
+    scratch."""
+
+    def begin(state: TrainState, extra: Any) -> TrainState:
+        return _held(_alive(state, extra))
+
+    return Arm("retrained", task.widths, True, begin, _hold, task.ticks)
+
+
+@struct.dataclass
+class _Plan:
+    memory: controller.ControllerMemory
+    tick: jax.Array
+    born: dict[str, jax.Array]
+    """Tick at which each seed germinates, -1 for never."""
+
+    @property
+    def reason(self) -> jax.Array:
+        return self.memory.reason
+
+
+def replay(task: Task) -> Arm:
+    """Seeds germinate when ``extra`` says (int32[S] by layer), and all are kept."""
+
+    def begin(state: TrainState, extra: Any) -> TrainState:
+        plan = _Plan(state.memory, jnp.zeros((), jnp.int32), extra)
+        return dataclasses.replace(state, memory=plan)  # type: ignore[arg-type]
+
+    def decide(
+        seeds: dict[str, SeedState],
+        signals: Any,
+        plan: _Plan,
+        config: Any,
+        gates: Any,
+        costs: Any,
+    ) -> Any:
+        keep = dataclasses.replace(
+            config,
+            enabled=False,
+            max_training=10**6,
+            keep_tolerance=1e9,
+            training_limit=65535,
+            evaluation_limit=65535,
+            tuning_limit=65535,
+        )
+        # Whatever it is worth: every gate is open.
+        calm = {
+            name: dataclasses.replace(
+                s,
+                performance_delta=jnp.ones_like(s.performance_delta),
+                total_improvement=jnp.ones_like(s.total_improvement),
+            )
+            for name, s in signals.items()
+        }
+        commands, memory = controller.decide(
+            seeds, calm, plan.memory, keep, gates, costs
+        )
+        commands = {
+            name: dataclasses.replace(
+                c,
+                target=jnp.where(
+                    plan.born[name] == plan.tick, Stage.GERMINATED, c.target
+                ).astype(jnp.int8),
+            )
+            for name, c in commands.items()
+        }
+        return commands, _Plan(memory, plan.tick + 1, plan.born)
+
+    return Arm("random", task.widths, True, begin, decide, task.ticks)
+
+
+def _optimizer(steps: int) -> optax.GradientTransformation:
+    """AdamW under a cosine schedule; its rate and decay are arrays in its state."""
+    return optax.chain(
+        optax.inject_hyperparams(optax.adamw)(learning_rate=1e-3, weight_decay=0.0),
+        optax.scale_by_schedule(optax.cosine_decay_schedule(1.0, steps)),
+    )
+
+
+def _tuned(state: TrainState, rate: jax.Array, decay: jax.Array) -> TrainState:
+    def put(opt_state: Any) -> Any:
+        inner, *rest = opt_state
+        new = {"learning_rate": rate, "weight_decay": decay}
+        old = inner.hyperparams
+        put = {k: jnp.broadcast_to(v, old[k].shape) for k, v in new.items()}
+        return (inner._replace(hyperparams={**old, **put}), *rest)
+
+    return dataclasses.replace(
+        state,
+        opt_state=put(state.opt_state),
+        bank_opt={name: put(o) for name, o in state.bank_opt.items()},
+    )
+
+
+def prepare(task: Task, arm: Arm, data: Any) -> Callable[..., Runs]:
+    """``run(seeds, rates, decays, extra=None) -> Runs`` of an arm, compiled once for
+    each number of runs."""
+    rows = len(data.train[0])
+    per_tick = rows // task.batch
+    options: dict[str, Any] = {
+        "num_seeds": task.num_seeds if arm.grows else 1,
+        "capacity": task.num_seeds if arm.grows else 1,
+        "blueprints": task.blueprints if arm.grows else ("noop",),
+    }
+
+    def make(rngs: nnx.Rngs) -> nnx.Module:
+        return task.make(rngs, arm.widths, **options)
+
+    host = host_size(task, arm.widths)
+    budget = max(0, task.budget - host) if task.budget else -1
+    gates = task.gates
+    if arm.name == "random":  # no seed is turned away
+        gates = dataclasses.replace(gates, min_improvement=-1e9)
+    program = build(
+        make(nnx.Rngs(0)),
+        _optimizer(arm.ticks * per_tick),
+        _optimizer(arm.ticks * per_tick),
+        lifecycle_config=gates,
+        controller_config=dataclasses.replace(task.policy, budget=budget),
+        decide=arm.decide,
+        eval_batch=10_000,
+    )
+    start = start_from(program, make)
+    parts = jax.tree.map(jnp.asarray, tuple(data[:3]))
+
+    def one(seed: Any, rate: Any, decay: Any, extra: Any) -> Any:
+        state = arm.begin(_tuned(start(jax.random.key(seed)), rate, decay), extra)
+        _, report = scan_fit(
+            program,
+            state,
+            parts[0],
+            parts[1],
+            ticks=arm.ticks,
+            batch_size=task.batch,
+            seed=seed,
+            watched=parts[2],
+        )
+        ticks = report.ticks
+        stages = {name: layer.stage for name, layer in ticks.layers.items()}
+        return ticks.accuracy, ticks.loss, report.watched[:, 1], stages
+
+    vmapped = jax.jit(jax.vmap(one))
+
+    def run(
+        seeds: Sequence[int], rates: Any, decays: Any, extra: Any = None
+    ) -> Runs:
+        begin = time.perf_counter()
+        count = len(seeds)
+        arrays = (
+            jnp.asarray(seeds, jnp.int32),
+            jnp.broadcast_to(jnp.asarray(rates, jnp.float32), (count,)),
+            jnp.broadcast_to(jnp.asarray(decays, jnp.float32), (count,)),
+            jnp.zeros(count) if extra is None else jax.tree.map(jnp.asarray, extra),
+        )
+        accuracy, loss, test, stages = jax.device_get(vmapped(*arrays))
+        seconds = time.perf_counter() - begin
+        costs = {n: param_counts(program.kinds[n], program.layouts[n].sizes)[0]
+                 for n in stages}
+        parameters = host + sum(COUNTS[s] @ costs[n] for n, s in stages.items())
+        spent = _operations(task, arm, data, stages, costs)
+        return Runs(accuracy, loss, test, parameters, spent, stages, seconds)
+
+    return run
+
+
+def _operations(
+    task: Task,
+    arm: Arm,
+    data: Any,
+    stages: dict[str, np.ndarray],
+    costs: dict[str, np.ndarray],
+) -> np.ndarray:
+    """Floating-point operations of each run: training, evaluations, counterfactuals.
+
+    A backward pass counts as two forward ones. A living seed counts in full, whether it
+    incubates, learns or is frozen.
+    """
+    sizes = _layer_sizes(task, arm.widths)
+    row = sum(operations(p) * n for p, n in zip(sizes, task.positions, strict=True))
+    forward = np.full(next(iter(stages.values())).shape[:2], float(row))
+    asked = np.zeros_like(forward)
+    for (name, stage), places in zip(
+        sorted(stages.items()), task.positions, strict=False
+    ):
+        forward += operations(LIVING[stage] @ costs[name]) * places
+        if arm.name in ("grown", "random"):
+            probation = COUNTS[stage] & (stage != Stage.FOSSILIZED)
+            asked += probation.sum(axis=-1)
+    rows = len(data.train[0]) // task.batch * task.batch
+    held_out = len(data.held_out[0])
+    return (forward * (3 * rows + held_out * (1 + asked))).sum(axis=1)
+
+
+def _layer_sizes(task: Task, widths: Sequence[int]) -> list[int]:
+    """Parameters of each layer of the host, the readout last; embeddings are read and
+    not multiplied."""
+
+    def values() -> Any:
+        model = task.make(
+            nnx.Rngs(0), widths, num_seeds=1, capacity=1, blueprints=("noop",)
+        )
+        model = getattr(model, "mlp", model)
+        layers = [nnx.state(layer.base, nnx.Param) for layer in model.layers]
+        return [*layers, nnx.state(model.readout, nnx.Param)]
+
+    return [
+        sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(layer))
+        for layer in jax.eval_shape(values)
+    ]

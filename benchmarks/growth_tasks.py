@@ -1,0 +1,227 @@
+"""The tasks of `growth.py`: data, hosts, what may grow in them, and what is tuned.
+
+Everything that was chosen by looking at results stands here, and was chosen on held-out
+data alone. See `benchmarks/RESULTS.md` for what else was tried.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from esper_jax import data
+from esper_jax.controller import ControllerConfig
+from esper_jax.data import Dataset
+from esper_jax.grafting import GraftConfig
+from esper_jax.hosts import MLP, CharMLP, ConvNet
+from esper_jax.lifecycle import LifecycleConfig
+from esper_jax.stages import Stage
+
+__all__ = ["TASKS", "Task", "lifecycle"]
+
+
+def lifecycle(
+    training: int, grafting: int, fine_tuning: int, improvement: float = 0.0
+) -> LifecycleConfig:
+    """Short lives; a seed is judged by its worth, and not by how calm the loss is."""
+    epochs = dict.fromkeys(Stage, 0) | {
+        Stage.TRAINING: training,
+        Stage.GRAFTING: grafting,
+        Stage.STABILIZATION: 1,
+        Stage.EVALUATING: 3,
+        Stage.FINE_TUNING: fine_tuning,
+        Stage.CULLED: 3,
+        Stage.ROLLED_BACK: 3,
+    }
+    return LifecycleConfig(
+        min_epochs=tuple(epochs[s] for s in Stage),
+        reconstruction_threshold=1e9,
+        min_stability=-1e9,
+        min_improvement=improvement,
+        min_final_stability=-1e9,
+        grafting=GraftConfig(ramp_duration=grafting),
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task:
+    """A data set, a host, and how it grows.
+
+    Args:
+      data: makes the three-way split.
+      make: ``make(rngs, widths, **options) -> model``; the options are those of the
+        layers' `SeedBed`, with ``num_seeds``.
+      widths: of the host's layers.
+      num_seeds: seeds of each layer, and its slots.
+      blueprints: what may grow.
+      positions: places that each layer is applied at for one row.
+      reads: numbers that each layer reads at a place, for given widths.
+      budget: parameters that a grown model may have, host included; 0 for no limit.
+      ticks: epochs.
+      batch: rows a step.
+      grid: ``(learning rate, weight decay)`` that every arm is tuned over.
+      policy: of the controller; its ``budget`` is filled in.
+      gates: of the lifecycle.
+    """
+
+    data: Callable[[int], Dataset]
+    make: Callable[..., nnx.Module]
+    widths: tuple[int, ...]
+    num_seeds: int
+    blueprints: tuple[str, ...]
+    positions: tuple[int, ...]
+    budget: int
+    ticks: int
+    batch: int
+    grid: tuple[tuple[float, float], ...]
+    policy: ControllerConfig
+    gates: LifecycleConfig
+
+
+def _mlp(inputs: int, outputs: int) -> Callable[..., nnx.Module]:
+    def make(rngs: nnx.Rngs, widths: Sequence[int], **options: Any) -> nnx.Module:
+        return MLP(inputs, widths, outputs, rngs=rngs, **options)
+
+    return make
+
+
+def _conv(strides: Sequence[int]) -> Callable[..., nnx.Module]:
+    def make(rngs: nnx.Rngs, widths: Sequence[int], **options: Any) -> nnx.Module:
+        return ConvNet(widths, 10, strides=strides, rngs=rngs, **options)
+
+    return make
+
+
+def _char(rngs: nnx.Rngs, widths: Sequence[int], **options: Any) -> nnx.Module:
+    return CharMLP(48, 16, 8, widths, rngs=rngs, **options)
+
+
+_POLICY = ControllerConfig(
+    when="period",
+    period=6,
+    where="gradient",
+    births=2,
+    max_training=4,
+    training_limit=1,
+    evaluation_limit=6,
+    tuning_limit=60,
+    keep_tolerance=1.0,
+)
+_GRID = tuple((lr, wd) for lr in (1e-2, 2e-2) for wd in (0.1, 0.3, 0.7))
+
+TASKS: dict[str, Task] = {
+    "mnist1d-mlp": Task(
+        data=data.mnist1d,
+        make=_mlp(40, 10),
+        widths=(64, 64),
+        num_seeds=8,
+        blueprints=("context",),
+        positions=(1, 1, 1),
+        budget=15_210,
+        ticks=150,
+        batch=100,
+        grid=_GRID,
+        policy=_POLICY,
+        gates=lifecycle(3, 6, 30),
+    ),
+    "mnist1d-conv": Task(
+        data=data.mnist1d,
+        make=_conv((1, 2, 2)),
+        widths=(12, 16, 20),
+        num_seeds=4,
+        blueprints=("context",),
+        positions=(40, 20, 10, 1),
+        budget=5_210,
+        ticks=150,
+        batch=100,
+        grid=tuple((lr, wd) for lr in (1e-2, 2e-2) for wd in (0.01, 0.05, 0.2)),
+        policy=_POLICY,
+        gates=lifecycle(3, 6, 30),
+    ),
+    "mnist5k": Task(
+        data=data.mnist5k,
+        make=_mlp(784, 10),
+        widths=(16, 16),
+        num_seeds=4,
+        blueprints=("context",),
+        positions=(1, 1, 1),
+        budget=0,
+        ticks=60,
+        batch=100,
+        grid=tuple((lr, wd) for lr in (3e-3, 1e-2) for wd in (0.1, 0.5, 1.5)),
+        policy=_POLICY,
+        gates=lifecycle(2, 4, 15),
+    ),
+    "digits": Task(
+        data=data.digits,
+        make=_mlp(64, 10),
+        widths=(16, 16),
+        num_seeds=4,
+        blueprints=("context",),
+        positions=(1, 1, 1),
+        budget=0,
+        ticks=150,
+        batch=49,
+        grid=tuple((lr, wd) for lr in (3e-3, 1e-2) for wd in (0.1, 0.5, 1.5)),
+        policy=_POLICY,
+        gates=lifecycle(3, 6, 30),
+    ),
+    "spirals": Task(
+        data=data.spirals,
+        make=_mlp(2, 2),
+        widths=(12, 12),
+        num_seeds=3,
+        blueprints=("context",),
+        positions=(1, 1, 1),
+        budget=0,
+        ticks=200,
+        batch=50,
+        grid=tuple((lr, wd) for lr in (1e-2, 3e-2) for wd in (0.0, 0.01, 0.1)),
+        policy=_POLICY,
+        gates=lifecycle(3, 6, 30),
+    ),
+    "text": Task(
+        data=data.text,
+        make=_char,
+        widths=(48, 48),
+        num_seeds=6,
+        blueprints=("context",),
+        positions=(1, 1, 1),
+        budget=0,
+        ticks=40,
+        batch=200,
+        grid=tuple((lr, wd) for lr in (3e-3, 1e-2) for wd in (0.1, 0.3, 1.0)),
+        policy=dataclasses.replace(_POLICY, period=3),
+        gates=lifecycle(1, 3, 10),
+    ),
+}
+
+
+def host_size(task: Task, widths: Sequence[int]) -> int:
+    """Parameters of the host with the given widths, counted on the model itself."""
+    import jax
+
+    def values() -> Any:
+        model = task.make(
+            nnx.Rngs(0), widths, num_seeds=1, capacity=1, blueprints=("noop",)
+        )
+        return nnx.state(model, nnx.All(nnx.Param, _not_blueprint))
+
+    shapes = jax.tree.leaves(jax.eval_shape(values))
+    return sum(int(np.prod(leaf.shape)) for leaf in shapes)
+
+
+def _not_blueprint(path: Any, value: Any) -> bool:
+    return "bed" not in path
+
+
+def widen(task: Task, parameters: float) -> tuple[int, ...]:
+    """The narrowest host of the same shape with at least so many parameters."""
+    step = 0
+    while True:
+        widths = tuple(w + round(step * w / max(task.widths)) for w in task.widths)
+        if host_size(task, widths) >= parameters:
+            return widths
+        step += 1
