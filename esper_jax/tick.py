@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import struct
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
-from esper_jax import blueprints, controller, lifecycle
+from esper_jax import blueprints, collectives, controller, lifecycle
 from esper_jax.blueprints import Bank
 from esper_jax.controller import ControllerConfig
-from esper_jax.functional import Arrays, ModelParts, Monitor, TrainState, host_weights
+from esper_jax.functional import Arrays, ModelParts, Monitor, TrainState
 from esper_jax.lifecycle import LifecycleConfig
 from esper_jax.optim import PerSlot
 from esper_jax.signals import Signals, health
@@ -68,13 +68,24 @@ class TickReport:
     loss: Float[Array, ""]
     """On the held-out data that the gates read."""
     accuracy: Float[Array, ""]
+    replicas_agree: Bool[Array, ""]
+    """False if devices were found to have different states; only looked for in debug
+    mode."""
     layers: dict[str, LayerReport]
 
 
 def evaluate(
-    parts: ModelParts, loss: Loss, eval_batch: int, values: Arrays, data: Batch
+    parts: ModelParts,
+    loss: Loss,
+    eval_batch: int,
+    axis_name: str | None,
+    values: Arrays,
+    data: Batch,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Mean loss and score over all rows, ``eval_batch`` at a time."""
+    """Mean loss and score over all rows, ``eval_batch`` at a time.
+
+    With an ``axis_name``, each device has an equal part of the rows.
+    """
     rows = jax.tree.leaves(data)[0].shape[0]
     size = min(eval_batch, rows)
     batches = -(-rows // size)
@@ -95,7 +106,7 @@ def evaluate(
             one, (index.reshape(batches, size), counted.reshape(batches, size))
         )
         total = jax.tree.map(jnp.sum, sums)
-    return total[0] / rows, total[1] / rows
+    return collectives.mean((total[0] / rows, total[1] / rows), axis_name)
 
 
 def _counterfactuals(
@@ -143,7 +154,7 @@ def _running(mean: Array, variance: Array, value: Array) -> tuple[Array, Array]:
 
 
 def _measure(
-    state: TrainState, loss: Array, accuracy: Array
+    parts: ModelParts, state: TrainState, loss: Array, accuracy: Array
 ) -> tuple[Monitor, dict[str, Float[Array, ""]], Float[Array, ""], Float[Array, ""]]:
     """The new monitor, the drift of each layer's host weights, stability, grad norm."""
     old = state.monitor
@@ -154,7 +165,7 @@ def _measure(
     initial = jnp.where(jnp.isfinite(old.initial_loss), old.initial_loss, loss)
     drift, host_mean = {}, {}
     for name, mean in old.host_mean.items():
-        weights = host_weights(state.params, name)
+        weights = parts.host_weights(state.params, name)
         away = optax.tree.norm(jax.tree.map(jnp.subtract, weights, mean))
         scale = optax.tree.norm(mean)
         drift[name] = jnp.asarray(away / jnp.where(scale > 0, scale, jnp.nan))
@@ -220,11 +231,18 @@ def tick(
     policy: ControllerConfig,
     state: TrainState,
     held_out: Batch,
+    compare_along: str | None = None,
 ) -> tuple[TrainState, TickReport]:
-    """Measures, decides and carries out what was decided, for all layers."""
+    """Measures, decides and carries out what was decided, for all layers.
+
+    Along the mapped axis ``compare_along``, if given, the states are compared first.
+    """
+    agree = jnp.ones((), bool)
+    if compare_along is not None:
+        agree = collectives.replicas_agree(state, compare_along)
     loss, accuracy = evaluate(parts.values(state), held_out)
     worth = _counterfactuals(parts, evaluate, state, held_out, loss)
-    monitor, drift, stability, grad_norm = _measure(state, loss, accuracy)
+    monitor, drift, stability, grad_norm = _measure(parts, state, loss, accuracy)
 
     seeds, signals = {}, {}
     for name, layer in state.seeds.items():
@@ -289,6 +307,7 @@ def tick(
         train_loss=state.monitor.train_loss / steps,
         loss=loss,
         accuracy=accuracy,
+        replicas_agree=agree,
         layers=reports,
     )
     return new, report
