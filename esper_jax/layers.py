@@ -203,7 +203,8 @@ class ChunkedLayer(nnx.Module):
     layer's; so they are while a seed is in TRAINING.
 
     Args:
-      base: any callable module whose output has its features on the last axis.
+      base: any callable module whose output has its features on the last axis. Its
+        attributes can be read off the layer.
       num_seeds: chunks that the features are cut into, one seed each.
       features: width of the output; by default read off the base layer
         (``out_features``, ``features`` or ``num_features``).
@@ -232,6 +233,12 @@ class ChunkedLayer(nnx.Module):
         self.enabled = enabled
         self.bed = SeedBed(features, num_seeds, rngs=rngs, **options)
 
+    def __getattr__(self, name: str) -> Any:
+        # Only asked for what the layer does not have itself.
+        if name.startswith("_") or name == "base":
+            raise AttributeError(name)
+        return getattr(self.base, name)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The base layer's output on the same arguments, with the seeds blended in."""
         y = self.base(*args, **kwargs)
@@ -251,6 +258,8 @@ class ChunkedLayer(nnx.Module):
 def _output_features(base: Any) -> int:
     for name in ("out_features", "features", "num_features"):
         value = getattr(base, name, None)
+        if isinstance(value, tuple) and value:
+            value = value[-1]
         if isinstance(value, int):
             return value
     raise TypeError(
