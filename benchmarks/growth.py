@@ -33,6 +33,7 @@ import argparse
 import dataclasses
 import json
 import platform
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -43,14 +44,13 @@ from growth_arms import (
     COUNTS,
     Arm,
     Runs,
-    always_on,
+    chosen,
     grown,
     prepare,
     replay,
-    retrained,
     static,
 )
-from growth_tasks import TASKS, Task, host_size, widen
+from growth_tasks import TASKS, Task, host_size, layer_names, widen
 from scipy import stats
 
 TUNING_SEED = 100_000
@@ -70,7 +70,12 @@ class Result:
 
 
 def tune_and_run(
-    task: Task, arm: Arm, data: Any, count: int, extras: Any = None
+    task: Task,
+    arm: Arm,
+    data: Any,
+    count: int,
+    extras: Any = None,
+    run: Callable[..., Runs] | None = None,
 ) -> Result:
     """Tunes an arm over the task's grid and runs it ``count`` times.
 
@@ -80,6 +85,7 @@ def tune_and_run(
       data: the three-way split.
       count: final runs; as many are spent on tuning.
       extras: the arm's extra for the tuning runs and for the final ones.
+      run: what `prepare` made of the arm, where it was done already.
     """
     each = max(1, count // len(task.grid))
     grid = np.repeat(np.array(task.grid, np.float32), each, axis=0)
@@ -89,7 +95,7 @@ def tune_and_run(
         tuning_extra = jax.tree.map(
             lambda x: np.concatenate([x[:each]] * len(task.grid)), tuning_extra
         )
-    run = prepare(task, arm, data)
+    run = run or prepare(task, arm, data)
     tried = run(seeds, grid[:, 0], grid[:, 1], tuning_extra)
     score = tried.accuracy[:, -1].reshape(len(task.grid), each).mean(axis=1)
     best = int(np.argmax(score))
@@ -114,6 +120,12 @@ def final_topology(runs: Runs) -> dict[str, np.ndarray]:
     return {name: COUNTS[stage[:, -1]] for name, stage in runs.stages.items()}
 
 
+def all_seeds(task: Task, count: int) -> dict[str, np.ndarray]:
+    """Every seed of every layer, as `final_topology` has it."""
+    layers = layer_names(task)
+    return {name: np.ones((count, task.num_seeds), bool) for name in layers}
+
+
 def random_plan(runs: Runs, task: Task) -> dict[str, np.ndarray]:
     """As many seeds as each run ended with, anywhere, at any tick that leaves them the
     time to be grafted: int32 (R, S) by layer, -1 for never."""
@@ -136,11 +148,17 @@ def compare(name: str, task: Task, count: int, threads: int) -> dict[str, Result
     data = task.data(0)
     with ThreadPoolExecutor(threads) as pool:
 
-        def start(arm: Arm, extras: Any = None) -> Any:
-            return pool.submit(tune_and_run, task, arm, data, count, extras)
+        def start(arm: Arm, extras: Any = None, run: Any = None) -> Any:
+            return pool.submit(tune_and_run, task, arm, data, count, extras, run)
 
-        first = [grown(task), static(task, "host", task.widths), always_on(task)]
-        waiting = [start(arm) for arm in first]
+        always, again = chosen(task, "always on"), chosen(task, "retrained")
+        run_chosen = prepare(task, always, data)  # one program for both
+        every = all_seeds(task, count)
+        waiting = [
+            start(grown(task)),
+            start(static(task, "host", task.widths)),
+            start(always, (every, every), run_chosen),
+        ]
         results = {"grown": waiting[0].result()}
         best = results["grown"]
         wide = widen(task, float(best.runs.parameters[:, -1].max()))
@@ -150,7 +168,7 @@ def compare(name: str, task: Task, count: int, threads: int) -> dict[str, Result
         # Operations of a static net are known without a run: they follow its ticks.
         waiting += [
             start(same),
-            start(retrained(task), topologies),
+            start(again, topologies, run_chosen),
             start(replay(task), plans),
         ]
         each_tick = waiting[3].result().runs.operations.mean() / task.ticks

@@ -27,7 +27,7 @@ from esper_jax.stages import LIVING, Stage
 from esper_jax.state import SeedState
 from esper_jax.train import build
 
-__all__ = ["Arm", "Runs", "always_on", "grown", "replay", "retrained", "static"]
+__all__ = ["Arm", "Runs", "chosen", "grown", "prepare", "replay", "static"]
 
 COUNTS = np.array([Stage.GRAFTING <= s <= Stage.FOSSILIZED for s in Stage])
 """``COUNTS[stage]``: whether the seed's blueprint is part of the model."""
@@ -119,29 +119,17 @@ def static(
     task: Task, name: str, widths: tuple[int, ...], ticks: int | None = None
 ) -> Arm:
     """A host in which nothing grows."""
-    return Arm(
-        name, widths, False, lambda s, _: _held(s), _hold, ticks or task.ticks
-    )
+    return Arm(name, widths, False, lambda s, _: _held(s), _hold, ticks or task.ticks)
 
 
-def always_on(task: Task) -> Arm:
-    """All seeds learn and count from the first step to the last."""
-
-    def begin(state: TrainState, _: Any) -> TrainState:
-        every = {n: jnp.ones(s.num_seeds, bool) for n, s in state.seeds.items()}
-        return _held(_alive(state, every))
-
-    return Arm("always on", task.widths, True, begin, _hold, task.ticks)
-
-
-def retrained(task: Task) -> Arm:
-    """The topology that a grown run ended with (``extra``: bool[S] by layer), from
-    scratch."""
+def chosen(task: Task, name: str) -> Arm:
+    """The seeds of ``extra`` (bool[S] by layer) learn and count from the first step to
+    the last: all of them, or those of a grown run's final topology."""
 
     def begin(state: TrainState, extra: Any) -> TrainState:
         return _held(_alive(state, extra))
 
-    return Arm("retrained", task.widths, True, begin, _hold, task.ticks)
+    return Arm(name, task.widths, True, begin, _hold, task.ticks)
 
 
 @struct.dataclass
@@ -278,9 +266,7 @@ def prepare(task: Task, arm: Arm, data: Any) -> Callable[..., Runs]:
 
     vmapped = jax.jit(jax.vmap(one))
 
-    def run(
-        seeds: Sequence[int], rates: Any, decays: Any, extra: Any = None
-    ) -> Runs:
+    def run(seeds: Sequence[int], rates: Any, decays: Any, extra: Any = None) -> Runs:
         begin = time.perf_counter()
         count = len(seeds)
         arrays = (
@@ -291,8 +277,10 @@ def prepare(task: Task, arm: Arm, data: Any) -> Callable[..., Runs]:
         )
         accuracy, loss, test, stages = jax.device_get(vmapped(*arrays))
         seconds = time.perf_counter() - begin
-        costs = {n: param_counts(program.kinds[n], program.layouts[n].sizes)[0]
-                 for n in stages}
+        costs = {
+            n: param_counts(program.kinds[n], program.layouts[n].sizes)[0]
+            for n in stages
+        }
         parameters = host + sum(COUNTS[s] @ costs[n] for n, s in stages.items())
         spent = _operations(task, arm, data, stages, costs)
         return Runs(accuracy, loss, test, parameters, spent, stages, seconds)

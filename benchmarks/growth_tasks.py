@@ -109,6 +109,11 @@ _POLICY = ControllerConfig(
     tuning_limit=60,
     keep_tolerance=1.0,
 )
+_EARLY = dataclasses.replace(
+    _POLICY, period=2, births=4, max_training=8, tuning_limit=65535
+)
+"""All that the budget allows within a few ticks, and a long time to learn together."""
+
 _GRID = tuple((lr, wd) for lr in (1e-2, 2e-2) for wd in (0.1, 0.3, 0.7))
 
 TASKS: dict[str, Task] = {
@@ -120,11 +125,11 @@ TASKS: dict[str, Task] = {
         blueprints=("context",),
         positions=(1, 1, 1),
         budget=15_210,
-        ticks=150,
+        ticks=120,
         batch=100,
         grid=_GRID,
-        policy=_POLICY,
-        gates=lifecycle(3, 6, 30),
+        policy=_EARLY,
+        gates=lifecycle(2, 4, 90),
     ),
     "mnist1d-conv": Task(
         data=data.mnist1d,
@@ -134,11 +139,11 @@ TASKS: dict[str, Task] = {
         blueprints=("context",),
         positions=(40, 20, 10, 1),
         budget=5_210,
-        ticks=150,
+        ticks=100,
         batch=100,
         grid=tuple((lr, wd) for lr in (1e-2, 2e-2) for wd in (0.01, 0.05, 0.2)),
-        policy=_POLICY,
-        gates=lifecycle(3, 6, 30),
+        policy=_EARLY,
+        gates=lifecycle(2, 4, 75),
     ),
     "mnist5k": Task(
         data=data.mnist5k,
@@ -148,7 +153,7 @@ TASKS: dict[str, Task] = {
         blueprints=("context",),
         positions=(1, 1, 1),
         budget=0,
-        ticks=60,
+        ticks=50,
         batch=100,
         grid=tuple((lr, wd) for lr in (3e-3, 1e-2) for wd in (0.1, 0.5, 1.5)),
         policy=_POLICY,
@@ -162,9 +167,9 @@ TASKS: dict[str, Task] = {
         blueprints=("context",),
         positions=(1, 1, 1),
         budget=0,
-        ticks=150,
+        ticks=120,
         batch=49,
-        grid=tuple((lr, wd) for lr in (3e-3, 1e-2) for wd in (0.1, 0.5, 1.5)),
+        grid=tuple((lr, wd) for lr in (1e-2, 2e-2) for wd in (0.1, 0.3, 1.0)),
         policy=_POLICY,
         gates=lifecycle(3, 6, 30),
     ),
@@ -176,9 +181,9 @@ TASKS: dict[str, Task] = {
         blueprints=("context",),
         positions=(1, 1, 1),
         budget=0,
-        ticks=200,
+        ticks=150,
         batch=50,
-        grid=tuple((lr, wd) for lr in (1e-2, 3e-2) for wd in (0.0, 0.01, 0.1)),
+        grid=tuple((lr, wd) for lr in (3e-3, 1e-2) for wd in (0.0, 0.01, 0.1)),
         policy=_POLICY,
         gates=lifecycle(3, 6, 30),
     ),
@@ -190,11 +195,11 @@ TASKS: dict[str, Task] = {
         blueprints=("context",),
         positions=(1, 1, 1),
         budget=0,
-        ticks=40,
+        ticks=30,
         batch=200,
-        grid=tuple((lr, wd) for lr in (3e-3, 1e-2) for wd in (0.1, 0.3, 1.0)),
-        policy=dataclasses.replace(_POLICY, period=3),
-        gates=lifecycle(1, 3, 10),
+        grid=tuple((lr, wd) for lr in (3e-3, 1e-2) for wd in (0.1, 0.3, 0.6)),
+        policy=_EARLY,
+        gates=lifecycle(1, 2, 20),
     ),
 }
 
@@ -211,6 +216,12 @@ def host_size(task: Task, widths: Sequence[int]) -> int:
 
     shapes = jax.tree.leaves(jax.eval_shape(values))
     return sum(int(np.prod(leaf.shape)) for leaf in shapes)
+
+
+def layer_names(task: Task) -> list[str]:
+    """Names of the layers that can grow, as a `TrainState` has them."""
+    inner = "mlp/" if task.make is _char else ""
+    return [f"{inner}layers/{i}" for i in range(len(task.widths))]
 
 
 def _not_blueprint(path: Any, value: Any) -> bool:

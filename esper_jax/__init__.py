@@ -9,6 +9,7 @@ from esper_jax.chunks import ChunkLayout
 from esper_jax.controller import ControllerConfig
 from esper_jax.governor import Governor, GovernorConfig
 from esper_jax.grafting import GraftConfig, Strategy
+from esper_jax.growable import make_growable
 from esper_jax.kernels.blend import blend
 from esper_jax.layers import (
     BlueprintParam,
@@ -20,6 +21,7 @@ from esper_jax.layers import (
 )
 from esper_jax.lifecycle import Commands, LifecycleConfig
 from esper_jax.optim import per_slot
+from esper_jax.parallel import over_mesh
 from esper_jax.signals import Signals
 from esper_jax.stages import Outcome, Stage
 from esper_jax.state import SeedState, coefficients, init_seeds
@@ -52,5 +54,7 @@ __all__ = [
     "grow_capacity",
     "init_seeds",
     "lifecycle",
+    "make_growable",
+    "over_mesh",
     "per_slot",
 ]

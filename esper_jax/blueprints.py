@@ -221,9 +221,7 @@ def _hidden_layer(
             f"activation must be one of {sorted(ACTIVATIONS)}, got {activation!r}"
         )
     if not (math.isfinite(expansion) and expansion > 0):
-        raise ValueError(
-            f"expansion must be a finite number above 0, got {expansion}"
-        )
+        raise ValueError(f"expansion must be a finite number above 0, got {expansion}")
 
     def init(key: Any, width: int, features: int | None = None) -> dict[str, Array]:
         inputs = width if features is None else features
@@ -251,7 +249,7 @@ def _hidden_layer(
 
 
 def glu(*, expansion: float = 2.0, activation: str = "silu") -> Custom:
-    """``W2 (act(W1 y + b1) * (V y + c)) + b2``: a gated linear unit (arXiv:2002.05202)."""
+    """``W2 (act(W1 y + b1) * (V y + c)) + b2``, a gated unit (arXiv:2002.05202)."""
     return _hidden_layer("glu", expansion, activation, True, "chunk")
 
 

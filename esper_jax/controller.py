@@ -335,9 +335,7 @@ def decide(
         name: Commands(
             target=jnp.where(born[name], Stage.GERMINATED, target).astype(jnp.int8),
             blueprint=jnp.where(born[name], kind, NO_REQUEST).astype(jnp.int8),
-            strategy=_strategy(
-                grafted[name], signals[name], memory, config, lifecycle
-            ),
+            strategy=_strategy(grafted[name], signals[name], memory, config, lifecycle),
         )
         for name, target in targets.items()
     }
@@ -422,9 +420,7 @@ def _germinate(
         for s in seeds.values()
     )
     kind = placement.choose_blueprint(config, memory, costs)
-    scores, turn = placement.scores(
-        config.where, seeds, signals, memory.turn, places
-    )
+    scores, turn = placement.scores(config.where, seeds, signals, memory.turn, places)
     spent = sum(placement.spent(s, costs[name]) for name, s in seeds.items())
     room = jnp.inf if config.budget < 0 else config.budget - spent
     chosen = placement.choose(

@@ -11,13 +11,14 @@ from typing import Any
 import jax
 import numpy as np
 
+from esper_jax.controller import Reason
 from esper_jax.grafting import Strategy
 from esper_jax.lifecycle import Gate, LifecycleConfig, gates
 from esper_jax.signals import Signals
 from esper_jax.stages import LEGAL, LIVING, Outcome, Stage
 from esper_jax.state import SeedState, coefficients, transitions
 
-__all__ = ["Event", "SeedView", "SeedViews", "drain", "explain"]
+__all__ = ["Event", "SeedView", "SeedViews", "drain", "explain", "why"]
 
 _WORDS = {
     operator.le: "at most",
@@ -25,6 +26,25 @@ _WORDS = {
     operator.ge: "at least",
     operator.gt: "above",
 }
+
+
+_REASONS = {
+    Reason.GERMINATED: "a seed germinates",
+    Reason.DISABLED: "nothing germinates: the controller is not enabled",
+    Reason.TARGET_MET: "nothing germinates: the target accuracy is met",
+    Reason.NOT_YET: "nothing germinates: it is not time yet",
+    Reason.BUSY: "nothing germinates: max_training seeds wait or train",
+    Reason.EMBARGOED: "nothing germinates: every chunk lives or is under an embargo",
+    Reason.FULL: "nothing germinates: a seed lives in every chunk",
+    Reason.NO_SLOT: "nothing germinates: no dormant chunk's layer has a free slot",
+    Reason.UNMEASURED: "nothing germinates: what places are chosen by is not measured",
+    Reason.BUDGET_SPENT: "nothing germinates: the budget of parameters is spent",
+}
+
+
+def why(reason: int) -> str:
+    """A `Reason` of the controller, in words."""
+    return _REASONS[Reason(int(reason))]
 
 
 def explain(

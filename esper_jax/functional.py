@@ -1,13 +1,16 @@
 """A Flax model as pure functions of arrays: taken apart once, merged where it is run.
 
 `TrainState` holds what a run is. Names of variables and layers are their paths in the
-model, joined by slashes (``layers/0/base/kernel``, ``layers/0``).
+model, joined by slashes (``layers/0/base/kernel``, ``layers/0``). Of a stack of layers
+(`nnx.scan`, `nnx.vmap`) each is one by itself: ``blocks/mlp[0]``, ``blocks/mlp[1]``.
 """
 
 import dataclasses
+import functools
 import hashlib
-from collections.abc import Mapping
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -27,14 +30,15 @@ from esper_jax.state import SeedState, move_slots, resize, slot_sources
 __all__ = [
     "LOSS_WINDOW",
     "Arrays",
+    "Bed",
     "GovernorMemory",
     "ModelParts",
     "Monitor",
     "TrainState",
-    "base_prefix",
     "copy_state",
+    "count_recompiles",
+    "counted",
     "grow_capacity",
-    "host_weights",
     "is_key",
     "split_model",
     "state_hash",
@@ -42,6 +46,7 @@ __all__ = [
 ]
 
 Arrays = dict[str, Any]
+_T = TypeVar("_T")
 
 
 @struct.dataclass
@@ -144,14 +149,27 @@ class TrainState:
 
 
 @dataclasses.dataclass(frozen=True)
+class Bed:
+    """Where the `SeedBed` of a layer is in the model."""
+
+    path: str
+    owner: str
+    """Path of the `ChunkedLayer` that it belongs to, or its own."""
+    stack: tuple[int, ...] = ()
+    """Leading axes of the variables of a stack of layers; () for a single one."""
+    index: tuple[int, ...] = ()
+    """Which of the stack it is."""
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelParts:
     """A model taken apart: what is needed to put it together again from arrays."""
 
     graph: dict[bool, Any]
     """The graph in training mode (True) and in evaluation mode (False)."""
     variables: dict[str, tuple[tuple[Any, ...], nnx.Variable]]
-    beds: dict[str, str]
-    """Layer name to the path of its `SeedBed`."""
+    beds: dict[str, Bed]
+    """By layer name."""
     layouts: dict[str, ChunkLayout]
     kinds: dict[str, tuple[blueprints.Blueprint, ...]]
 
@@ -172,19 +190,69 @@ class ModelParts:
             and not isinstance(variable, BlueprintParam)
         ]
 
-    def probe(self, layer: str) -> str:
-        """Name of the layer's `GraftProbe`."""
-        return f"{self.beds[layer]}/probe"
-
     def values(self, state: TrainState, probes: Arrays | None = None) -> Arrays:
-        """The values of all variables, with the probes of some layers replaced."""
+        """The values of all variables, with other probes if given, by layer."""
         values = {**state.params, **state.rest}
-        for layer, probe in (probes or {}).items():
-            values[self.probe(layer)] = probe
-        for layer, bed in self.beds.items():
-            values[f"{bed}/bank"] = state.banks[layer]
-            values[f"{bed}/seeds"] = state.seeds[layer]
+        parts: dict[str, Arrays] = {
+            "bank": state.banks,
+            "seeds": state.seeds,
+            "probe": probes or {},
+        }
+        for name, by_layer in parts.items():
+            members: dict[str, list[str]] = {}
+            for layer in by_layer:
+                members.setdefault(self.beds[layer].path, []).append(layer)
+            for path, layers in members.items():
+                stack = self.beds[layers[0]].stack
+                values[f"{path}/{name}"] = jax.tree.map(
+                    lambda *x, stack=stack: _stacked(x, stack),
+                    *(by_layer[layer] for layer in layers),
+                )
         return values
+
+    def take(self, values: Arrays, name: str) -> dict[str, Any]:
+        """The ``bank``, ``seeds`` or ``probe`` of each layer, from all values."""
+        return {
+            layer: jax.tree.map(
+                lambda x, index=bed.index: x[index] if index else x,
+                values[f"{bed.path}/{name}"],
+            )
+            for layer, bed in self.beds.items()
+        }
+
+    def host_weights(self, params: Arrays, layer: str) -> Arrays:
+        """Parameters that a layer's seeds stand beside.
+
+        Those of the base of a `ChunkedLayer`; for a bare `SeedBed`, those of the
+        nearest module around it that has any.
+        """
+        bed = self.beds[layer]
+        place = bed.owner.split("/") if bed.owner else []
+        around = ["/".join(place[:n]) for n in range(len(place), -1, -1)]
+        n = len(bed.stack)
+        for prefix in (self._base(layer), *(f"{p}/" if p else "" for p in around)):
+            found = {
+                name: p[bed.index] if n and p.shape[:n] == bed.stack else p
+                for name, p in params.items()
+                if name.startswith(prefix)
+            }
+            if found:
+                return found
+        return {}
+
+    def has_base(self, layer: str) -> bool:
+        """Whether the layer's host weights are known to be those that write it."""
+        return any(p.startswith(self._base(layer)) for p in self.host_params())
+
+    def _base(self, layer: str) -> str:
+        owner = self.beds[layer].owner
+        return f"{owner}/base/" if owner else "base/"
+
+
+def _stacked(layers: tuple[Array, ...], stack: tuple[int, ...]) -> Array:
+    if not stack:
+        return layers[0]
+    return jnp.stack(layers).reshape(*stack, *layers[0].shape)
 
 
 def values_of(model: nnx.Module) -> Arrays:
@@ -197,8 +265,30 @@ def _name(path: tuple[Any, ...]) -> str:
     return "/".join(map(str, path))
 
 
-def split_model(model: nnx.Module) -> ModelParts:
+def _layers(node: SeedBed, path: str, owner: str) -> dict[str, Bed]:
+    """The layers that share a `SeedBed`: one, or each of a stack."""
+    stack = node.seeds.get_value().stage.shape[:-1]
+    for leaf in jax.tree.leaves((node.bank.get_value(), node.probe.get_value())):
+        if leaf.shape[: len(stack)] != stack:
+            raise ValueError(
+                f"the variables of {path!r} must be stacked along their first axes, as "
+                f"nnx.scan and nnx.vmap do by default: its seeds have {stack} there, "
+                f"another variable has shape {leaf.shape}"
+            )
+    if not stack:
+        return {owner: Bed(path, owner)}
+    return {
+        f"{owner}[{','.join(map(str, index))}]": Bed(path, owner, stack, index)
+        for index in np.ndindex(stack)
+    }
+
+
+def split_model(model: nnx.Module, axis_name: str | None = None) -> ModelParts:
     """Takes a model apart, and leaves it in training mode.
+
+    Args:
+      model: is given back as it was but for its mode, and `SeedBed.axis_name`.
+      axis_name: of the mapped axis that the rows are divided along, if there is one.
 
     Raises:
       ValueError: if it holds nothing that can grow.
@@ -206,11 +296,12 @@ def split_model(model: nnx.Module) -> ModelParts:
     beds, layouts, kinds = {}, {}, {}
     for path, node in nnx.iter_graph(model):
         if isinstance(node, SeedBed):
-            name = _name(path[:-1] if path and path[-1] == "bed" else path)
-            beds[name] = _name(path)
-            layouts[name] = node.layout
-            kinds[name] = node.blueprints
-    if "" in beds.values():
+            node.axis_name = axis_name if axis_name is not None else node.axis_name
+            owner = _name(path[:-1] if path and path[-1] == "bed" else path)
+            for name, bed in _layers(node, _name(path), owner).items():
+                beds[name], layouts[name] = bed, node.layout
+                kinds[name] = node.blueprints
+    if "" in [bed.path for bed in beds.values()]:
         raise ValueError(
             "model must hold a SeedBed, not be one: by itself it has no host to grow"
         )
@@ -266,6 +357,13 @@ def grow_capacity(
             )
     sources = {}
     for name, slots in wanted.items():
+        for other, bed in parts.beds.items():
+            after = wanted.get(other, state.seeds[other].capacity)
+            if bed.path == parts.beds[name].path and after != slots:
+                raise ValueError(
+                    f"capacity: {name!r} and {other!r} are of one stack and must have "
+                    f"the same; got {slots} and {after}. Name all of the stack"
+                )
         try:
             sources[name] = slot_sources(state.seeds[name], slots)
         except ValueError as error:
@@ -274,7 +372,7 @@ def grow_capacity(
     def resized(state: TrainState) -> TrainState:
         new = jax.tree.map(jnp.copy, state)
         for name, source in sources.items():
-            slots, probe = len(source), parts.probe(name)
+            slots = len(source)
             # Leaves the stream of the state alone; a newborn draws its own.
             fresh = blueprints.init_bank(
                 jax.random.fold_in(state.rng, slots),
@@ -288,7 +386,8 @@ def grow_capacity(
             new.bank_opt[name] = move_slots(
                 state.bank_opt[name], bank_optimizer.init(new.banks[name]), source
             )
-            new.rest[probe] = jnp.zeros(slots, state.rest[probe].dtype)
+            bed = parts.beds[name]
+            new.rest[f"{bed.path}/probe"] = jnp.zeros((*bed.stack, slots), jnp.float32)
         return new
 
     return jax.jit(resized)(state)
@@ -304,24 +403,21 @@ def _copy(tree: Any) -> Any:
     return jax.tree.map(jnp.copy, tree)
 
 
-def host_weights(params: Arrays, layer: str) -> Arrays:
-    """Parameters that a layer's seeds stand beside.
+def counted(traces: Counter[str], function: Callable[..., _T]) -> Callable[..., _T]:
+    """A function that counts its calls by name: inside `jax.jit`, how often it was
+    traced, and so compiled."""
 
-    Those of the base of a `ChunkedLayer`; for a bare `SeedBed`, those of the nearest
-    module around it that has any.
-    """
-    place = layer.split("/") if layer else []
-    around = ["/".join(place[:n]) for n in range(len(place), -1, -1)]
-    for prefix in [base_prefix(layer), *(f"{p}/" if p else "" for p in around)]:
-        found = {name: p for name, p in params.items() if name.startswith(prefix)}
-        if found:
-            return found
-    return {}
+    @functools.wraps(function)
+    def wrapper(*args: Any) -> _T:
+        traces[function.__name__] += 1
+        return function(*args)
+
+    return wrapper
 
 
-def base_prefix(layer: str) -> str:
-    """What the names of the parameters of a `ChunkedLayer`'s base begin with."""
-    return f"{layer}/base/" if layer else "base/"
+def count_recompiles(traces: Counter[str]) -> int:
+    """How often what `counted` counts was traced again after its first time."""
+    return sum(n - 1 for n in traces.values())
 
 
 def is_key(leaf: Any) -> bool:

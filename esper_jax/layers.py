@@ -5,12 +5,14 @@ from typing import Any, get_args
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float
 
+from esper_jax import collectives
 from esper_jax.blueprints import Blueprint, init_bank, resolve
 from esper_jax.chunks import ChunkLayout
 from esper_jax.grafting import Strategy
-from esper_jax.kernels.blend import blend
+from esper_jax.kernels.blend import blend, check_sharding
 from esper_jax.stages import Incubation
 from esper_jax.state import (
     init_seeds,
@@ -76,6 +78,10 @@ class SeedBed(nnx.Module):
       implementation: of `blend`.
       deterministic: if True, a call collects no statistics. `nnx.Module.eval` and
         ``train`` switch it.
+      axis_name: where the rows are divided among devices along a mapped axis (`pmap`,
+        `shard_map`): its name. Statistics are then those of all rows.
+      sharding: how the activation is laid out over a mesh, in plain `jax.jit`; see
+        `blend`.
       rngs: key ``params`` draws the first bank.
 
     Raises:
@@ -94,6 +100,8 @@ class SeedBed(nnx.Module):
         statistics_rows: int | None = None,
         implementation: str | Sequence[str] | None = None,
         deterministic: bool = False,
+        axis_name: str | None = None,
+        sharding: NamedSharding | None = None,
         rngs: nnx.Rngs,
     ) -> None:
         self.layout = ChunkLayout(features, num_seeds)
@@ -111,6 +119,9 @@ class SeedBed(nnx.Module):
         self.statistics_rows = statistics_rows
         self.implementation = implementation
         self.deterministic = deterministic
+        self.axis_name = axis_name
+        check_sharding(sharding)
+        self.sharding = sharding
         if strategy not in list(Strategy):
             raise ValueError(f"strategy must be a Strategy, got {strategy!r}")
         if capacity is None:
@@ -137,13 +148,23 @@ class SeedBed(nnx.Module):
             layout=self.layout,
             blueprints=self.blueprints,
             incubation=self.incubation,
-            # What nobody records costs nothing.
-            statistics_rows=0 if self.deterministic else self.statistics_rows,
+            statistics_rows=self._rows(),
             implementation=self.implementation,
+            sharding=self.sharding,
         )
         if not self.deterministic:
+            statistics = collectives.total(statistics, self.axis_name)
+            reconstruction = collectives.mean(reconstruction, self.axis_name)
             self.seeds.set_value(record(seeds, statistics, reconstruction))
         return out
+
+    def _rows(self) -> int | None:
+        """Rows that this call measures on this device."""
+        if self.deterministic:
+            return 0  # what nobody records costs nothing
+        if self.axis_name is None or not self.statistics_rows:
+            return self.statistics_rows
+        return max(1, self.statistics_rows // collectives.axis_size(self.axis_name))
 
 
 def grow_capacity(model: nnx.Module, capacity: int, *, rngs: nnx.Rngs) -> None:
@@ -187,7 +208,8 @@ class ChunkedLayer(nnx.Module):
     layer's; so they are while a seed is in TRAINING.
 
     Args:
-      base: any callable module whose output has its features on the last axis.
+      base: any callable module whose output has its features on the last axis. Its
+        attributes can be read off the layer.
       num_seeds: chunks that the features are cut into, one seed each.
       features: width of the output; by default read off the base layer
         (``out_features``, ``features`` or ``num_features``).
@@ -216,6 +238,12 @@ class ChunkedLayer(nnx.Module):
         self.enabled = enabled
         self.bed = SeedBed(features, num_seeds, rngs=rngs, **options)
 
+    def __getattr__(self, name: str) -> Any:
+        # Only asked for what the layer does not have itself.
+        if name.startswith("_") or name == "base":
+            raise AttributeError(name)
+        return getattr(self.base, name)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The base layer's output on the same arguments, with the seeds blended in."""
         y = self.base(*args, **kwargs)
@@ -235,6 +263,8 @@ class ChunkedLayer(nnx.Module):
 def _output_features(base: Any) -> int:
     for name in ("out_features", "features", "num_features"):
         value = getattr(base, name, None)
+        if isinstance(value, tuple) and value:
+            value = value[-1]
         if isinstance(value, int):
             return value
     raise TypeError(

@@ -21,9 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["What", "Where", "choose", "choose_blueprint", "cost_of", "scores", "spent"]
 
 Where = Literal["health", "gradient", "round_robin", "random"]
-What = Literal[
-    "fixed", "performance", "stability", "risk_averse", "novelty", "hybrid"
-]
+What = Literal["fixed", "performance", "stability", "risk_averse", "novelty", "hybrid"]
 """How a blueprint is chosen: the configured one; the one that earned most worth a
 try; the one whose seeds were most often kept; the one with the fewest parameters; the
 one tried least; or by the sum of all four, each from 0 to 1."""
@@ -96,9 +94,7 @@ def choose_blueprint(
     return jnp.argmax(score).astype(jnp.int32)
 
 
-def cost_of(
-    kind: Int[Array, ""], costs: Int[np.ndarray, "N S"]
-) -> Int[Array, " S"]:
+def cost_of(kind: Int[Array, ""], costs: Int[np.ndarray, "N S"]) -> Int[Array, " S"]:
     """Parameters of one blueprint on each chunk of a layer."""
     return jnp.asarray(costs, jnp.int32)[jnp.minimum(kind, len(costs) - 1)]
 

@@ -20,8 +20,9 @@ from rich.console import Console
 from esper_jax.blueprints import param_counts
 from esper_jax.checkpoint import Checkpointer, Retention
 from esper_jax.config import ConfigError, RunConfig, parse_config, to_dict
+from esper_jax.controller import Reason
 from esper_jax.data import DATASETS, Dataset
-from esper_jax.events import Event, drain
+from esper_jax.events import Event, drain, why
 from esper_jax.functional import TrainState, state_hash
 from esper_jax.governor import Governor, LayerRetreat, Rollback, TrainingStopped
 from esper_jax.grafting import Strategy
@@ -156,9 +157,15 @@ def _train(
     ticks = config.train.ticks
     tables = to_dict(config)
     with LiveView(ticks, console) as view:
+        said = Reason.NOT_YET
 
         def on_tick(state: TrainState, report: TickReport) -> None:
+            nonlocal said
             view.update(report, log.add(report))
+            reason = Reason(int(report.reason))
+            if reason not in (said, Reason.NOT_YET, Reason.GERMINATED):
+                view.note(f"tick {int(report.tick)}: {why(reason)}")
+                said = reason
             if report.tick % config.checkpoint.every == 0 or report.tick == ticks:
                 checkpoints.save(
                     int(report.step),
@@ -381,6 +388,7 @@ def _summary(
         "grown_params": _grown_params(program, state),
         "recompiles": program.recompiles(),
         "rollbacks": log.rollbacks,
+        "controller": why(state.memory.reason),
         "events": log.events,
     }
 

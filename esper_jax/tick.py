@@ -15,11 +15,11 @@ import optax
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from esper_jax import blueprints, controller, gradients, lifecycle
+from esper_jax import blueprints, collectives, controller, gradients, lifecycle
 from esper_jax.blueprints import Bank
 from esper_jax.chunks import ChunkLayout
 from esper_jax.controller import ControllerConfig, Decide
-from esper_jax.functional import Arrays, ModelParts, Monitor, TrainState, host_weights
+from esper_jax.functional import Arrays, ModelParts, Monitor, TrainState
 from esper_jax.lifecycle import LifecycleConfig
 from esper_jax.optim import PerSlot
 from esper_jax.signals import Signals, health
@@ -72,13 +72,24 @@ class TickReport:
     accuracy: Float[Array, ""]
     reason: Int[Array, ""]
     """Why the controller germinated something, or did not: `Reason`."""
+    replicas_agree: Bool[Array, ""]
+    """False if devices were found to have different states; only looked for in debug
+    mode."""
     layers: dict[str, LayerReport]
 
 
 def evaluate(
-    parts: ModelParts, loss: Loss, eval_batch: int, values: Arrays, data: Batch
+    parts: ModelParts,
+    loss: Loss,
+    eval_batch: int,
+    axis_name: str | None,
+    values: Arrays,
+    data: Batch,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Mean loss and score over all rows, ``eval_batch`` at a time."""
+    """Mean loss and score over all rows, ``eval_batch`` at a time.
+
+    With an ``axis_name``, each device has an equal part of the rows.
+    """
     rows = jax.tree.leaves(data)[0].shape[0]
     size = min(eval_batch, rows)
     batches = -(-rows // size)
@@ -99,7 +110,7 @@ def evaluate(
             one, (index.reshape(batches, size), counted.reshape(batches, size))
         )
         total = jax.tree.map(jnp.sum, sums)
-    return total[0] / rows, total[1] / rows
+    return collectives.mean((total[0] / rows, total[1] / rows), axis_name)
 
 
 def _counterfactuals(
@@ -168,7 +179,7 @@ def _running(mean: Array, variance: Array, value: Array) -> tuple[Array, Array]:
 
 
 def _measure(
-    state: TrainState, loss: Array, accuracy: Array
+    parts: ModelParts, state: TrainState, loss: Array, accuracy: Array
 ) -> tuple[Monitor, dict[str, Float[Array, ""]], Float[Array, ""], Float[Array, ""]]:
     """The new monitor, the drift of each layer's host weights, stability, grad norm."""
     old = state.monitor
@@ -179,7 +190,7 @@ def _measure(
     initial = jnp.where(jnp.isfinite(old.initial_loss), old.initial_loss, loss)
     drift, host_mean = {}, {}
     for name, mean in old.host_mean.items():
-        weights = host_weights(state.params, name)
+        weights = parts.host_weights(state.params, name)
         away = optax.tree.norm(jax.tree.map(jnp.subtract, weights, mean))
         scale = optax.tree.norm(mean)
         drift[name] = jnp.asarray(away / jnp.where(scale > 0, scale, jnp.nan))
@@ -255,11 +266,18 @@ def tick(
     state: TrainState,
     held_out: Batch,
     decide: Decide = controller.decide,
+    compare_along: str | None = None,
 ) -> tuple[TrainState, TickReport]:
-    """Measures, decides and carries out what was decided, for all layers."""
+    """Measures, decides and carries out what was decided, for all layers.
+
+    Along the mapped axis ``compare_along``, if given, the states are compared first.
+    """
+    agree = jnp.ones((), bool)
+    if compare_along is not None:
+        agree = collectives.replicas_agree(state, compare_along)
     loss, accuracy = evaluate(parts.values(state), held_out)
     worth = _counterfactuals(parts, evaluate, state, held_out, loss)
-    monitor, drift, stability, grad_norm = _measure(state, loss, accuracy)
+    monitor, drift, stability, grad_norm = _measure(parts, state, loss, accuracy)
 
     costs = {
         name: blueprints.param_counts(kinds, parts.layouts[name].sizes)
@@ -336,6 +354,7 @@ def tick(
         loss=loss,
         accuracy=accuracy,
         reason=memory.reason,
+        replicas_agree=agree,
         layers=reports,
     )
     return new, report
@@ -358,9 +377,7 @@ def _give_birth(
         keys = jax.random.split(key, born.size)
         owner = jnp.maximum(after.seed_of_slot, 0)
         kind = after.blueprint[owner].astype(jnp.int32)
-        fresh = blueprints.init_slots(
-            keys, kind, kinds, layout.width, layout.features
-        )
+        fresh = blueprints.init_slots(keys, kind, kinds, layout.width, layout.features)
 
         def put(new: Array, old: Array) -> Array:
             where = born.reshape(born.shape + (1,) * (old.ndim - 1))

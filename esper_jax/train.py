@@ -6,6 +6,7 @@ functions of it, none of which recompiles while the model grows. `fit` runs them
 
 import dataclasses
 import functools
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from esper_jax import blueprints, controller, gradients
+from esper_jax import blueprints, collectives, controller, gradients
 from esper_jax.blueprints import Bank
 from esper_jax.chunks import ChunkLayout
 from esper_jax.controller import ControllerConfig, Decide
@@ -26,9 +27,9 @@ from esper_jax.functional import (
     ModelParts,
     Monitor,
     TrainState,
-    base_prefix,
+    count_recompiles,
+    counted,
     grow_capacity,
-    host_weights,
     is_key,
     split_model,
     values_of,
@@ -36,7 +37,13 @@ from esper_jax.functional import (
 from esper_jax.governor import Governor
 from esper_jax.lifecycle import LifecycleConfig
 from esper_jax.optim import PerSlot, per_slot
-from esper_jax.state import SeedState, saturating_add, slot_coefficients
+from esper_jax.parallel import check_replicas
+from esper_jax.state import (
+    SeedState,
+    saturating_add,
+    slot_coefficients,
+    start_tick,
+)
 from esper_jax.tick import Batch, Loss, TickReport, evaluate, tick
 
 __all__ = ["Program", "build", "classification", "epoch_order", "fit"]
@@ -61,6 +68,11 @@ class Program(NamedTuple):
       layouts: `ChunkLayout` of each layer that can grow.
       kinds: the blueprints of each layer that can grow.
       gates: the lifecycle's numbers that it was built with.
+      axis_name: the mapped axis that ``step``, ``tick`` and ``evaluate`` are to be
+        called under, if any.
+      place: ``place(name, data, divided) -> data`` on the devices as the functions want
+        it: ``divided`` among them (a batch, held-out data) or whole (what ``step_from``
+        picks rows of). ``name`` is the argument's, for errors.
       recompiles: how often ``step``, ``step_from`` and ``tick`` were compiled again
         after their first time.
     """
@@ -75,6 +87,8 @@ class Program(NamedTuple):
     layouts: dict[str, ChunkLayout]
     kinds: dict[str, tuple[blueprints.Blueprint, ...]]
     gates: LifecycleConfig
+    axis_name: str | None
+    place: Callable[[str, Batch, bool], Batch]
     recompiles: Callable[[], int]
 
 
@@ -98,6 +112,8 @@ def build(
     controller_config: ControllerConfig | None = None,
     decide: Decide = controller.decide,
     eval_batch: int = 1024,
+    axis_name: str | None = None,
+    debug: bool = False,
 ) -> Program:
     """Makes the functions that train and grow ``model``.
 
@@ -113,6 +129,13 @@ def build(
       controller_config: the heuristic's numbers.
       decide: what asks for transitions, with the signature of `controller.decide`.
       eval_batch: rows that are evaluated at once.
+      axis_name: for several devices, the name of the mapped axis that the rows are
+        divided along. ``step``, ``tick`` and ``evaluate`` are then to be called inside
+        `jax.pmap` or `jax.shard_map` over it, each device with the same state and an
+        equal part of the rows, or through `parallel.over_mesh`. All devices come to the
+        same state. Plain `jax.jit` on arrays that are sharded needs none.
+      debug: with ``axis_name``, each tick compares the states of all devices, bit for
+        bit, and says in its report whether they agree.
 
     Raises:
       ValueError: if the model holds nothing that can grow, the controller's blueprint
@@ -122,7 +145,7 @@ def build(
         raise ValueError(f"eval_batch must be at least 1, got {eval_batch}")
     gates = lifecycle_config or LifecycleConfig()
     policy = controller_config or ControllerConfig()
-    parts = split_model(model)
+    parts = split_model(model, axis_name)
     for name, kinds in parts.kinds.items():
         if policy.blueprint >= len(kinds):
             raise ValueError(
@@ -133,37 +156,46 @@ def build(
     initial = jax.tree.map(
         lambda v: v if is_key(v) else np.asarray(v), values_of(model)
     )
-    measure = functools.partial(evaluate, parts, loss, eval_batch)
+    measure = functools.partial(evaluate, parts, loss, eval_batch, axis_name)
 
     def step(state: TrainState, batch: Batch) -> TrainState:
-        return _step(parts, loss, optimizer, bank_optimizer, state, batch)
+        return _step(parts, loss, optimizer, bank_optimizer, axis_name, state, batch)
 
     def step_from(
         state: TrainState, data: Batch, order: Array, batch_size: int
     ) -> TrainState:
-        position = state.step % (order.shape[0] // batch_size)
-        rows = jax.lax.dynamic_slice_in_dim(order, position * batch_size, batch_size)
+        position = state.step % (order.shape[0] // batch_size) * batch_size
+        if axis_name is not None:
+            batch_size //= collectives.axis_size(axis_name)
+            position += jax.lax.axis_index(axis_name) * batch_size
+        rows = jax.lax.dynamic_slice_in_dim(order, position, batch_size)
         return step(state, jax.tree.map(lambda a: a[rows], data))
 
     def one_tick(state: TrainState, held_out: Batch) -> tuple[TrainState, TickReport]:
         return tick(
-            parts, measure, bank_optimizer, gates, policy, state, held_out, decide
+            parts,
+            measure,
+            bank_optimizer,
+            gates,
+            policy,
+            state,
+            held_out,
+            decide,
+            compare_along=axis_name if debug else None,
         )
 
-    jitted: list[Any] = [
-        jax.jit(step, donate_argnums=0),
-        jax.jit(step_from, donate_argnums=0, static_argnums=3),
-        jax.jit(one_tick, donate_argnums=0),
-    ]
+    traces: Counter[str] = Counter()
     return Program(
         init=jax.jit(
             lambda rng, values=initial: _init(
                 parts, optimizer, bank_optimizer, values, rng
             )
         ),
-        step=jitted[0],
-        step_from=jitted[1],
-        tick=jitted[2],
+        step=jax.jit(counted(traces, step), donate_argnums=0),
+        step_from=jax.jit(
+            counted(traces, step_from), donate_argnums=0, static_argnums=3
+        ),
+        tick=jax.jit(counted(traces, one_tick), donate_argnums=0),
         evaluate=jax.jit(lambda state, data: measure(parts.values(state), data)),
         # Copies: the state's own arrays are gone once it is donated.
         model=lambda state: parts.merge(
@@ -173,7 +205,9 @@ def build(
         layouts=parts.layouts,
         kinds=parts.kinds,
         gates=gates,
-        recompiles=lambda: sum(max(0, f._cache_size() - 1) for f in jitted),
+        axis_name=axis_name,
+        place=lambda name, data, divided: jax.tree.map(jnp.asarray, data),
+        recompiles=functools.partial(count_recompiles, traces),
     )
 
 
@@ -211,10 +245,12 @@ def fit(
       The state after the last tick.
 
     Raises:
-      ValueError: if the rows do not match or do not fill a batch.
+      ValueError: if the rows do not match or do not fill a batch, devices do not divide
+        them, or (in debug mode) the devices have different states.
       TrainingStopped: by the governor.
     """
-    data, held_out = _checked("data", data), _checked("held_out", held_out)
+    data = _checked(program, "data", data, False)
+    held_out = _checked(program, "held_out", held_out, True)
     rows = jax.tree.leaves(data)[0].shape[0]
     if not 1 <= batch_size <= rows:
         raise ValueError(
@@ -232,6 +268,12 @@ def fit(
         for _ in range(per_epoch - int(state.step) % per_epoch):
             state = program.step_from(state, data, order, batch_size)
         state, report = program.tick(state, held_out)
+        if not bool(report.replicas_agree):
+            check_replicas(state)
+            raise ValueError(
+                "state must be the same on all devices, and was not before tick "
+                f"{int(report.tick)}. Start all replicas from one state"
+            )
         if governor is not None:
             state, rollback = governor.review(state, report, data, held_out)
             if rollback is not None:
@@ -257,15 +299,15 @@ def epoch_order(
     )
 
 
-def _checked(name: str, data: Batch) -> Batch:
-    arrays = jax.tree.map(jnp.asarray, data)
-    counts = {leaf.shape[:1] for leaf in jax.tree.leaves(arrays)}
+def _checked(program: Program, name: str, data: Batch, divided: bool) -> Batch:
+    shapes = [np.shape(leaf) for leaf in jax.tree.leaves(data)]
+    counts = {shape[:1] for shape in shapes}
     if len(counts) != 1 or counts & {(), (0,)}:
         raise ValueError(
             f"{name} must be (x, y) with the same number of rows, at least one, on the "
-            f"first axis; got {[leaf.shape for leaf in jax.tree.leaves(arrays)]}"
+            f"first axis; got {shapes}"
         )
-    return arrays
+    return program.place(name, data, divided)
 
 
 def _init(
@@ -277,11 +319,12 @@ def _init(
 ) -> TrainState:
     """The state before the first step."""
     values = jax.tree.map(jnp.array, initial)
-    layers = parts.beds
-    banks = {layer: values.pop(f"{bed}/bank") for layer, bed in layers.items()}
-    seeds = {layer: values.pop(f"{bed}/seeds") for layer, bed in layers.items()}
+    banks, seeds = parts.take(values, "bank"), parts.take(values, "seeds")
+    for bed in parts.beds.values():
+        values.pop(f"{bed.path}/bank", None)
+        values.pop(f"{bed.path}/seeds", None)
     params = {name: values.pop(name) for name in parts.host_params()}
-    host_mean = {layer: host_weights(params, layer) for layer in layers}
+    host_mean = {layer: parts.host_weights(params, layer) for layer in parts.beds}
     num_seeds = {layer: layout.num_seeds for layer, layout in parts.layouts.items()}
     return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -308,29 +351,39 @@ def _step(
     loss: Loss,
     optimizer: optax.GradientTransformation,
     bank_optimizer: PerSlot,
+    axis_name: str | None,
     state: TrainState,
     batch: Batch,
 ) -> TrainState:
     """One update of host and blueprints."""
     x, y = batch
-    probes = {layer: state.rest[parts.probe(layer)] for layer in parts.beds}
+    trained = (state.params, state.banks, parts.take(state.rest, "probe"))
+    rest = state.rest
+    if axis_name is not None:
+        trained, rest = collectives.varying(trained, axis_name), _own(rest, axis_name)
+    # Each step measures from 0, so that what was measured before is not summed twice.
+    unmeasured = {name: start_tick(seeds) for name, seeds in state.seeds.items()}
 
     def objective(params: Arrays, banks: Arrays, probes: Arrays) -> tuple[Array, Any]:
-        trained = dataclasses.replace(state, params=params, banks=banks)
-        model = parts.merge(parts.values(trained, probes), train=True)
+        current = dataclasses.replace(
+            state, params=params, banks=banks, rest=rest, seeds=unmeasured
+        )
+        model = parts.merge(parts.values(current, probes), train=True)
         losses, _ = loss(model(x), y)
         return jnp.mean(losses), values_of(model)
 
-    (value, after), (grads, bank_grads, gains) = jax.value_and_grad(
+    (value, after), grads = jax.value_and_grad(
         objective, argnums=(0, 1, 2), has_aux=True
-    )(state.params, state.banks, probes)
+    )(*trained)
+    value, (grads, bank_grads, gains) = collectives.mean((value, grads), axis_name)
 
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     seeds, banks, bank_opt = {}, {}, {}
-    for name, bed in parts.beds.items():
+    for name, measured in parts.take(after, "seeds").items():
         seeds[name], banks[name], bank_opt[name] = _update_bank(
             bank_optimizer,
-            after[f"{bed}/seeds"],
+            state.seeds[name],
+            measured,
             state.banks[name],
             state.bank_opt[name],
             bank_grads[name],
@@ -339,11 +392,11 @@ def _step(
     sums = {
         name: gradients.add(
             state.monitor.gradients[name],
-            host_weights(grads, name),
+            parts.host_weights(grads, name),
             bank_grads[name],
             state.seeds[name],
             parts.layouts[name],
-            owns=any(p.startswith(base_prefix(name)) for p in grads),
+            owns=parts.has_base(name),
         )
         for name in parts.beds
     }
@@ -354,7 +407,6 @@ def _step(
         grad_norm=state.monitor.grad_norm + optax.tree.norm(grads),
         steps=state.monitor.steps + 1,
     )
-    rest = {name: after[name] for name in state.rest}
     return dataclasses.replace(
         state,
         step=state.step + 1,
@@ -363,14 +415,46 @@ def _step(
         seeds=seeds,
         banks=banks,
         bank_opt=bank_opt,
-        rest=rest,
+        rest=_shared(state.rest, after, axis_name),
         monitor=monitor,
     )
+
+
+def _own(rest: Arrays, axis_name: str) -> Arrays:
+    """The other variables as one device uses them: random streams of its own."""
+
+    def own(x: Array) -> Array:
+        if is_key(x):
+            return _fold(x, jax.lax.axis_index(axis_name))
+        inexact = jnp.issubdtype(x.dtype, jnp.inexact)
+        return collectives.varying(x, axis_name) if inexact else x
+
+    return jax.tree.map(own, rest)
+
+
+def _fold(keys: Key[Array, "*N"], data: Array) -> Key[Array, "*N"]:
+    fold = functools.partial(jax.random.fold_in, data=data)
+    for _ in range(keys.ndim):
+        fold = jax.vmap(fold)
+    return fold(keys)
+
+
+def _shared(before: Arrays, after: Arrays, axis_name: str | None) -> Arrays:
+    """The other variables after a step: their mean over the devices (as of batch
+    statistics). The random streams stay those that all devices share."""
+
+    def share(old: Array, new: Array) -> Array:
+        if axis_name is None or not jnp.issubdtype(old.dtype, jnp.inexact):
+            return old if axis_name is not None and is_key(old) else new
+        return collectives.mean(new, axis_name)
+
+    return {name: jax.tree.map(share, old, after[name]) for name, old in before.items()}
 
 
 def _update_bank(
     optimizer: PerSlot,
     seeds: SeedState,
+    measured: SeedState,
     bank: Bank,
     opt_state: Any,
     grads: Bank,
@@ -379,6 +463,7 @@ def _update_bank(
     """Updates the slots that learn; one whose gradient is not finite waits a step.
 
     That, and a correction that is not finite in a slot that only counts, is an error.
+    ``measured`` holds what this step alone measured.
     """
     alpha, beta, _ = slot_coefficients(seeds)
     finite = _finite_slots(grads) & jnp.isfinite(gain)
@@ -392,10 +477,15 @@ def _update_bank(
         return optax.apply_updates(bank, updates), new
 
     bank, opt_state = jax.lax.cond(jnp.any(learning), update, lambda: (bank, opt_state))
+    # A layer that is called several times in a step has as many errors.
+    wrong = jnp.where(living & ~finite, measured.steps, 0)
     seeds = dataclasses.replace(
         seeds,
+        statistics=jax.tree.map(jnp.add, seeds.statistics, measured.statistics),
+        reconstruction=seeds.reconstruction + measured.reconstruction,
+        steps=seeds.steps + measured.steps,
         gain=seeds.gain + gain,
-        errors=saturating_add(seeds.errors, living & ~finite),
+        errors=saturating_add(seeds.errors, wrong),
     )
     return seeds, bank, opt_state
 

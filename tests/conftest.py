@@ -1,4 +1,4 @@
-"""Options of the test suite, and one compilation cache for the whole of it."""
+"""Options of the test suite, its devices, and one compilation cache for all of it."""
 
 import os
 import pathlib
@@ -20,6 +20,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Four devices for the tests of several; all others use the first. JAX reads the
+    # variable when it starts.
+    flag = "--xla_force_host_platform_device_count=4"
+    if flag not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
     # What several tests, workers or commands under test need is compiled once. Workers
     # and commands inherit the variables; JAX reads them when it is imported.
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:

@@ -87,9 +87,7 @@ def arguments(
     kinds, pairs = zip(*slots, strict=True)
     owners = rng.permutation(layout.num_seeds)[:SLOTS]
     owners[-1] = -1
-    bank = init_bank(
-        jax.random.key(0), SLOTS, KINDS, layout.width, layout.features
-    )
+    bank = init_bank(jax.random.key(0), SLOTS, KINDS, layout.width, layout.features)
     return {
         "y": jnp.asarray(rng.normal(size=(*batch, layout.features)), dtype),
         "bank": filled(bank),

@@ -2,10 +2,14 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from esper_jax.controller import ControllerConfig, decide, init_memory
+from esper_jax.controller import ControllerConfig, Reason, decide, init_memory
+from esper_jax.events import why
+from esper_jax.grafting import Strategy
 from esper_jax.lifecycle import LifecycleConfig
 from esper_jax.signals import Signals
 from esper_jax.stages import NO_REQUEST, NUM_STAGES, Stage
@@ -189,5 +193,314 @@ def test_keeps_to_the_minimum_epochs():
     ],
 )
 def test_config_names_the_field(field, value):
+    with pytest.raises(ValueError, match=field):
+        ControllerConfig(**{field: value})
+
+
+COSTS = {"a": np.array([[10] * 4, [30] * 4, [2] * 4])}
+
+
+def ask(state, config, memory=None, costs=COSTS, ticks=1, **signals):
+    """Seeds that germinate at the last of some ticks, their blueprint, the memory."""
+    memory = memory or init_memory({"a": 4}, blueprints=3)
+    signals = {"held_out_loss": 1.0} | signals
+    for _ in range(ticks):
+        measured = Signals.unmeasured(**signals)
+        commands, memory = decide(
+            {"a": state}, {"a": measured}, memory, config, FREE, costs
+        )
+    born = [i for i, t in enumerate(commands["a"].target) if t == Stage.GERMINATED]
+    return born, commands["a"].blueprint.tolist(), memory
+
+
+NOW = ControllerConfig(when="period", period=1, births=2, max_training=2)
+
+
+def test_a_period_is_a_period():
+    config = dataclasses.replace(NOW, period=3)
+    state = seeds(health=[0.1] * 4)
+    memory, born = None, []
+    for _ in range(7):
+        new, _, memory = ask(state, config, memory)
+        born.append(bool(new))
+    assert born == [False, False, True, False, False, True, False]
+
+
+def test_random_times_come_at_their_rate_and_from_the_key():
+    config = dataclasses.replace(NOW, when="random", period=4)
+    state = seeds(health=[0.1] * 4)
+
+    def times(key):
+        memory = init_memory({"a": 4}, key=jax.random.key(key), blueprints=3)
+
+        def step(memory, _):
+            _, memory = decide(
+                {"a": state},
+                {"a": Signals.unmeasured(held_out_loss=1.0)},
+                memory,
+                config,
+                FREE,
+                COSTS,
+            )
+            return memory, memory.reason == Reason.GERMINATED
+
+        return jax.lax.scan(step, memory, None, length=400)[1]
+
+    first = times(0)
+    assert 0.18 < jnp.mean(first) < 0.32
+    assert not np.array_equal(first, times(1))
+    np.testing.assert_array_equal(first, times(0))
+
+
+def test_places():
+    state = seeds(health=[0.9, 0.4, 0.8, 0.7])
+    gradient = jnp.array([3.0, 1.0, jnp.nan, 2.0])
+    assert ask(state, NOW)[0] == [1, 3]
+    config = dataclasses.replace(NOW, where="gradient")
+    assert ask(state, config, chunk_gradient=gradient)[0] == [0, 3]
+    config = dataclasses.replace(NOW, where="round_robin", births=1)
+    memory, visited = None, []
+    for _ in range(5):
+        new, _, memory = ask(state, config, memory)
+        visited += new
+    assert visited == [0, 1, 2, 3, 0]
+    config = dataclasses.replace(NOW, where="random", births=1)
+    memory, visited = None, set()
+    for _ in range(24):
+        new, _, memory = ask(state, config, memory)
+        visited |= set(new)
+    assert visited == {0, 1, 2, 3}
+
+
+def test_no_more_at_once_than_slots_places_and_turns():
+    state = seeds(capacity=2, health=[0.9, 0.4, 0.8, 0.7])
+    many = dataclasses.replace(NOW, births=9, max_training=9)
+    assert ask(state, many)[0] == [1, 3]  # two slots
+    state = seeds(capacity=4, health=[0.9, 0.4, 0.8, jnp.nan])
+    assert ask(state, many)[0] == [0, 1, 2]
+    assert ask(state, dataclasses.replace(many, max_training=1))[0] == [1]
+    # Blueprint 1 costs 30: a budget of 70 holds two.
+    budget = dataclasses.replace(many, blueprint=1, budget=70)
+    assert ask(state, budget)[0] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("what", "tried", "kept", "earned", "expected"),
+    [
+        ("performance", [2, 2, 0], [1, 1, 0], [0.1, 0.3, 0.0], 2),  # not tried yet
+        ("performance", [2, 4, 1], [1, 1, 0], [0.1, 0.3, 0.0], 1),
+        ("stability", [4, 4, 4], [1, 3, 2], [9.0, 0.1, 0.1], 1),
+        ("risk_averse", [4, 4, 4], [4, 4, 0], [9.0, 9.0, 0.0], 2),
+        ("novelty", [4, 3, 4], [4, 0, 4], [9.0, 0.0, 9.0], 1),
+        ("hybrid", [4, 4, 4], [4, 1, 1], [4.0, 0.1, 0.1], 0),
+        ("fixed", [4, 4, 4], [4, 1, 1], [4.0, 0.1, 0.1], 0),
+    ],
+)
+def test_blueprints(what, tried, kept, earned, expected):
+    memory = dataclasses.replace(
+        init_memory({"a": 4}, blueprints=3),
+        tried=jnp.array(tried),
+        kept=jnp.array(kept),
+        earned=jnp.array(earned, jnp.float32),
+    )
+    state = seeds(health=[0.1] * 4)
+    config = dataclasses.replace(NOW, what=what, births=1)
+    _, kinds, after = ask(state, config, memory)
+    assert kinds == [expected, -1, -1, -1]
+    assert after.tried.tolist() == [t + (i == expected) for i, t in enumerate(tried)]
+
+
+def test_what_is_kept_is_booked_to_its_blueprint():
+    state = seeds(seed_1="FINE_TUNING", seed_2="FINE_TUNING")
+    state = dataclasses.replace(state, blueprint=jnp.array([0, 2, 1, 0], jnp.int8))
+    worth = jnp.array([0.0, 0.25, -0.5, 0.0])
+    _, _, memory = ask(
+        state,
+        ControllerConfig(enabled=False),
+        total_improvement=worth,
+        final_stability=1.0,
+    )
+    assert memory.kept.tolist() == [0, 0, 1]
+    np.testing.assert_allclose(memory.earned, [0, 0, 0.25])
+
+
+@pytest.mark.parametrize(
+    ("signals", "losses", "expected"),
+    [
+        ({"drift": 1.0, "grad_norm": 1e9}, [1.0, 0.5], Strategy.DRIFT_CONTROLLED),
+        ({"drift": 0.0, "grad_norm": 1e9}, [1.0, 0.5], Strategy.GRAD_NORM_GATED),
+        ({"drift": 0.0, "grad_norm": 1.0}, [1.0, 0.5], Strategy.MOMENTUM),
+        ({"drift": 0.0, "grad_norm": 1.0}, [1.0, 1.0], Strategy.LINEAR),
+    ],
+)
+def test_the_strategy_follows_the_conditions(signals, losses, expected):
+    config = ControllerConfig(how="conditions", patience=9)
+    layers = {"a": seeds(seed_2="TRAINING", seed_1="GRAFTING")}
+    _, commands, _ = run(layers, losses, config, reconstruction_loss=0.0, **signals)
+    assert commands["a"].target.tolist()[2] == Stage.GRAFTING
+    assert commands["a"].strategy.tolist() == [-1, -1, expected, -1]
+
+
+RESTING = dict.fromkeys(["seed_0", "seed_1", "seed_2"], "CULLED")
+
+
+@pytest.mark.parametrize(
+    ("state", "changes", "signals", "reason"),
+    [
+        (seeds(health=[0.1] * 4), {}, {}, Reason.GERMINATED),
+        (seeds(health=[0.1] * 4), {"enabled": False}, {}, Reason.DISABLED),
+        (seeds(health=[0.1] * 4), {"budget": 0}, {}, Reason.BUDGET_SPENT),
+        (seeds(health=[0.1] * 4), {"budget": 9}, {}, Reason.BUDGET_SPENT),
+        (
+            seeds(health=[0.1] * 4),
+            {"target_accuracy": 0.9},
+            {"held_out_accuracy": 0.9},
+            Reason.TARGET_MET,
+        ),
+        (
+            seeds(health=[0.1] * 4),
+            {"target_accuracy": 0.9},
+            {"held_out_accuracy": 0.89},
+            Reason.GERMINATED,
+        ),
+        (seeds(health=[0.1] * 4), {"period": 2}, {}, Reason.NOT_YET),
+        (
+            seeds(seed_0="TRAINING", seed_1="GERMINATED", health=[0.1] * 4),
+            {},
+            {},
+            Reason.BUSY,
+        ),
+        (seeds(**RESTING, seed_3="CULLED"), {}, {}, Reason.EMBARGOED),
+        (seeds(**RESTING, seed_3="FOSSILIZED"), {}, {}, Reason.EMBARGOED),
+        (
+            seeds(**dict.fromkeys([f"seed_{i}" for i in range(4)], "FOSSILIZED")),
+            {},
+            {},
+            Reason.FULL,
+        ),
+        (
+            dataclasses.replace(
+                seeds(health=[0.1] * 4), seed_of_slot=jnp.array([1, 2], jnp.int32)
+            ),
+            {},
+            {},
+            Reason.NO_SLOT,
+        ),
+        (seeds(), {}, {}, Reason.UNMEASURED),
+        (
+            seeds(health=[0.1] * 4),
+            {"where": "gradient"},
+            {},
+            Reason.UNMEASURED,
+        ),
+    ],
+)
+def test_asked_for_the_impossible_it_does_nothing_and_says_why(
+    state, changes, signals, reason
+):
+    lasting = LifecycleConfig(min_epochs=tuple(int(s >= Stage.CULLED) for s in Stage))
+    memory = init_memory({"a": 4}, blueprints=3)
+    measured = Signals.unmeasured(held_out_loss=1.0, **signals)
+    commands, memory = decide(
+        {"a": state},
+        {"a": measured},
+        memory,
+        dataclasses.replace(NOW, **changes),
+        lasting,
+        COSTS,
+    )
+    assert memory.reason == reason
+    born = jnp.any(commands["a"].target == Stage.GERMINATED)
+    assert born == (reason == Reason.GERMINATED)
+    assert ("nothing germinates" in why(reason)) == (reason != Reason.GERMINATED)
+
+
+def test_a_budget_needs_costs():
+    with pytest.raises(ValueError, match="costs"):
+        ask(seeds(), dataclasses.replace(NOW, budget=5), costs=None)
+
+
+TUNED = {"total_improvement": 0.1, "final_stability": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("rent", "kept"),
+    [
+        ({}, True),
+        ({"rent_per_parameter": 0.0009}, True),
+        ({"rent_per_parameter": 0.0011}, False),
+        ({"rent_per_operation": 0.0006}, False),
+    ],
+)
+def test_a_seed_that_does_not_cover_its_rent_is_culled(rent, kept):
+    config = ControllerConfig(tuning_limit=50, evaluation_limit=50, **rent)
+    state = seeds(seed_1="FINE_TUNING", seed_2="EVALUATING")
+    cost = {"parameters": 100.0, "operations": 200.0, **GOOD, **TUNED}
+    first, second = (Stage.FOSSILIZED, Stage.FINE_TUNING) if kept else (-1, -1)
+    assert run({"a": state}, [1.0], config, **cost)[0]["a"] == [-1, first, second, -1]
+    old = dataclasses.replace(state, epochs_in_stage=state.epochs_in_stage + 50)
+    if not kept:
+        first, second = Stage.CULLED, Stage.ROLLED_BACK
+    assert run({"a": old}, [1.0], config, **cost)[0]["a"] == [-1, first, second, -1]
+
+
+@pytest.mark.parametrize(("now", "kept"), [(0.9, True), (1.01, True), (1.1, False)])
+def test_a_seed_that_the_host_was_better_without_is_not_kept(now, kept):
+    # Costly to remove, and yet the model is worse than when its grafting began.
+    memory = dataclasses.replace(
+        init_memory(),
+        loss_mean=jnp.float32(now),
+        before={"a": jnp.array([jnp.nan, 1.0, 1.0, jnp.nan])},
+    )
+    state = seeds(seed_1="FINE_TUNING", seed_2="FINE_TUNING")
+    state = dataclasses.replace(
+        state, epochs_in_stage=state.epochs_in_stage.at[2].set(200)
+    )
+    measured = Signals.unmeasured(
+        held_out_loss=now, total_improvement=5.0, final_stability=1.0
+    )
+    commands, _ = decide(
+        {"a": state}, {"a": measured}, memory, ControllerConfig(), FREE
+    )
+    expected = [Stage.FOSSILIZED] * 2 if kept else [NO_REQUEST, Stage.CULLED]
+    assert commands["a"].target.tolist()[1:3] == expected
+
+
+def test_what_the_host_was_before_grafting_is_remembered_until_the_seed_is_gone():
+    layers = {"a": seeds(seed_1="TRAINING")}
+    _, _, memory = run(layers, [1.0], reconstruction_loss=0.0)
+    np.testing.assert_array_equal(memory.before["a"], [jnp.nan, 1.0, jnp.nan, jnp.nan])
+    grafting = {"a": seeds(seed_1="GRAFTING")}
+    measured = {"a": Signals.unmeasured(held_out_loss=0.5)}
+    _, memory = decide(grafting, measured, memory, CONFIG, FREE)
+    assert memory.before["a"][1] == 1.0
+    _, memory = decide({"a": seeds()}, measured, memory, CONFIG, FREE)
+    assert jnp.isnan(memory.before["a"][1])
+
+
+def test_grafting_can_wait_for_a_gain():
+    config = dataclasses.replace(CONFIG, require_gain=True, training_limit=9)
+    layers = {"a": seeds(seed_1="TRAINING")}
+    for gain, expected in ((0.1, Stage.GRAFTING), (-0.1, -1), (jnp.nan, -1)):
+        targets, _, _ = run(layers, [1.0], config, reconstruction_loss=0.0, gain=gain)
+        assert targets["a"][1] == expected
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("when", "never"),
+        ("where", "there"),
+        ("what", "that"),
+        ("how", "so"),
+        ("period", 0),
+        ("births", 0),
+        ("budget", -2),
+        ("target_accuracy", -0.5),
+        ("rent_per_parameter", -1.0),
+        ("keep_tolerance", float("nan")),
+    ],
+)
+def test_config_names_the_new_fields_too(field, value):
     with pytest.raises(ValueError, match=field):
         ControllerConfig(**{field: value})

@@ -11,7 +11,7 @@ from flax import nnx
 
 from esper_jax import lifecycle
 from esper_jax.controller import ControllerConfig
-from esper_jax.functional import state_hash
+from esper_jax.functional import split_model, state_hash
 from esper_jax.hosts import MLP
 from esper_jax.layers import SeedBed
 from esper_jax.lifecycle import LifecycleConfig
@@ -318,7 +318,9 @@ def test_stability_of_a_loss_below_zero_and_after_an_infinite_one(program, first
         monitor, initial_loss=first, loss_mean=-2.0, loss_variance=1.0
     )
     state = dataclasses.replace(start(program), monitor=monitor)
-    new, _, stability, _ = _measure(state, jnp.float32(-2.0), jnp.float32(0.5))
+    new, _, stability, _ = _measure(
+        split_model(make_model()), state, jnp.float32(-2.0), jnp.float32(0.5)
+    )
     assert new.initial_loss == -2
     np.testing.assert_allclose(stability, 1 - np.sqrt(0.9) / 2, rtol=1e-6)
 

@@ -1,5 +1,6 @@
 """Blend: the one operator that computes chunks."""
 
 from esper_jax.kernels.blend.api import blend
+from esper_jax.kernels.blend.sharded import check_sharding
 
-__all__ = ["blend"]
+__all__ = ["blend", "check_sharding"]

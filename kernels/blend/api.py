@@ -1,15 +1,19 @@
 """The entry point of blend: validates once, then dispatches."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int
 
+from esper_jax import collectives
 from esper_jax.blueprints import Bank, Blueprint, init_bank
 from esper_jax.chunks import ChunkLayout
-from esper_jax.kernels.blend import reference, triton
+from esper_jax.kernels.blend import reference, sharded, triton
+from esper_jax.kernels.blend.sharded import check_sharding
 from esper_jax.signals import Statistics
 from esper_jax.stages import Incubation
 
@@ -50,6 +54,7 @@ def blend(
     incubation: Incubation = "task",
     statistics_rows: int | None = None,
     implementation: str | Sequence[str] | None = None,
+    sharding: NamedSharding | None = None,
 ) -> tuple[Float[Array, "*B F"], Statistics, Float[Array, " K"]]:
     """Blends the living seeds' blueprints into a layer's output.
 
@@ -93,6 +98,11 @@ def blend(
         None: the fastest that supports them on the default device's platform, as it is
         while tracing. So where a GPU is the default and a function is compiled for the
         CPU, it must be named. A name never falls back.
+      sharding: how ``y`` is laid out over a mesh, for use in plain `jax.jit`: each
+        device then computes the chunks and rows that it holds, with any implementation.
+        Without it, XLA divides plain JAX as it sees fit, and gathers ``y`` on every
+        device for a kernel. All else must be replicated. No chunk may lie on two
+        devices.
 
     Returns:
       The output, with y's shape and dtype; `Statistics` of ``y`` for each of the ``S``
@@ -100,8 +110,10 @@ def blend(
       alpha and beta are 0). The last two have no gradient.
 
     Raises:
+      TypeError: if ``sharding`` is not a `NamedSharding`.
       ValueError: if a shape or dtype does not fit the layout, no implementation of
-        that name exists, or none of those named supports the arguments.
+        that name exists, none of those named supports the arguments, or the layout does
+        not fit the sharding.
     """
     _validate(y, bank, alpha, beta, blueprint, seed_of_slot, layout, blueprints)
     if incubation not in get_args(Incubation):
@@ -115,6 +127,29 @@ def blend(
             f"statistics_rows must be an integer, at least 0, or None for all; got "
             f"{statistics_rows!r}"
         )
+    check_sharding(sharding)
+    if sharding is not None:
+        one_shard = functools.partial(
+            blend,
+            blueprints=blueprints,
+            incubation=incubation,
+            implementation=implementation,
+        )
+        return sharded.blend(
+            one_shard,
+            y,
+            bank,
+            alpha,
+            beta,
+            blueprint,
+            seed_of_slot,
+            layout=layout,
+            sharding=sharding,
+            statistics_rows=statistics_rows,
+        )
+    y, bank, alpha, beta, blueprint, seed_of_slot = collectives.same_varying(
+        y, bank, alpha, beta, blueprint, seed_of_slot
+    )
     flat = y.reshape(-1, layout.features)
     chosen = _choose(implementation, flat, alpha, layout, blueprints)
     out, statistics, reconstruction = chosen.blend(

@@ -94,12 +94,12 @@ class ArgSpec:
         """
         rng = np.random.default_rng(seed)
         blueprints, slots = resolve(self.blueprints), self.slots
+        width = self.layout.width
         bank = jax.eval_shape(
             lambda: init_bank(
-                jax.random.key(0), slots, blueprints, self.layout.width, self.layout.features
+                jax.random.key(0), slots, blueprints, width, self.layout.features
             )
         )
-        width = self.layout.width
         bank = jax.tree.map(
             lambda leaf: jnp.asarray(
                 rng.normal(size=leaf.shape, scale=width**-0.5), jnp.float32

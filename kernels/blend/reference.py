@@ -64,7 +64,7 @@ def corrections(
     ``layer`` is what the blueprints that read the whole layer see.
     """
     blueprint = jnp.clip(blueprint, 0, len(blueprints) - 1)
-    out = jnp.zeros(chunks.shape, jnp.float32)
+    out = jnp.zeros_like(chunks, jnp.float32)
     if any(isinstance(b, Dense) for b in blueprints):
         out = _dense(bank, blueprint, chunks, blueprints)
     for i, b in enumerate(blueprints):
@@ -251,7 +251,7 @@ def _blend(
         return out, jnp.where(lives, mean, 0.0)
 
     def dormant() -> tuple[Array, Array]:
-        return y, jnp.zeros(alpha.shape, jnp.float32)
+        return y, jnp.zeros_like(alpha, jnp.float32)
 
     out, reconstruction = jax.lax.cond(jnp.any(lives), living, dormant)
     return out, statistics(y, layout, statistics_rows), reconstruction

@@ -1,0 +1,118 @@
+"""What a function inside `jax.pmap` or `jax.shard_map` needs: one place for the rules
+about gradients and replicas.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, UInt
+
+__all__ = [
+    "axis_size",
+    "fingerprint",
+    "mean",
+    "replicas_agree",
+    "same_varying",
+    "total",
+    "varying",
+]
+
+
+def axis_size(axis_name: str) -> int:
+    """``D``, the devices along a mapped axis.
+
+    Raises:
+      ValueError: outside of a function that is mapped over an axis of that name.
+    """
+    try:
+        return jax.lax.axis_size(axis_name)
+    except NameError:
+        raise ValueError(
+            f"axis_name {axis_name!r} is not an axis of the function that is being "
+            f"mapped. Call this inside jax.pmap(..., axis_name={axis_name!r}), or "
+            f"inside jax.shard_map over a mesh with an axis of that name; with plain "
+            "jit, leave axis_name out"
+        ) from None
+
+
+def _axes_of(x: Any) -> frozenset[Any]:
+    """The mapped axes along which a value is known to differ."""
+    return frozenset(jax.typeof(x).manual_axis_type.varying)
+
+
+def varying(tree: Any, axis_name: str) -> Any:
+    """The same values, each device's own: their gradients are those of its own loss.
+
+    ``shard_map(check_vma=True)`` sums the gradient of what is equal on all devices
+    over them by itself, so that a mean of it would be ``D`` times too large. `pmap`
+    and ``check_vma=False`` do not. After this, all of them leave the sum to `mean`.
+    """
+
+    axis_size(axis_name)
+
+    def cast(x: Array) -> Array:
+        if axis_name in _axes_of(x):
+            return x
+        return jax.lax.pcast(x, axis_name, to="varying")
+
+    return jax.tree.map(cast, tree)
+
+
+def same_varying(*trees: Any) -> tuple[Any, ...]:
+    """The trees, each leaf varying along every axis that some leaf varies along.
+
+    What one branch of a conditional or one argument of a custom gradient makes varying,
+    the others have to be as well.
+    """
+    axes = frozenset[Any]().union(*map(_axes_of, jax.tree.leaves(trees)))
+    return functools.reduce(varying, sorted(axes, key=str), trees)
+
+
+def mean(tree: Any, axis_name: str | None) -> Any:
+    """Mean over the devices of an axis; the tree itself if there is none."""
+    return tree if axis_name is None else _reduced(jax.lax.pmean, tree, axis_name)
+
+
+def total(tree: Any, axis_name: str | None) -> Any:
+    """Sum over the devices of an axis; the tree itself if there is none."""
+    return tree if axis_name is None else _reduced(jax.lax.psum, tree, axis_name)
+
+
+def _reduced(reduce: Callable[..., Any], tree: Any, axis_name: str) -> Any:
+    axis_size(axis_name)  # says what is wrong if there is no such axis
+    return reduce(tree, axis_name)
+
+
+def fingerprint(tree: Any) -> UInt[Array, ""]:
+    """A number made of every bit of every leaf; jittable, and cheap.
+
+    A change of one word always changes it; other changes do with a chance of all but
+    one in 2**32. Not for security.
+    """
+    mixed = jnp.zeros((), jnp.uint32)
+    for leaf in jax.tree.leaves(tree):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
+        if leaf.dtype == bool:
+            leaf = leaf.astype(jnp.uint8)
+        bits = min(32, 8 * leaf.dtype.itemsize)
+        words = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{bits}"))
+        words = words.astype(jnp.uint32).reshape(-1)
+        # Weights and factor are odd: no change of one word is multiplied to 0.
+        weights = 2 * jnp.arange(words.size, dtype=jnp.uint32) + 1
+        sums = jnp.sum(words * weights, dtype=jnp.uint32)
+        mixed = mixed * jnp.uint32(0x01000193) + sums
+    return mixed
+
+
+def replicas_agree(tree: Any, axis_name: str) -> Bool[Array, ""]:
+    """Whether all devices of a mapped axis hold the same values, bit for bit."""
+    own = varying(fingerprint(tree), axis_name)
+    lowest, highest = (
+        reduce(own.astype(jnp.int32), axis_name)
+        for reduce in (jax.lax.pmin, jax.lax.pmax)
+    )
+    return lowest == highest

@@ -1,0 +1,127 @@
+"""An existing Flax NNX model made able to grow, without rewriting it."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from flax import nnx
+
+from esper_jax.layers import ChunkedLayer, SeedBed
+
+__all__ = ["make_growable"]
+
+
+def make_growable(
+    model: nnx.Module,
+    where: Any,
+    num_seeds: int | Callable[[str, Any], int],
+    *,
+    features: int | None = None,
+    stack: int | None = None,
+    rngs: nnx.Rngs,
+    **options: Any,
+) -> list[str]:
+    """Puts a `ChunkedLayer` around layers of a model, in place.
+
+    The model's output stays bit-identical until a seed is grafted. Every parameter
+    keeps its value; ``model.layer.kernel`` can still be reached as such, and its path
+    is now ``layer/base/kernel``. A layer that is used in several places is replaced in
+    all of them. Layers that can grow already are left alone.
+    ``model.set_attributes(ChunkedLayer, enabled=False)`` gives back the plain model's
+    program.
+
+    Args:
+      model: holds the layers.
+      where: which layers: a path (``"blocks/0/mlp"``) or a sequence of paths, or else
+        an NNX filter over modules, such as `nnx.Linear`, ``nnx.PathContains("mlp")`` or
+        a function ``(path, module) -> bool``.
+      num_seeds: seeds of each, or a function ``(path, layer) -> int``.
+      features: width of their outputs; by default read off each layer.
+      stack: length of the stack where the layers were made by `nnx.vmap` (as for
+        `nnx.scan`), along the first axis of their variables.
+      rngs: key ``params`` draws the banks.
+      **options: of `SeedBed`.
+
+    Returns:
+      The paths of the layers that were replaced.
+
+    Raises:
+      TypeError, ValueError: if no layer is found, a path does not exist, or an argument
+        does not fit a layer, whose path is named. Nothing has been changed then.
+    """
+    found = _find(model, where)
+    if "" in found:
+        raise ValueError(
+            "where: the model itself cannot be replaced within itself; write "
+            "ChunkedLayer(model, ...), or choose layers of it"
+        )
+    new = {}
+    for path, layer in found.items():
+        seeds = num_seeds(path, layer) if callable(num_seeds) else num_seeds
+        try:
+            grown = ChunkedLayer(layer, seeds, features=features, rngs=rngs, **options)
+            if stack is not None:
+                grown.bed = _stacked_bed(grown.bed, stack, options, rngs)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"layer {path!r}: {error}") from None
+        new[id(layer)] = grown
+    replacements = [
+        (parent, key, new[id(child)])
+        for _, parent in nnx.iter_graph(model)
+        if isinstance(parent, nnx.Module)
+        for key, child in list(nnx.iter_children(parent))
+        if id(child) in new
+    ]
+    for parent, key, layer in replacements:
+        if isinstance(key, int):
+            parent[key] = layer  # type: ignore[index]  # an nnx.List
+        else:
+            setattr(parent, str(key), layer)
+    return list(found)
+
+
+def _find(model: nnx.Module, where: Any) -> dict[str, Any]:
+    """The layers asked for that cannot grow yet, by path."""
+    modules: dict[str, tuple[tuple[Any, ...], Any]] = {}
+    taken = set()
+    for path, node in nnx.iter_graph(model):
+        if isinstance(node, nnx.Module):
+            modules["/".join(map(str, path))] = path, node
+        if isinstance(node, ChunkedLayer):
+            taken |= {id(node), id(node.base)}
+        if isinstance(node, SeedBed):
+            taken.add(id(node))
+    names = [where] if isinstance(where, str) else where
+    if isinstance(names, Sequence) and all(isinstance(n, str) for n in names):
+        unknown = [name for name in names if name not in modules]
+        if unknown:
+            raise ValueError(
+                f"where: there is no layer {unknown[0]!r}; the model has "
+                f"{', '.join(repr(name) for name in modules if name)}"
+            )
+        chosen = {name: modules[name][1] for name in names}
+    else:
+        selects = nnx.filterlib.to_predicate(where)
+        chosen = {
+            name: node for name, (path, node) in modules.items() if selects(path, node)
+        }
+    found = {name: node for name, node in chosen.items() if id(node) not in taken}
+    if not found:
+        raise ValueError(
+            f"where: no layer that cannot grow yet was found by {where!r}; the model "
+            f"has {', '.join(repr(name) for name in modules if name)}"
+        )
+    return found
+
+
+def _stacked_bed(
+    bed: SeedBed, stack: int, options: dict[str, Any], rngs: nnx.Rngs
+) -> SeedBed:
+    """A `SeedBed` like ``bed`` for each layer of a stack."""
+
+    @nnx.split_rngs(splits=stack)
+    @nnx.vmap(in_axes=(0,), out_axes=0)
+    def make(rngs: nnx.Rngs) -> SeedBed:
+        layout = bed.layout
+        return SeedBed(layout.features, layout.num_seeds, rngs=rngs, **options)
+
+    return make(rngs)

@@ -1,0 +1,159 @@
+"""Blend shard by shard: each device computes the chunks that it holds."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from esper_jax.blueprints import Bank
+from esper_jax.chunks import ChunkLayout
+from esper_jax.signals import Statistics
+
+__all__ = ["blend", "check_sharding", "shard_layout"]
+
+
+def _names(entry: Any) -> tuple[str, ...]:
+    """Mesh axes of one entry of a `PartitionSpec`."""
+    if entry is None:
+        return ()
+    return (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def _split(sharding: NamedSharding, ndim: int) -> tuple[list[Any], Any]:
+    """The entries of the batch axes and the one of the features."""
+    entries = [*sharding.spec, *[None] * (ndim - len(sharding.spec))]
+    return entries[:-1], entries[-1]
+
+
+def _size(sharding: NamedSharding, names: tuple[str, ...]) -> int:
+    return math.prod(sharding.mesh.shape[name] for name in names)
+
+
+def check_sharding(sharding: Any) -> None:
+    """Raises TypeError if it is neither a `NamedSharding` nor None."""
+    if not isinstance(sharding, NamedSharding | None):
+        raise TypeError(
+            "sharding must be a jax.sharding.NamedSharding of the layer's output, its "
+            f"features last, or None; got {sharding!r}"
+        )
+
+
+def shard_layout(layout: ChunkLayout, shards: int) -> ChunkLayout:
+    """The layout of one of the equal shards that the features are cut into.
+
+    Raises:
+      ValueError: if a chunk would lie on two shards.
+    """
+    if shards == 1:
+        return layout
+    if layout.features % shards:
+        raise ValueError(
+            f"sharding: {layout.features} features cannot be cut into {shards} equal "
+            "shards; choose a number of features that the devices divide"
+        )
+    width = layout.features // shards
+    if not layout.even or width % layout.width:
+        raise ValueError(
+            f"sharding: chunks of {layout.width} features do not fit into shards of "
+            f"{width} features ({layout.num_seeds} seeds over {layout.features} "
+            f"features, {shards} shards), so that a chunk would lie on two devices. "
+            f"Choose num_seeds among the multiples of {shards} that divide "
+            f"{layout.features}"
+        )
+    return ChunkLayout(width, layout.num_seeds // shards)
+
+
+def blend(
+    local: Callable[..., Any],
+    y: Float[Array, "*B F"],
+    bank: Bank,
+    alpha: Float[Array, " K"],
+    beta: Float[Array, " K"],
+    blueprint: Int[Array, " K"],
+    seed_of_slot: Int[Array, " K"],
+    *,
+    layout: ChunkLayout,
+    sharding: NamedSharding,
+    statistics_rows: int | None,
+) -> tuple[Float[Array, "*B F"], Statistics, Float[Array, " K"]]:
+    """`api.blend` of an array that is sharded.
+
+    Every device has the whole bank and computes the slots whose chunks it holds. The
+    results are those of one device, to the order of additions.
+
+    Args:
+      local: `api.blend` with its other options, for one shard.
+      y: the activation.
+      bank: parameters of the blueprints.
+      alpha: how much each slot counts.
+      beta: how much each slot learns.
+      blueprint: kind of each slot.
+      seed_of_slot: the seed that owns each slot.
+      layout: of all features.
+      sharding: of ``y``; missing entries are the last axes, not sharded.
+      statistics_rows: of all rows.
+
+    Raises:
+      ValueError: if the sharding does not fit ``y`` or the layout.
+    """
+    if len(sharding.spec) > y.ndim:
+        raise ValueError(
+            f"sharding must have at most {y.ndim} entries, one for each axis of the "
+            f"layer's output; got {sharding.spec}"
+        )
+    batch, feature = _split(sharding, y.ndim)
+    rows = tuple(name for entry in batch for name in _names(entry))
+    columns = _names(feature)
+    own = shard_layout(layout, _size(sharding, columns))
+    for size, entry in zip(y.shape, batch, strict=False):
+        devices = _size(sharding, _names(entry))
+        if size % devices:
+            raise ValueError(
+                f"sharding: an axis of {size} rows cannot be cut into {devices} equal "
+                "shards; choose a batch that the devices divide"
+            )
+    if statistics_rows:
+        statistics_rows = max(1, statistics_rows // _size(sharding, rows))
+
+    def one(y: Array, bank: Bank, *slots: Array) -> Any:
+        alpha, beta, blueprint, seed_of_slot = slots
+        if columns:
+            first = jax.lax.axis_index(columns) * own.num_seeds
+            here = (seed_of_slot >= first) & (seed_of_slot < first + own.num_seeds)
+            seed_of_slot = jnp.where(here, seed_of_slot - first, -1)
+            alpha, beta = (jnp.where(here, c, 0.0) for c in (alpha, beta))
+        out, statistics, reconstruction = local(
+            y,
+            bank,
+            alpha,
+            beta,
+            blueprint,
+            seed_of_slot,
+            layout=own,
+            statistics_rows=statistics_rows,
+        )
+        if rows:
+            statistics = jax.lax.psum(statistics, rows)
+            reconstruction = jax.lax.pmean(reconstruction, rows)
+        if columns:
+            gather = functools.partial(
+                jax.lax.all_gather, axis_name=columns, tiled=True
+            )
+            statistics = jax.tree.map(gather, statistics)
+            reconstruction = jax.lax.psum(reconstruction, columns)
+        return out, statistics, reconstruction
+
+    spec, everywhere = PartitionSpec(*batch, feature), PartitionSpec()
+    return jax.shard_map(
+        one,
+        mesh=sharding.mesh,
+        in_specs=(spec, *[everywhere] * 5),
+        out_specs=(spec, everywhere, everywhere),
+        # Kernels do not say along which axes their outputs differ.
+        check_vma=False,
+    )(y, bank, alpha, beta, blueprint, seed_of_slot)

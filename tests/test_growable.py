@@ -1,0 +1,394 @@
+"""Growth inside a model that somebody else wrote: layers of every kind, stacks,
+ensembles, rematerialization, bfloat16."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from esper_jax.controller import ControllerConfig
+from esper_jax.growable import make_growable
+from esper_jax.layers import ChunkedLayer, SeedVariable
+from esper_jax.lifecycle import GraftConfig, LifecycleConfig
+from esper_jax.stages import Stage
+from esper_jax.train import build, fit
+
+GATES = LifecycleConfig(
+    min_epochs=(0, 0, 1, 1, 1, 1, 1, 0, 1, 0, 1),
+    reconstruction_threshold=1e9,
+    min_stability=-1e9,
+    cull_delta=-1e9,
+    min_improvement=-1e9,
+    min_final_stability=-1e9,
+    grafting=GraftConfig(ramp_duration=2),
+)
+POLICY = ControllerConfig(patience=1, threshold=0.9)
+
+
+def same_bits(a, b):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        x, y = np.asarray(x), np.asarray(y)
+        assert x.dtype == y.dtype
+        assert x.tobytes() == y.tobytes()
+
+
+class Head(nnx.Module):
+    def __init__(self, width, rngs):
+        self.norm = nnx.LayerNorm(width, rngs=rngs)
+        self.out = nnx.Linear(width, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return self.out(self.norm(x))
+
+
+class Transformer(nnx.Module):
+    """A model as a user has it: nothing in it knows of growth."""
+
+    def __init__(self, rngs):
+        self.embed = nnx.Embed(11, 8, rngs=rngs)
+        self.convs = nnx.List([nnx.Conv(8, 8, (3,), rngs=rngs) for _ in range(2)])
+        self.attention = nnx.MultiHeadAttention(2, 8, decode=False, rngs=rngs)
+        self.norm = nnx.LayerNorm(8, rngs=rngs)
+        self.tied = self.norm
+        self.head = Head(8, rngs)
+
+    def __call__(self, x):
+        x = self.embed(x)
+        for conv in self.convs:
+            x = x + nnx.relu(conv(x))
+        x = x + self.attention(self.norm(x))
+        return self.head(self.tied(x).mean(axis=1))
+
+
+TOKENS = np.random.default_rng(0).integers(0, 11, (16, 5)).astype(np.int32)
+LABELS = (TOKENS.sum(axis=1) % 3).astype(np.int32)
+SEEDS = {"embed": 2, "convs/1": 8, "attention": 4, "norm": 1, "head": 3}
+
+
+def grown():
+    model = Transformer(nnx.Rngs(0))
+    for path, seeds in SEEDS.items():
+        features = 3 if path == "head" else None
+        found = make_growable(model, path, seeds, features=features, rngs=nnx.Rngs(1))
+        assert found == [path]
+    return model
+
+
+def params_of(model):
+    return {p[-1]: v for p, v in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+
+
+def test_an_existing_model_grows_without_being_rewritten():
+    plain, model = Transformer(nnx.Rngs(0)), grown()
+    forward = jax.jit(
+        lambda graph, state, x: nnx.merge(graph, state)(x), static_argnums=0
+    )
+    want = forward(*nnx.split(plain), TOKENS)
+    same_bits(forward(*nnx.split(model), TOKENS), want)
+    # Names that the user's code has go on working, tied layers stay tied.
+    same_bits(model.convs[1].kernel[...], plain.convs[1].kernel[...])
+    same_bits(model.head.out.bias[...], plain.head.out.bias[...])
+    same_bits(model.attention.query.kernel[...], plain.attention.query.kernel[...])
+    assert model.attention.num_heads == 2
+    assert model.tied is model.norm
+    with pytest.raises(AttributeError, match="no_such_thing"):
+        _ = model.norm.no_such_thing
+
+    program = build(
+        model,
+        optax.adam(1e-2),
+        optax.adam(1e-2),
+        lifecycle_config=GATES,
+        controller_config=POLICY,
+    )
+    state = program.init(jax.random.key(0))
+    assert {name: s.num_seeds for name, s in state.seeds.items()} == SEEDS
+    data = (TOKENS, LABELS)
+    state = fit(program, state, data, data, ticks=9, batch_size=8)
+    stages = np.concatenate([np.asarray(s.stage) for s in state.seeds.values()])
+    assert Stage.FINE_TUNING in stages or Stage.FOSSILIZED in stages
+    loss, _ = program.evaluate(state, data)
+    trained = program.model(state)
+    trained.eval()
+    logits = trained(TOKENS)
+    same = optax.softmax_cross_entropy_with_integer_labels(logits, LABELS).mean()
+    np.testing.assert_allclose(same, loss, rtol=1e-5)
+
+
+def test_a_disabled_layer_gives_back_the_plain_program():
+    def text(model):
+        graph, state = nnx.split(model)
+
+        def forward(state, x):
+            return nnx.merge(graph, state)(x)
+
+        return jax.jit(forward).lower(state, TOKENS).as_text()
+
+    model = grown()
+    assert text(model) != text(Transformer(nnx.Rngs(0)))
+    model.set_attributes(ChunkedLayer, enabled=False)
+    assert text(model) == text(Transformer(nnx.Rngs(0)))
+
+
+@pytest.mark.parametrize(
+    ("where", "expected"),
+    [
+        (nnx.Conv, ["convs/0", "convs/1"]),
+        (["norm", "embed"], ["norm", "embed"]),
+        (nnx.PathContains("attention"), None),
+        (lambda path, m: isinstance(m, nnx.Linear), ["head/out"]),
+    ],
+)
+def test_layers_are_chosen_by_path_or_filter(where, expected):
+    model = Transformer(nnx.Rngs(0))
+
+    def seeds(path, layer):
+        return 3 if path == "head/out" else 2
+
+    found = make_growable(model, where, seeds, capacity=1, rngs=nnx.Rngs(1))
+    if expected is None:  # the whole block and the layers in it
+        assert found[-1] == "attention"
+        assert len(found) == 5
+    else:
+        assert found == expected
+    for path in found:
+        node = functools.reduce(
+            lambda m, key: m[int(key)] if key.isdigit() else getattr(m, key),
+            path.split("/"),
+            model,
+        )
+        assert isinstance(node, ChunkedLayer)
+    same_bits(model(TOKENS), Transformer(nnx.Rngs(0))(TOKENS))
+    # What can grow already is left alone.
+    with pytest.raises(ValueError, match="where: no layer that cannot grow yet"):
+        make_growable(model, lambda path, m: m is node, 2, rngs=nnx.Rngs(1))
+
+
+@pytest.mark.parametrize(
+    ("where", "num_seeds", "message"),
+    [
+        ("blocks/7", 2, "where: there is no layer 'blocks/7'; the model has 'attent"),
+        (nnx.BatchNorm, 2, "where: no layer that cannot grow yet was found"),
+        (Transformer, 2, "where: the model itself cannot be replaced"),
+        (nnx.Embed, 9, "layer 'embed': num_seeds must be from 1"),
+        (Head, 2, "layer 'head': features must be given"),
+    ],
+)
+def test_what_does_not_fit_is_refused_and_nothing_has_changed(
+    where, num_seeds, message
+):
+    model = Transformer(nnx.Rngs(0))
+    before = nnx.graphdef(model)
+    with pytest.raises((TypeError, ValueError), match=message):
+        make_growable(model, where, num_seeds, rngs=nnx.Rngs(1))
+    assert nnx.graphdef(model) == before
+
+
+class Block(nnx.Module):
+    def __init__(self, rngs, growable):
+        linear = nnx.Linear(8, 8, rngs=rngs)
+        self.mlp = linear
+        if growable:
+            self.mlp = ChunkedLayer(linear, 4, capacity=2, rngs=rngs)
+
+    def __call__(self, x):
+        return x + nnx.tanh(self.mlp(x))
+
+
+class Stack(nnx.Module):
+    """Three blocks run by `nnx.scan`, or the same as a list."""
+
+    def __init__(self, rngs, scan, growable=True, remat=False):
+        @nnx.split_rngs(splits=3)
+        @nnx.vmap(in_axes=(0,), out_axes=0)
+        def make(rngs):
+            return Block(rngs, growable)
+
+        self.scan, self.remat = scan, remat
+        self.blocks = make(rngs)
+        if not scan:
+            graph, state = nnx.split(self.blocks)
+            self.blocks = nnx.List(
+                [
+                    nnx.merge(graph, jax.tree.map(lambda x, i=i: x[i], state))
+                    for i in range(3)
+                ]
+            )
+        self.out = nnx.Linear(8, 3, rngs=rngs)
+
+    def __call__(self, x):
+        def one(block, x):
+            return block(x)
+
+        if self.remat:
+            one = nnx.remat(one)
+        if self.scan:
+            one = nnx.scan(one, in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+            return self.out(one(self.blocks, x))
+        for block in self.blocks:
+            x = one(block, x)
+        return self.out(x)
+
+
+X = np.random.default_rng(1).normal(size=(32, 8)).astype(np.float32)
+DATA = (X, np.argmax(X[:, :3] * X[:, 3:6], axis=1).astype(np.int32))
+
+
+def grow(model, ticks):
+    program = build(
+        model,
+        optax.sgd(0.1),
+        optax.sgd(0.1),
+        lifecycle_config=GATES,
+        controller_config=POLICY,
+    )
+    reports = []
+    state = fit(
+        program,
+        program.init(jax.random.key(0)),
+        DATA,
+        DATA,
+        ticks=ticks,
+        batch_size=16,
+        on_tick=lambda _, report: reports.append(report),
+    )
+    return program, state, reports
+
+
+@pytest.fixture(scope="module")
+def unrolled():
+    return grow(Stack(nnx.Rngs(0), scan=False), 12)
+
+
+def assert_same_growth(got, want):
+    """Of a stack and of a list of the same layers."""
+    _, state, reports = got
+    _, expected, expected_reports = want
+    names = {f"blocks/mlp[{i}]": f"blocks/{i}/mlp" for i in range(3)}
+    assert list(state.seeds) == list(names)
+    for report, other in zip(reports, expected_reports, strict=True):
+        np.testing.assert_allclose(report.loss, other.loss, rtol=1e-4)
+        for name, twin in names.items():
+            np.testing.assert_array_equal(
+                report.layers[name].stage, other.layers[twin].stage
+            )
+    for name, twin in names.items():
+        for part in ("seeds", "banks"):
+            jax.tree.map(
+                functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5),
+                getattr(state, part)[name],
+                getattr(expected, part)[twin],
+            )
+    stages = np.concatenate([np.asarray(s.stage) for s in state.seeds.values()])
+    assert np.sum(stages == Stage.FOSSILIZED) >= 2
+
+
+def test_a_stack_under_scan_grows_as_its_layers_one_by_one(unrolled):
+    program, state, reports = grow(Stack(nnx.Rngs(0), scan=True), 12)
+    assert program.recompiles() == 0
+    assert_same_growth((program, state, reports), unrolled)
+    bed = program.model(state).blocks.mlp.bed
+    np.testing.assert_array_equal(
+        bed.seeds.get_value().stage,
+        np.stack([s.stage for s in state.seeds.values()]),
+    )
+
+
+def test_rematerialization_changes_nothing(unrolled):
+    assert_same_growth(grow(Stack(nnx.Rngs(0), scan=True, remat=True), 12), unrolled)
+
+
+def test_jax_checkpoint_around_a_layer_changes_nothing():
+    layer = ChunkedLayer(nnx.Linear(8, 8, rngs=nnx.Rngs(0)), 4, rngs=nnx.Rngs(1))
+    seeds = layer.bed.seeds.get_value()
+    layer.bed.seeds.set_value(
+        dataclasses.replace(
+            seeds,
+            stage=seeds.stage.at[2].set(Stage.FINE_TUNING),
+            slot_of_seed=seeds.slot_of_seed.at[2].set(1),
+            seed_of_slot=seeds.seed_of_slot.at[1].set(2),
+        )
+    )
+    graph, params, rest = nnx.split(layer, nnx.Param, ...)
+
+    def loss(params, x):
+        model = nnx.merge(graph, params, rest, copy=True)
+        return jnp.sum(jnp.sin(model(x))), nnx.state(model, SeedVariable)
+
+    plain, again = (
+        jax.jit(jax.value_and_grad(f, has_aux=True))(params, X)
+        for f in (loss, jax.checkpoint(loss))
+    )
+    same_bits(plain, again)
+    bank = again[1]["bed"]["bank"].get_value()
+    assert np.any(np.asarray(bank.w2[1]))
+
+
+def test_an_existing_stack_is_made_growable(unrolled):
+    model = Stack(nnx.Rngs(0), scan=True, growable=False)
+    plain = model(X)
+    found = make_growable(model, "blocks/mlp", 4, stack=3, capacity=2, rngs=nnx.Rngs(3))
+    assert found == ["blocks/mlp"]
+    same_bits(model(X), plain)
+    program, state, _ = grow(model, 9)
+    assert list(state.seeds) == [f"blocks/mlp[{i}]" for i in range(3)]
+    bigger = program.grow_capacity(state, 4)
+    assert program.model(bigger).blocks.mlp.bed.probe.get_value().shape == (3, 4)
+    same_bits(program.evaluate(bigger, DATA), program.evaluate(state, DATA))
+    with pytest.raises(ValueError, match=r"'blocks/mlp\[0\]' and .* of one stack"):
+        program.grow_capacity(state, {"blocks/mlp[0]": 4})
+
+
+class Ensemble(nnx.Module):
+    """Two models under `nnx.vmap`; their mean logits."""
+
+    def __init__(self, rngs):
+        @nnx.split_rngs(splits=2)
+        @nnx.vmap(in_axes=(0,), out_axes=0)
+        def make(rngs):
+            return Stack(rngs, scan=True)
+
+        self.members = make(rngs)
+
+    def __call__(self, x):
+        @nnx.vmap(in_axes=(0, None), out_axes=0)
+        def run(member, x):
+            return member(x)
+
+        return run(self.members, x).mean(axis=0)
+
+
+def test_an_ensemble_under_vmap_grows():
+    program, state, reports = grow(Ensemble(nnx.Rngs(0)), 6)
+    measured = program.step(state, DATA)
+    assert list(state.seeds) == [
+        f"members/blocks/mlp[{i},{j}]" for i in range(2) for j in range(3)
+    ]
+    stages = np.concatenate([np.asarray(s.stage) for s in measured.seeds.values()])
+    assert Stage.TRAINING in stages or Stage.GRAFTING in stages
+    assert all(np.isfinite(r.loss) for r in reports)
+    # What the layers of one member measured is their own.
+    totals = [float(s.statistics.total[0]) for s in measured.seeds.values()]
+    assert len(set(totals)) == len(totals)
+
+
+def test_bfloat16_compute_keeps_float32_parameters_and_statistics():
+    linear = nnx.Linear(8, 16, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    model = nnx.Sequential(
+        ChunkedLayer(linear, 4, rngs=nnx.Rngs(1)),
+        nnx.relu,
+        nnx.Linear(16, 3, dtype=jnp.bfloat16, rngs=nnx.Rngs(2)),
+    )
+    assert model.layers[0](X).dtype == jnp.bfloat16
+    program, state, reports = grow(model, 9)
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.banks)} == {jnp.dtype("f4")}
+    assert {p.dtype for p in state.params.values()} == {jnp.dtype("f4")}
+    seeds = state.seeds["layers/0"]
+    assert np.max(seeds.stage) >= Stage.GRAFTING
+    assert all(np.isfinite(r.loss) for r in reports)
+    program.tick(state, DATA)
