@@ -22,6 +22,7 @@ from esper_jax.blueprints import operations, param_counts
 from esper_jax.controller import Reason
 from esper_jax.functional import TrainState
 from esper_jax.lifecycle import no_commands
+from esper_jax.optim import PerSlot, per_slot
 from esper_jax.scan import scan_fit, start_from
 from esper_jax.stages import LIVING, Stage
 from esper_jax.state import SeedState
@@ -202,6 +203,18 @@ def _optimizer(steps: int) -> optax.GradientTransformation:
     )
 
 
+def _bank_optimizer(steps: int) -> PerSlot:
+    """The same in each slot. A newborn keeps the rate and the decay of its slot, which
+    fresh state would set back to where they were when the program was built."""
+    inner = per_slot(_optimizer(steps))
+
+    def reset(state: Any, params: Any, born: Any) -> Any:
+        injected, *rest = inner.reset(state, params, born)
+        return (injected._replace(hyperparams=state[0].hyperparams), *rest)
+
+    return PerSlot(inner.init, inner.update, reset)
+
+
 def _tuned(state: TrainState, rate: jax.Array, decay: jax.Array) -> TrainState:
     def put(opt_state: Any) -> Any:
         inner, *rest = opt_state
@@ -239,7 +252,7 @@ def prepare(task: Task, arm: Arm, data: Any) -> Callable[..., Runs]:
     program = build(
         make(nnx.Rngs(0)),
         _optimizer(arm.ticks * per_tick),
-        _optimizer(arm.ticks * per_tick),
+        _bank_optimizer(arm.ticks * per_tick),
         lifecycle_config=gates,
         controller_config=dataclasses.replace(task.policy, budget=budget),
         decide=arm.decide,

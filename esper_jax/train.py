@@ -105,7 +105,7 @@ def classification(
 def build(
     model: nnx.Module,
     optimizer: optax.GradientTransformation,
-    blueprint_optimizer: optax.GradientTransformation,
+    blueprint_optimizer: optax.GradientTransformation | PerSlot,
     *,
     loss: Loss = classification,
     lifecycle_config: LifecycleConfig | None = None,
@@ -122,7 +122,8 @@ def build(
         or `SeedBed` modules. Its values are copied, not changed; `Program.model` gives
         it back trained.
       optimizer: for the host's parameters.
-      blueprint_optimizer: for the banks; runs in each slot (`optim.per_slot`).
+      blueprint_optimizer: for the banks; runs in each slot (`optim.per_slot`). A
+        `PerSlot` is taken as it is.
       loss: ``loss(outputs, y) -> (loss, score)``, one float of each for every row; the
         score is what counts as accuracy.
       lifecycle_config: minima, gates and grafting.
@@ -152,7 +153,11 @@ def build(
                 f"controller blueprint must be an index into the {len(kinds)} "
                 f"blueprints of layer {name!r}, got {policy.blueprint}"
             )
-    bank_optimizer = per_slot(blueprint_optimizer)
+    bank_optimizer = (
+        blueprint_optimizer
+        if isinstance(blueprint_optimizer, PerSlot)
+        else per_slot(blueprint_optimizer)
+    )
     initial = jax.tree.map(
         lambda v: v if is_key(v) else np.asarray(v), values_of(model)
     )

@@ -141,9 +141,7 @@ def test_worth_is_a_paired_counterfactual_and_not_before_against_after():
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(256, 4)), jnp.float32)
     y = (x[:, 0] * x[:, 1] > 0).astype(jnp.int32)
-    _, report = run(
-        model, (x[:128], y[:128]), (x[128:], y[128:]), EAGER, ticks=30
-    )
+    _, report = run(model, (x[:128], y[:128]), (x[128:], y[128:]), EAGER, ticks=30)
     layer = next(iter(report.ticks.layers.values()))
     counted = np.asarray(layer.stage) == Stage.EVALUATING
     worth = np.asarray(layer.signals.performance_delta)[1:][counted[:-1]]
@@ -160,7 +158,13 @@ def test_random_labels_end_with_no_fossil(seed):
     x = jnp.asarray(rng.normal(size=(256, 8)), jnp.float32)
     y = jnp.asarray(rng.integers(0, 4, 256), jnp.int32)
     model = MLP(
-        8, (16,), 4, num_seeds=4, capacity=4, blueprints=["context"], rngs=nnx.Rngs(seed)
+        8,
+        (16,),
+        4,
+        num_seeds=4,
+        capacity=4,
+        blueprints=["context"],
+        rngs=nnx.Rngs(seed),
     )
     _, report = run(model, (x[:128], y[:128]), (x[128:], y[128:]), EAGER, ticks=60)
     lived = stages(report)
