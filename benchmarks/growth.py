@@ -7,13 +7,14 @@ keys:
 
 - grown: the controller decides when, where and what.
 - host: the host that growth starts from, and nothing else.
-- static: a wider host of the same shape, with at least the parameters of the largest
-  grown model.
-- static, ops: the same, trained for as many epochs as take grown's operations.
+- static: a wider host of the same shape, with at least the parameters that a grown
+  model comes to at most.
+- static, ops: the same, trained for as many epochs as take the operations that growth
+  takes at most.
 - always on: all seeds learn and count from the first step to the last.
 - retrained: each grown run's final topology, trained from scratch.
 - random: as many seeds as the paired grown run ended with, at random places and times,
-  all of them kept.
+  none of them removed. (A seed whose worth is not above 0 stays in the model, frozen.)
 
 Three-way splits: training data; held-out data, which the gates and the controller read
 and every arm is tuned on; test data, which are evaluated beside the training and read
@@ -33,7 +34,7 @@ import argparse
 import dataclasses
 import json
 import platform
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -43,14 +44,16 @@ import numpy as np
 from growth_arms import (
     COUNTS,
     Arm,
+    Runner,
     Runs,
     chosen,
     grown,
-    prepare,
+    most_grown,
     replay,
+    same_operations,
     static,
 )
-from growth_tasks import TASKS, Task, host_size, layer_names, widen
+from growth_tasks import TASKS, Task, host_size, widen
 from scipy import stats
 
 TUNING_SEED = 100_000
@@ -69,39 +72,28 @@ class Result:
     """At the grid point that was chosen, a run for each tuning seed."""
 
 
-def tune_and_run(
-    task: Task,
-    arm: Arm,
-    data: Any,
-    count: int,
-    extras: Any = None,
-    run: Callable[..., Runs] | None = None,
-) -> Result:
-    """Tunes an arm over the task's grid and runs it ``count`` times.
+def tune_and_run(runner: Runner, extras: Any = (None, None)) -> Result:
+    """Tunes an arm over the task's grid, and runs it at the best point.
 
     Args:
-      task: what to learn.
-      arm: how.
-      data: the three-way split.
-      count: final runs; as many are spent on tuning.
+      runner: of the arm; as many runs are spent on tuning as in the end.
       extras: the arm's extra for the tuning runs and for the final ones.
-      run: what `prepare` made of the arm, where it was done already.
     """
-    each = max(1, count // len(task.grid))
+    task, count = runner.task, runner.count
+    each = count // len(task.grid)
     grid = np.repeat(np.array(task.grid, np.float32), each, axis=0)
     seeds = TUNING_SEED + np.tile(np.arange(each), len(task.grid))
-    tuning_extra, final_extra = extras or (None, None)
+    tuning_extra, final_extra = extras
     if tuning_extra is not None:
         tuning_extra = jax.tree.map(
             lambda x: np.concatenate([x[:each]] * len(task.grid)), tuning_extra
         )
-    run = run or prepare(task, arm, data)
-    tried = run(seeds, grid[:, 0], grid[:, 1], tuning_extra)
+    tried = runner(seeds, grid[:, 0], grid[:, 1], tuning_extra)
     score = tried.accuracy[:, -1].reshape(len(task.grid), each).mean(axis=1)
     best = int(np.argmax(score))
     rate, decay = task.grid[best]
-    runs = run(np.arange(count), rate, decay, final_extra)
-    return Result(arm, rate, decay, runs, _part(tried, best * each, each))
+    runs = runner(np.arange(count), rate, decay, final_extra)
+    return Result(runner.arm, rate, decay, runs, _part(tried, best * each, each))
 
 
 def _part(runs: Runs, first: int, count: int) -> Runs:
@@ -118,12 +110,6 @@ def _part(runs: Runs, first: int, count: int) -> Runs:
 def final_topology(runs: Runs) -> dict[str, np.ndarray]:
     """Which seeds count in the end: bool (R, S) by layer."""
     return {name: COUNTS[stage[:, -1]] for name, stage in runs.stages.items()}
-
-
-def all_seeds(task: Task, count: int) -> dict[str, np.ndarray]:
-    """Every seed of every layer, as `final_topology` has it."""
-    layers = layer_names(task)
-    return {name: np.ones((count, task.num_seeds), bool) for name in layers}
 
 
 def random_plan(runs: Runs, task: Task) -> dict[str, np.ndarray]:
@@ -143,42 +129,55 @@ def random_plan(runs: Runs, task: Task) -> dict[str, np.ndarray]:
     return dict(zip(names, np.split(np.stack(plans), ends, axis=1), strict=True))
 
 
-def compare(name: str, task: Task, count: int, threads: int) -> dict[str, Result]:
-    """All arms of a task."""
+ARMS = (
+    "grown",
+    "static",
+    "always on",
+    "retrained",
+    "host",
+    "random",
+    "static, ops",
+)
+
+
+def runners(task: Task, count: int, names: Sequence[str]) -> dict[str, Runner]:
+    """A program for each arm; that of ``retrained`` is the one of ``always on``."""
+    parameters, operations = most_grown(task)
+    wide = widen(task, parameters)
+    same = static(task, "static", wide)
+    each_tick = same_operations(task, wide)
+    longer = max(task.ticks, int(np.ceil(operations / each_tick)))
+    arms = [
+        grown(task),
+        static(task, "host", task.widths),
+        same,
+        static(task, "static, ops", wide, longer),
+        chosen(task, "always on"),
+        replay(task),
+    ]
     data = task.data(0)
-    with ThreadPoolExecutor(threads) as pool:
+    programs = {
+        arm.name: Runner(task, arm, data, count) for arm in arms if arm.name in names
+    }
+    if "retrained" in names:
+        again = Runner(task, chosen(task, "always on"), data, count)
+        programs["retrained"] = programs.get("always on", again)
+    return programs
 
-        def start(arm: Arm, extras: Any = None, run: Any = None) -> Any:
-            return pool.submit(tune_and_run, task, arm, data, count, extras, run)
 
-        always, again = chosen(task, "always on"), chosen(task, "retrained")
-        run_chosen = prepare(task, always, data)  # one program for both
-        every = all_seeds(task, count)
-        waiting = [
-            start(grown(task)),
-            start(static(task, "host", task.widths)),
-            start(always, (every, every), run_chosen),
-        ]
-        results = {"grown": waiting[0].result()}
-        best = results["grown"]
-        wide = widen(task, float(best.runs.parameters[:, -1].max()))
-        topologies = [final_topology(r) for r in (best.tuning, best.runs)]
-        plans = [random_plan(r, task) for r in (best.tuning, best.runs)]
-        same = static(task, "static", wide)
-        # Operations of a static net are known without a run: they follow its ticks.
-        waiting += [
-            start(same),
-            start(again, topologies, run_chosen),
-            start(replay(task), plans),
-        ]
-        each_tick = waiting[3].result().runs.operations.mean() / task.ticks
-        longer = max(task.ticks, round(best.runs.operations.mean() / each_tick))
-        waiting.append(start(static(task, "static, ops", wide, longer)))
-        for future in waiting:
-            result = future.result()
-            results[result.arm.name] = result
-    report(name, task, results)
-    return results
+def compare(
+    task: Task, programs: dict[str, Runner], names: Sequence[str]
+) -> Iterator[tuple[str, Result]]:
+    """The arms of a task, ``grown`` first."""
+    best = tune_and_run(programs["grown"])
+    yield "grown", best
+    extras = {
+        "retrained": [final_topology(r) for r in (best.tuning, best.runs)],
+        "random": [random_plan(r, task) for r in (best.tuning, best.runs)],
+    }
+    for name in names:
+        if name != "grown":
+            yield name, tune_and_run(programs[name], extras.get(name, (None, None)))
 
 
 def interval(differences: np.ndarray) -> tuple[float, float, float]:
@@ -258,27 +257,36 @@ def main() -> None:
     parser.add_argument(
         "--runs", type=int, default=24, help="final runs, and tuning runs, of each arm"
     )
+    parser.add_argument(
+        "--arms", nargs="*", choices=ARMS, default=ARMS, help="grown is always run"
+    )
     parser.add_argument("--json", type=Path, help="file to write every number to")
     parser.add_argument("--quick", action="store_true", help="few ticks, to try it out")
-    parser.add_argument("--threads", type=int, default=1, help="arms at a time")
+    parser.add_argument("--threads", type=int, default=2, help="compilations at a time")
     options = parser.parse_args()
     device = jax.devices()[0]
     print(
         f"device {device.device_kind} ({platform.processor() or platform.machine()}), "
         f"jax {jax.__version__}"
     )
+    tasks = {name: TASKS[name] for name in options.task}
+    if options.quick:
+        tasks = {n: dataclasses.replace(t, ticks=12) for n, t in tasks.items()}
+    count = options.runs
+    arms = [a for a in ARMS if a in options.arms or a == "grown"]
+    programs = {name: runners(task, count, arms) for name, task in tasks.items()}
+    with ThreadPoolExecutor(options.threads) as pool:  # compiling is what takes time
+        every = [runner for by_arm in programs.values() for runner in by_arm.values()]
+        list(pool.map(Runner.compile, dict.fromkeys(every)))
     numbers = {}
-
-    def one(name: str) -> None:
-        task = TASKS[name]
-        if options.quick:
-            task = dataclasses.replace(task, ticks=12)
-        numbers[name] = _plain(compare(name, task, options.runs, options.threads))
-        if options.json:
-            options.json.write_text(json.dumps(numbers) + "\n")
-
-    with ThreadPoolExecutor(options.threads) as pool:
-        list(pool.map(one, options.task))
+    for name, task in tasks.items():
+        results = {}
+        for arm, result in compare(task, programs[name], arms):
+            results[arm] = result
+            numbers[name] = _plain(results)
+            if options.json:
+                options.json.write_text(json.dumps(numbers) + "\n")
+        report(name, task, results)
 
 
 if __name__ == "__main__":

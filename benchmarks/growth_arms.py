@@ -6,6 +6,7 @@ order.
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,20 +16,31 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx, struct
-from growth_tasks import Task, host_size
+from growth_tasks import Task, host_size, layer_names
 
 from esper_jax import controller
 from esper_jax.blueprints import operations, param_counts
 from esper_jax.controller import Reason
 from esper_jax.functional import TrainState
+from esper_jax.layers import SeedBed
 from esper_jax.lifecycle import no_commands
 from esper_jax.optim import PerSlot, per_slot
 from esper_jax.scan import scan_fit, start_from
 from esper_jax.stages import LIVING, Stage
 from esper_jax.state import SeedState
-from esper_jax.train import build
+from esper_jax.train import Program, build
 
-__all__ = ["Arm", "Runs", "chosen", "grown", "prepare", "replay", "static"]
+__all__ = [
+    "Arm",
+    "Runner",
+    "Runs",
+    "chosen",
+    "grown",
+    "most_grown",
+    "replay",
+    "same_operations",
+    "static",
+]
 
 COUNTS = np.array([Stage.GRAFTING <= s <= Stage.FOSSILIZED for s in Stage])
 """``COUNTS[stage]``: whether the seed's blueprint is part of the model."""
@@ -43,6 +55,7 @@ class Arm:
       widths: of the host's layers.
       grows: whether there is anything in it that can grow.
       begin: ``begin(state, extra) -> state`` before the first step.
+      extra: ``extra(task, count) -> extra`` for each run where nobody gives another.
       decide: the policy.
       ticks: epochs.
     """
@@ -51,6 +64,7 @@ class Arm:
     widths: tuple[int, ...]
     grows: bool
     begin: Callable[[TrainState, Any], TrainState]
+    extra: Callable[[Task, int], Any]
     decide: Callable[..., Any]
     ticks: int
 
@@ -104,6 +118,20 @@ def _alive(state: TrainState, where: dict[str, jax.Array]) -> TrainState:
     return dataclasses.replace(state, seeds=seeds)
 
 
+def _no_extra(task: Task, count: int) -> Any:
+    return np.zeros(count)
+
+
+def _every_seed(task: Task, count: int) -> dict[str, np.ndarray]:
+    flags = np.ones((count, task.num_seeds), bool)
+    return dict.fromkeys(layer_names(task), flags)
+
+
+def _never(task: Task, count: int) -> dict[str, np.ndarray]:
+    plan = np.full((count, task.num_seeds), -1, np.int32)
+    return dict.fromkeys(layer_names(task), plan)
+
+
 def grown(task: Task) -> Arm:
     """The controller decides."""
     return Arm(
@@ -111,6 +139,7 @@ def grown(task: Task) -> Arm:
         task.widths,
         True,
         lambda state, _: state,
+        _no_extra,
         controller.decide,
         task.ticks,
     )
@@ -120,7 +149,15 @@ def static(
     task: Task, name: str, widths: tuple[int, ...], ticks: int | None = None
 ) -> Arm:
     """A host in which nothing grows."""
-    return Arm(name, widths, False, lambda s, _: _held(s), _hold, ticks or task.ticks)
+    return Arm(
+        name,
+        widths,
+        False,
+        lambda s, _: _held(s),
+        _no_extra,
+        _hold,
+        ticks or task.ticks,
+    )
 
 
 def chosen(task: Task, name: str) -> Arm:
@@ -130,7 +167,7 @@ def chosen(task: Task, name: str) -> Arm:
     def begin(state: TrainState, extra: Any) -> TrainState:
         return _held(_alive(state, extra))
 
-    return Arm(name, task.widths, True, begin, _hold, task.ticks)
+    return Arm(name, task.widths, True, begin, _every_seed, _hold, task.ticks)
 
 
 @struct.dataclass
@@ -192,7 +229,7 @@ def replay(task: Task) -> Arm:
         }
         return commands, _Plan(memory, plan.tick + 1, plan.born)
 
-    return Arm("random", task.widths, True, begin, decide, task.ticks)
+    return Arm("random", task.widths, True, begin, _never, decide, task.ticks)
 
 
 def _optimizer(steps: int) -> optax.GradientTransformation:
@@ -230,75 +267,152 @@ def _tuned(state: TrainState, rate: jax.Array, decay: jax.Array) -> TrainState:
     )
 
 
-def prepare(task: Task, arm: Arm, data: Any) -> Callable[..., Runs]:
-    """``run(seeds, rates, decays, extra=None) -> Runs`` of an arm, compiled once for
-    each number of runs."""
-    rows = len(data.train[0])
-    per_tick = rows // task.batch
-    options: dict[str, Any] = {
+class Runner:
+    """An arm's runs as one program.
+
+    Args:
+      task: what to learn.
+      arm: how.
+      data: the three-way split.
+      count: runs at a time.
+    """
+
+    def __init__(self, task: Task, arm: Arm, data: Any, count: int) -> None:
+        self.task, self.arm, self.count = task, arm, count
+        self._data = data
+        self._costs: dict[str, np.ndarray] = {}
+        self._compiled: Any = None
+
+    def compile(self) -> "Runner":
+        """Compiles it, if that has not been done, and returns itself."""
+        if self._compiled is None:
+            task, arm = self.task, self.arm
+            options = _options(task, arm)
+
+            def make(rngs: nnx.Rngs) -> nnx.Module:
+                return task.make(rngs, arm.widths, **options)
+
+            program = _program(task, arm, make(nnx.Rngs(0)), len(self._data.train[0]))
+            self._costs = {
+                name: param_counts(kinds, program.layouts[name].sizes)[0]
+                for name, kinds in program.kinds.items()
+            }
+            start = start_from(program, make)
+            one = functools.partial(_one_run, task, arm, program, start)
+            jitted = jax.jit(jax.vmap(one, in_axes=(None, 0, 0, 0, 0)))
+            self._parts = jax.tree.map(jnp.asarray, tuple(self._data[:3]))
+            n = self.count
+            like = self._arguments(np.zeros(n), 0.0, 0.0, arm.extra(task, n))
+            self._compiled = jitted.lower(self._parts, *like).compile()
+        return self
+
+    def _arguments(self, seeds: Any, rates: Any, decays: Any, extra: Any) -> Any:
+        n = self.count
+        return (
+            jnp.asarray(seeds, jnp.int32),
+            jnp.broadcast_to(jnp.asarray(rates, jnp.float32), (n,)),
+            jnp.broadcast_to(jnp.asarray(decays, jnp.float32), (n,)),
+            jax.tree.map(jnp.asarray, extra),
+        )
+
+    def __call__(
+        self, seeds: Sequence[int], rates: Any, decays: Any, extra: Any = None
+    ) -> Runs:
+        """Runs it; ``extra`` is by default the arm's own."""
+        self.compile()
+        if extra is None:
+            extra = self.arm.extra(self.task, self.count)
+        arguments = self._arguments(seeds, rates, decays, extra)
+        begin = time.perf_counter()
+        accuracy, loss, test, stages = jax.device_get(
+            self._compiled(self._parts, *arguments)
+        )
+        seconds = time.perf_counter() - begin
+        parameters = host_size(self.task, self.arm.widths) + sum(
+            COUNTS[s] @ self._costs[n] for n, s in stages.items()
+        )
+        spent = _operations(self.task, self.arm, self._data, stages, self._costs)
+        return Runs(accuracy, loss, test, parameters, spent, stages, seconds)
+
+
+def _options(task: Task, arm: Arm) -> dict[str, Any]:
+    return {
         "num_seeds": task.num_seeds if arm.grows else 1,
         "capacity": task.num_seeds if arm.grows else 1,
         "blueprints": task.blueprints if arm.grows else ("noop",),
     }
 
-    def make(rngs: nnx.Rngs) -> nnx.Module:
-        return task.make(rngs, arm.widths, **options)
 
-    host = host_size(task, arm.widths)
-    budget = max(0, task.budget - host) if task.budget else -1
+def _program(task: Task, arm: Arm, model: nnx.Module, rows: int) -> Program:
+    budget = max(0, task.budget - host_size(task, arm.widths)) if task.budget else -1
     gates = task.gates
     if arm.name == "random":  # no seed is turned away
         gates = dataclasses.replace(gates, min_improvement=-1e9)
-    program = build(
-        make(nnx.Rngs(0)),
-        _optimizer(arm.ticks * per_tick),
-        _bank_optimizer(arm.ticks * per_tick),
+    steps = arm.ticks * (rows // task.batch)
+    return build(
+        model,
+        _optimizer(steps),
+        _bank_optimizer(steps),
         lifecycle_config=gates,
         controller_config=dataclasses.replace(task.policy, budget=budget),
         decide=arm.decide,
         eval_batch=10_000,
     )
-    start = start_from(program, make)
-    parts = jax.tree.map(jnp.asarray, tuple(data[:3]))
 
-    def one(seed: Any, rate: Any, decay: Any, extra: Any) -> Any:
-        state = arm.begin(_tuned(start(jax.random.key(seed)), rate, decay), extra)
-        _, report = scan_fit(
-            program,
-            state,
-            parts[0],
-            parts[1],
-            ticks=arm.ticks,
-            batch_size=task.batch,
-            seed=seed,
-            watched=parts[2],
-        )
-        ticks = report.ticks
-        stages = {name: layer.stage for name, layer in ticks.layers.items()}
-        return ticks.accuracy, ticks.loss, report.watched[:, 1], stages
 
-    vmapped = jax.jit(jax.vmap(one))
+def _one_run(
+    task: Task,
+    arm: Arm,
+    program: Program,
+    start: Callable[..., TrainState],
+    parts: Any,
+    seed: Any,
+    rate: Any,
+    decay: Any,
+    extra: Any,
+) -> Any:
+    """A whole run: held-out accuracy and loss, test accuracy, stages, at each tick."""
+    state = arm.begin(_tuned(start(jax.random.key(seed)), rate, decay), extra)
+    _, report = scan_fit(
+        program,
+        state,
+        parts[0],
+        parts[1],
+        ticks=arm.ticks,
+        batch_size=task.batch,
+        seed=seed,
+        watched=parts[2],
+    )
+    ticks = report.ticks
+    stages = {name: layer.stage for name, layer in ticks.layers.items()}
+    return ticks.accuracy, ticks.loss, report.watched[:, 1], stages
 
-    def run(seeds: Sequence[int], rates: Any, decays: Any, extra: Any = None) -> Runs:
-        begin = time.perf_counter()
-        count = len(seeds)
-        arrays = (
-            jnp.asarray(seeds, jnp.int32),
-            jnp.broadcast_to(jnp.asarray(rates, jnp.float32), (count,)),
-            jnp.broadcast_to(jnp.asarray(decays, jnp.float32), (count,)),
-            jnp.zeros(count) if extra is None else jax.tree.map(jnp.asarray, extra),
-        )
-        accuracy, loss, test, stages = jax.device_get(vmapped(*arrays))
-        seconds = time.perf_counter() - begin
-        costs = {
-            n: param_counts(program.kinds[n], program.layouts[n].sizes)[0]
-            for n in stages
-        }
-        parameters = host + sum(COUNTS[s] @ costs[n] for n, s in stages.items())
-        spent = _operations(task, arm, data, stages, costs)
-        return Runs(accuracy, loss, test, parameters, spent, stages, seconds)
 
-    return run
+def most_grown(task: Task) -> tuple[int, float]:
+    """The parameters that a grown model comes to at most, and the operations of a run
+    in which all of that lives, and is measured, from the first tick to the last."""
+    host = host_size(task, task.widths)
+    names = layer_names(task)
+    model = nnx.eval_shape(
+        lambda: task.make(nnx.Rngs(0), task.widths, **_options(task, grown(task)))
+    )
+    beds = [n for _, n in nnx.iter_graph(model) if isinstance(n, SeedBed)]
+    cost = {
+        name: param_counts(bed.blueprints, bed.layout.sizes)[0]
+        for name, bed in zip(names, beds, strict=True)
+    }
+    room = task.budget - host if task.budget else np.inf
+    stages = {}
+    for name in reversed(names):
+        fits = np.cumsum(cost[name]) <= room
+        room -= (cost[name] * fits).sum()
+        living = np.where(fits, Stage.FINE_TUNING, Stage.DORMANT)
+        stages[name] = np.broadcast_to(living, (1, task.ticks, len(living)))
+    total = host + sum(
+        int((COUNTS[s[0, 0]] * cost[n]).sum()) for n, s in stages.items()
+    )
+    data = task.data(0)
+    return total, float(_operations(task, grown(task), data, stages, cost)[0])
 
 
 def _operations(
@@ -327,6 +441,15 @@ def _operations(
     rows = len(data.train[0]) // task.batch * task.batch
     held_out = len(data.held_out[0])
     return (forward * (3 * rows + held_out * (1 + asked))).sum(axis=1)
+
+
+def same_operations(task: Task, widths: Sequence[int]) -> float:
+    """Operations of an epoch of a host of such widths, its evaluation included."""
+    arm = static(task, "", tuple(widths))
+    nothing = np.zeros((1, 1, 1), int)
+    stages = dict.fromkeys(layer_names(task), nothing)
+    costs = dict.fromkeys(stages, np.zeros(1, int))
+    return float(_operations(task, arm, task.data(0), stages, costs)[0])
 
 
 def _layer_sizes(task: Task, widths: Sequence[int]) -> list[int]:

@@ -1,6 +1,7 @@
 """The configuration of a run: a TOML file checked key by key against dataclasses."""
 
 import dataclasses
+import importlib.util
 import math
 import tomllib
 import types
@@ -19,6 +20,7 @@ from esper_jax.stages import Incubation, Stage
 
 __all__ = [
     "CheckpointConfig",
+    "CompareConfig",
     "ConfigError",
     "DataConfig",
     "GrowthConfig",
@@ -157,6 +159,25 @@ class CheckpointConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """What is shown beside the run when it has ended.
+
+    Args:
+      static: whether a wider host of at least the same final parameters, in which
+        nothing grows, is trained too.
+      plot: whether accuracy over time, with the events on it, is drawn into
+        ``accuracy.png``; needs the extra ``plot``.
+    """
+
+    static: bool = False
+    plot: bool = False
+
+    def __post_init__(self) -> None:
+        if self.plot and importlib.util.find_spec("matplotlib") is None:
+            raise ValueError("plot needs matplotlib: pip install 'esper-jax[plot]'")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """All that a run depends on. Each field is a table of the TOML file.
 
@@ -173,6 +194,7 @@ class RunConfig:
     controller: ControllerConfig = dataclasses.field(default_factory=ControllerConfig)
     governor: GovernorConfig = dataclasses.field(default_factory=GovernorConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    compare: CompareConfig = dataclasses.field(default_factory=CompareConfig)
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:

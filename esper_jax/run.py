@@ -1,7 +1,8 @@
 """A run on disk: train from a config into a folder, resume it, evaluate it.
 
 A run's folder holds ``config.json``, ``events.jsonl`` (one event a line, as they
-happened), ``checkpoints/`` and, when it has ended, ``summary.json``.
+happened), ``ticks.jsonl`` (the metrics of each tick), ``checkpoints/`` and, when it has
+ended, ``summary.json`` and what ``compare`` asks for.
 """
 
 import json
@@ -19,6 +20,7 @@ from rich.console import Console
 
 from esper_jax.blueprints import param_counts
 from esper_jax.checkpoint import Checkpointer, Retention
+from esper_jax.compare import train_static
 from esper_jax.config import ConfigError, RunConfig, parse_config, to_dict
 from esper_jax.controller import Reason
 from esper_jax.data import DATASETS, Dataset
@@ -28,6 +30,7 @@ from esper_jax.governor import Governor, LayerRetreat, Rollback, TrainingStopped
 from esper_jax.grafting import Strategy
 from esper_jax.hosts import MLP
 from esper_jax.lifecycle import LifecycleConfig
+from esper_jax.monitor import plot
 from esper_jax.monitor.live import LiveView
 from esper_jax.signals import Signals
 from esper_jax.stages import Outcome, Stage
@@ -138,8 +141,19 @@ def train_run(
             keep_until=int(state.ticks),
             rollbacks=int(state.governor.rollbacks),
         )
-        state = _train(program, state, config, data, log, checkpoints, console)
+        metrics = Metrics(out / "ticks.jsonl", keep_until=int(state.ticks))
+        state = _train(program, state, config, data, log, metrics, checkpoints, console)
     summary = _summary(program, state, data, log)
+    if config.compare.static:
+        parameters = summary["host_params"] + summary["grown_params"]
+        summary["static"] = train_static(config, data, parameters, build_run)
+    if config.compare.plot:
+        plot.accuracy(
+            out / "accuracy.png",
+            _read_lines(out / "ticks.jsonl"),
+            summary["events"],
+            summary.get("static"),
+        )
     _write_json(out / "summary.json", summary)
     return summary
 
@@ -150,6 +164,7 @@ def _train(
     config: RunConfig,
     data: Dataset,
     log: "EventLog",
+    metrics: "Metrics",
     checkpoints: Checkpointer,
     console: Console | None,
 ) -> TrainState:
@@ -162,6 +177,7 @@ def _train(
         def on_tick(state: TrainState, report: TickReport) -> None:
             nonlocal said
             view.update(report, log.add(report))
+            metrics.add(report)
             reason = Reason(int(report.reason))
             if reason not in (said, Reason.NOT_YET, Reason.GERMINATED):
                 view.note(f"tick {int(report.tick)}: {why(reason)}")
@@ -235,6 +251,31 @@ def evaluate_run(out: Path) -> dict[str, Any]:
         "accuracy": _number(accuracy),
         "loss": _number(loss),
     }
+
+
+class Metrics:
+    """The losses and the accuracy of each tick, a line of JSON each.
+
+    Args:
+      path: file to append to.
+      keep_until: ticks after this one are dropped from the file.
+    """
+
+    def __init__(self, path: Path, keep_until: int) -> None:
+        self._path = path
+        kept = [line for line in _read_lines(path) if line["tick"] <= keep_until]
+        _write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def add(self, report: TickReport) -> None:
+        """Writes a tick down, given its report with host values."""
+        line = {
+            "tick": int(report.tick),
+            "train_loss": _number(report.train_loss),
+            "loss": _number(report.loss),
+            "accuracy": _number(report.accuracy),
+        }
+        with self._path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
 
 
 class EventLog:
@@ -388,7 +429,7 @@ def _summary(
         "grown_params": _grown_params(program, state),
         "recompiles": program.recompiles(),
         "rollbacks": log.rollbacks,
-        "controller": why(state.memory.reason),
+        "controller": why(int(state.memory.reason)),
         "events": log.events,
     }
 
@@ -421,7 +462,9 @@ def _read_config(out: Path) -> RunConfig:
 def _check_same(config: RunConfig, saved: RunConfig) -> None:
     new, old = _flat(to_dict(config)), _flat(to_dict(saved))
     for key in sorted(set(new) | set(old)):
-        free = key == "train.ticks" or key.startswith(("governor.", "checkpoint."))
+        free = key == "train.ticks" or key.startswith(
+            ("governor.", "checkpoint.", "compare.")
+        )
         if not free and new.get(key) != old.get(key):
             raise ConfigError(
                 f"{key}: expected {old.get(key)!r}, as the run to resume has it; "

@@ -85,7 +85,7 @@ class _KeepFirst(nnx.Module):
 
 
 def numbered(seed, noise):
-    """Rows with their number first; the label is a line's side, some of them flipped."""
+    """Rows with their number first; the label is a line's side, some flipped."""
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(ROWS, 4)).astype(np.float32)
     y = (x[:, 1] + x[:, 2] > 0).astype(np.int32)
@@ -118,7 +118,7 @@ def stages(report):
 def test_a_seed_that_helps_on_training_data_only_is_culled():
     train, held_out = numbered(1, 0.3), numbered(2, 0.3)
     model = Numbered(nnx.Rngs(0))
-    state, report = run(model, train, held_out, EAGER, ticks=40)
+    _, report = run(model, train, held_out, EAGER, ticks=40)
     layer = next(iter(report.ticks.layers.values()))
     evaluated = np.asarray(layer.stage) == Stage.EVALUATING
     assert evaluated.any(), "no seed came as far as being judged"
