@@ -18,12 +18,12 @@ keys:
 
 Three-way splits: training data; held-out data, which the gates and the controller read
 and every arm is tuned on; test data, which are evaluated beside the training and read
-by nothing. Every arm is tuned over the same grid of learning rate and weight decay with
-the same number of runs, whose random seeds are none of the final ones, by the held-out
-accuracy at the last tick. "last" is the test accuracy of the model at the last tick;
-"stopped" is that at the tick with the best held-out accuracy. Intervals are 95%
-Student-t intervals of the paired difference over the random seeds of initialisation and
-order; the split is one and the same.
+by nothing. Every arm is tuned over the same grid of learning rate, weight decay and the
+share of that rate that blueprints learn at, with the same number of runs, whose random
+seeds are none of the final ones, by the held-out accuracy at the last tick. "last" is
+the test accuracy of the model at the last tick; "stopped" is that at the tick with the
+best held-out accuracy. Intervals are 95% Student-t intervals of the paired difference
+over the random seeds of initialisation and order; the split is one and the same.
 
 Operations are those of a whole run: forward and backward passes of host and living
 seeds (incubation included), held-out evaluations and counterfactuals. Seconds are those
@@ -65,8 +65,8 @@ class Result:
     """An arm, tuned, and its final runs."""
 
     arm: Arm
-    rate: float
-    decay: float
+    point: tuple[float, float, float]
+    """Learning rate, weight decay, and the blueprints' rate over the host's."""
     runs: Runs
     tuning: Runs
     """At the grid point that was chosen, a run for each tuning seed."""
@@ -88,12 +88,12 @@ def tune_and_run(runner: Runner, extras: Any = (None, None)) -> Result:
         tuning_extra = jax.tree.map(
             lambda x: np.concatenate([x[:each]] * len(task.grid)), tuning_extra
         )
-    tried = runner(seeds, grid[:, 0], grid[:, 1], tuning_extra)
+    tried = runner(seeds, grid, tuning_extra)
     score = tried.accuracy[:, -1].reshape(len(task.grid), each).mean(axis=1)
     best = int(np.argmax(score))
-    rate, decay = task.grid[best]
-    runs = runner(np.arange(count), rate, decay, final_extra)
-    return Result(runner.arm, rate, decay, runs, _part(tried, best * each, each))
+    point = task.grid[best]
+    runs = runner(np.arange(count), point, final_extra)
+    return Result(runner.arm, point, runs, _part(tried, best * each, each))
 
 
 def _part(runs: Runs, first: int, count: int) -> Runs:
@@ -201,14 +201,15 @@ def report(name: str, task: Task, results: dict[str, Result]) -> None:
         f"host widths {task.widths} ({host_size(task, task.widths)} parameters), "
         f"{task.num_seeds} seeds a layer, blueprint {task.blueprints[0]}, "
         f"{task.ticks} epochs, batch {task.batch}, {count} runs\n",
-        "| arm | rate | decay | test % last | stopped | held-out % | parameters "
+        "| arm | rate, decay, share | test % last | stopped | held-out % | parameters "
         "| operations | seconds |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for key, r in results.items():
         mean, low, _ = interval(r.runs.test[:, -1])
+        point = ", ".join(f"{x:g}" for x in r.point)
         lines.append(
-            f"| {key} | {r.rate:g} | {r.decay:g} | {mean:.2f} ± {mean - low:.2f} "
+            f"| {key} | {point} | {mean:.2f} ± {mean - low:.2f} "
             f"| {100 * stopped(r.runs).mean():.2f} "
             f"| {100 * r.runs.accuracy[:, -1].mean():.2f} "
             f"| {r.runs.parameters[:, -1].mean():.0f} "
@@ -234,8 +235,7 @@ def _plain(results: dict[str, Result]) -> dict[str, Any]:
     """What the table was made of, as JSON holds it."""
     return {
         key: {
-            "rate": r.rate,
-            "decay": r.decay,
+            "point": r.point,
             "widths": r.arm.widths,
             "ticks": r.arm.ticks,
             "test": r.runs.test[:, -1].tolist(),

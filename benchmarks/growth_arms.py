@@ -252,8 +252,12 @@ def _bank_optimizer(steps: int) -> PerSlot:
     return PerSlot(inner.init, inner.update, reset)
 
 
-def _tuned(state: TrainState, rate: jax.Array, decay: jax.Array) -> TrainState:
-    def put(opt_state: Any) -> Any:
+def _tuned(state: TrainState, point: jax.Array) -> TrainState:
+    """A state that trains at a grid point: rate, decay, and the blueprints' rate over
+    the host's."""
+    rate, decay, share = point
+
+    def put(opt_state: Any, rate: jax.Array) -> Any:
         inner, *rest = opt_state
         new = {"learning_rate": rate, "weight_decay": decay}
         old = inner.hyperparams
@@ -262,8 +266,8 @@ def _tuned(state: TrainState, rate: jax.Array, decay: jax.Array) -> TrainState:
 
     return dataclasses.replace(
         state,
-        opt_state=put(state.opt_state),
-        bank_opt={name: put(o) for name, o in state.bank_opt.items()},
+        opt_state=put(state.opt_state, rate),
+        bank_opt={name: put(o, share * rate) for name, o in state.bank_opt.items()},
     )
 
 
@@ -299,30 +303,28 @@ class Runner:
             }
             start = start_from(program, make)
             one = functools.partial(_one_run, task, arm, program, start)
-            jitted = jax.jit(jax.vmap(one, in_axes=(None, 0, 0, 0, 0)))
+            jitted = jax.jit(jax.vmap(one, in_axes=(None, 0, 0, 0)))
             self._parts = jax.tree.map(jnp.asarray, tuple(self._data[:3]))
             n = self.count
-            like = self._arguments(np.zeros(n), 0.0, 0.0, arm.extra(task, n))
+            like = self._arguments(np.zeros(n), np.zeros(3), arm.extra(task, n))
             self._compiled = jitted.lower(self._parts, *like).compile()
         return self
 
-    def _arguments(self, seeds: Any, rates: Any, decays: Any, extra: Any) -> Any:
+    def _arguments(self, seeds: Any, points: Any, extra: Any) -> Any:
         n = self.count
         return (
             jnp.asarray(seeds, jnp.int32),
-            jnp.broadcast_to(jnp.asarray(rates, jnp.float32), (n,)),
-            jnp.broadcast_to(jnp.asarray(decays, jnp.float32), (n,)),
+            jnp.broadcast_to(jnp.asarray(points, jnp.float32), (n, 3)),
             jax.tree.map(jnp.asarray, extra),
         )
 
-    def __call__(
-        self, seeds: Sequence[int], rates: Any, decays: Any, extra: Any = None
-    ) -> Runs:
-        """Runs it; ``extra`` is by default the arm's own."""
+    def __call__(self, seeds: Sequence[int], points: Any, extra: Any = None) -> Runs:
+        """Runs it, each run at its grid point or all at one; ``extra`` is by default
+        the arm's own."""
         self.compile()
         if extra is None:
             extra = self.arm.extra(self.task, self.count)
-        arguments = self._arguments(seeds, rates, decays, extra)
+        arguments = self._arguments(seeds, points, extra)
         begin = time.perf_counter()
         accuracy, loss, test, stages = jax.device_get(
             self._compiled(self._parts, *arguments)
@@ -367,12 +369,11 @@ def _one_run(
     start: Callable[..., TrainState],
     parts: Any,
     seed: Any,
-    rate: Any,
-    decay: Any,
+    point: Any,
     extra: Any,
 ) -> Any:
     """A whole run: held-out accuracy and loss, test accuracy, stages, at each tick."""
-    state = arm.begin(_tuned(start(jax.random.key(seed)), rate, decay), extra)
+    state = arm.begin(_tuned(start(jax.random.key(seed)), point), extra)
     _, report = scan_fit(
         program,
         state,

@@ -5,6 +5,7 @@ data alone. See `benchmarks/RESULTS.md` for what else was tried.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -61,7 +62,8 @@ class Task:
       budget: parameters that a grown model may have, host included; 0 for no limit.
       ticks: epochs.
       batch: rows a step.
-      grid: ``(learning rate, weight decay)`` that every arm is tuned over.
+      grid: ``(learning rate, weight decay, blueprints' rate over the host's)`` that
+        every arm is tuned over.
       policy: of the controller; its ``budget`` is filled in.
       gates: of the lifecycle.
     """
@@ -75,7 +77,7 @@ class Task:
     budget: int
     ticks: int
     batch: int
-    grid: tuple[tuple[float, float], ...]
+    grid: tuple[tuple[float, float, float], ...]
     policy: ControllerConfig
     gates: LifecycleConfig
 
@@ -114,7 +116,12 @@ _EARLY = dataclasses.replace(
 )
 """All that the budget allows within a few ticks, and a long time to learn together."""
 
-_GRID = tuple((lr, wd) for lr in (1e-2, 2e-2) for wd in (0.1, 0.3, 0.7))
+
+def _grid(
+    rates: Sequence[float], decays: Sequence[float], shares: Sequence[float]
+) -> tuple[tuple[float, float, float], ...]:
+    return tuple(itertools.product(rates, decays, shares))
+
 
 TASKS: dict[str, Task] = {
     "mnist1d-mlp": Task(
@@ -127,7 +134,7 @@ TASKS: dict[str, Task] = {
         budget=15_210,
         ticks=120,
         batch=100,
-        grid=_GRID,
+        grid=_grid((1e-2, 2e-2), (0.3, 0.6), (0.3, 1.0)),
         policy=_EARLY,
         gates=lifecycle(2, 4, 90),
     ),
@@ -141,7 +148,7 @@ TASKS: dict[str, Task] = {
         budget=5_210,
         ticks=100,
         batch=100,
-        grid=tuple((lr, wd) for lr in (1e-2, 2e-2) for wd in (0.01, 0.05, 0.2)),
+        grid=_grid((1e-2, 2e-2), (0.05, 0.2), (0.3, 1.0)),
         policy=_EARLY,
         gates=lifecycle(2, 4, 75),
     ),
@@ -155,7 +162,7 @@ TASKS: dict[str, Task] = {
         budget=0,
         ticks=50,
         batch=100,
-        grid=tuple((lr, wd) for lr in (3e-3, 1e-2) for wd in (0.1, 0.5, 1.5)),
+        grid=_grid((3e-3, 1e-2), (0.3, 1.0), (0.1, 1.0)),
         policy=_POLICY,
         gates=lifecycle(2, 4, 15),
     ),
@@ -169,7 +176,7 @@ TASKS: dict[str, Task] = {
         budget=0,
         ticks=120,
         batch=49,
-        grid=tuple((lr, wd) for lr in (1e-2, 2e-2) for wd in (0.1, 0.3, 1.0)),
+        grid=_grid((1e-2, 2e-2), (0.1, 0.3), (0.1, 1.0)),
         policy=_POLICY,
         gates=lifecycle(3, 6, 30),
     ),
@@ -183,7 +190,7 @@ TASKS: dict[str, Task] = {
         budget=0,
         ticks=150,
         batch=50,
-        grid=tuple((lr, wd) for lr in (3e-3, 1e-2) for wd in (0.0, 0.01, 0.1)),
+        grid=_grid((3e-3, 1e-2), (0.0, 0.03), (0.3, 1.0)),
         policy=_POLICY,
         gates=lifecycle(3, 6, 30),
     ),
@@ -197,7 +204,7 @@ TASKS: dict[str, Task] = {
         budget=0,
         ticks=30,
         batch=200,
-        grid=tuple((lr, wd) for lr in (3e-3, 1e-2) for wd in (0.1, 0.3, 0.6)),
+        grid=_grid((3e-3, 1e-2), (0.1, 0.5), (0.3, 1.0)),
         policy=_EARLY,
         gates=lifecycle(1, 2, 20),
     ),

@@ -388,3 +388,116 @@ def test_bad_input(program):
         build(SeedBed(6, 3, rngs=nnx.Rngs(0)), optax.sgd(1.0), optax.sgd(1.0))
     with pytest.raises(TypeError, match="unknown signal 'los'"):
         Signals.unmeasured(los=1.0)
+
+
+def test_gradients_of_hosts_chunks_and_seeds(program):
+    # One step from a known state; the truth is the gradient of the model as a whole.
+    state = put(start(program), "layers/0", 2, Stage.TRAINING, slot=1)
+    state = put(
+        state,
+        "layers/0",
+        2,
+        Stage.TRAINING,
+        slot=1,
+        bank=random_bank(state.banks["layers/0"]),
+    )
+    batch = tuple(a[:16] for a in TRAIN)
+    model = program.model(state)
+    grads = nnx.to_pure_dict(
+        nnx.grad(lambda m: jnp.mean(classification(m(batch[0]), batch[1])[0]))(model)
+    )["layers"][0]
+    kernel, bias = grads["base"]["linear"]["kernel"], grads["base"]["linear"]["bias"]
+    columns = np.asarray(jnp.sum(kernel**2, axis=0) + bias**2)
+    chunks = np.sqrt(columns.reshape(4, 2).sum(axis=1))
+    bank = [np.asarray(leaf)[1] for leaf in jax.tree.leaves(grads["bed"]["bank"])]
+    seed = np.sqrt(sum((g**2).sum() for g in bank))
+    state = program.step(state, batch)
+    gain = -np.asarray(state.seeds["layers/0"].gain)
+    state, report = program.tick(state, HELD_OUT)
+    signals = report.layers["layers/0"].signals
+    np.testing.assert_allclose(signals.chunk_gradient, chunks, rtol=1e-4)
+    want = [np.nan, np.nan, seed / np.sqrt(columns.sum()), np.nan]
+    np.testing.assert_allclose(signals.gradient_ratio, want, rtol=1e-4)
+    np.testing.assert_allclose(signals.gain[2], gain[1], rtol=1e-6)
+    parameters = float(program.kinds["layers/0"][0].param_count(2))
+    np.testing.assert_array_equal(
+        signals.parameters, [np.nan, np.nan, parameters, np.nan]
+    )
+    np.testing.assert_array_equal(signals.operations, 2 * signals.parameters)
+    assert np.isnan(report.layers["layers/1"].signals.gradient_ratio).all()
+    assert not np.any(state.monitor.gradients["layers/0"].seed)  # cleared
+
+
+def test_every_seed_on_probation_has_its_own_counterfactual(program):
+    state = start(program)
+    for layer, seed, slot, stage in (
+        ("layers/0", 1, 0, Stage.EVALUATING),
+        ("layers/0", 3, 1, Stage.FINE_TUNING),
+        ("layers/1", 0, 0, Stage.FOSSILIZED),
+        ("layers/1", 2, 1, Stage.STABILIZATION),
+    ):
+        bank = random_bank(state.banks[layer])
+        state = put(state, layer, seed, stage, slot=slot, bank=bank)
+
+    def loss_without(layer, seed):
+        seeds = dict(state.seeds)
+        stage = seeds[layer].stage.at[seed].set(Stage.GERMINATED)  # alpha 0
+        seeds[layer] = dataclasses.replace(seeds[layer], stage=stage)
+        return program.evaluate(dataclasses.replace(state, seeds=seeds), HELD_OUT)[0]
+
+    base = program.evaluate(state, HELD_OUT)[0]
+    nan = float("nan")
+    want = {
+        "layers/0": [nan, loss_without("layers/0", 1) - base, nan, nan],
+        # A fossil stays whatever it is worth: nobody asks.
+        "layers/1": [nan, nan, loss_without("layers/1", 2) - base, nan],
+    }
+    want["layers/0"][3] = loss_without("layers/0", 3) - base
+    _, report = program.tick(state, HELD_OUT)
+    for layer, expected in want.items():
+        worth = report.layers[layer].signals.performance_delta
+        np.testing.assert_allclose(worth, expected, rtol=1e-3, atol=1e-6)
+
+
+def test_worth_is_the_mean_of_the_ticks_that_measured_it(program):
+    state = put(start(program), "layers/0", 1, Stage.GRAFTING)
+    bank = random_bank(state.banks["layers/0"])
+    state = put(state, "layers/0", 1, Stage.GRAFTING, bank=bank)
+    measured = []
+    for alpha in (0.0, 0.25, 0.5):  # the first tick has nothing to take away
+        seeds = state.seeds["layers/0"]
+        graft = dataclasses.replace(
+            seeds.graft, alpha=seeds.graft.alpha.at[1].set(alpha)
+        )
+        # Held at the beginning of the ramp, so that it stays in its stage.
+        epochs = seeds.epochs_in_stage.at[1].set(0)
+        seeds = dataclasses.replace(seeds, graft=graft, epochs_in_stage=epochs)
+        state = dataclasses.replace(state, seeds={**state.seeds, "layers/0": seeds})
+        state, report = program.tick(state, HELD_OUT)
+        signals = report.layers["layers/0"].signals
+        measured.append(float(signals.performance_delta[1]))
+    assert np.isnan(measured[0])
+    assert np.isfinite(measured[1:]).all()
+    mean = float(signals.total_improvement[1])
+    np.testing.assert_allclose(mean, np.mean(measured[1:]), rtol=1e-4)
+
+
+def test_a_bare_bed_drifts_with_what_is_around_it():
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.linear = nnx.Linear(6, 8, rngs=rngs)
+            self.grown = SeedBed(8, 3, rngs=rngs)
+            self.readout = nnx.Linear(8, 3, rngs=rngs)
+
+        def __call__(self, x):
+            return self.readout(self.grown(nnx.relu(self.linear(x))))
+
+    parts = split_model(Model(nnx.Rngs(0)))
+    params = {name: name for name in parts.host_params()}
+    assert set(parts.host_weights(params, "grown")) == {
+        "linear/kernel",
+        "linear/bias",
+        "readout/kernel",
+        "readout/bias",
+    }
+    assert not parts.has_base("grown")
