@@ -57,7 +57,7 @@ from growth_tasks import TASKS, Task, host_size, widen
 from scipy import stats
 
 TUNING_SEED = 100_000
-"""Random seeds of the tuning runs begin here; those of the final runs at 0."""
+"""Random seeds of the tuning runs begin here; those of the final runs below."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,11 +72,12 @@ class Result:
     """At the grid point that was chosen, a run for each tuning seed."""
 
 
-def tune_and_run(runner: Runner, extras: Any = (None, None)) -> Result:
+def tune_and_run(runner: Runner, first: int, extras: Any = (None, None)) -> Result:
     """Tunes an arm over the task's grid, and runs it at the best point.
 
     Args:
       runner: of the arm; as many runs are spent on tuning as in the end.
+      first: random seed of the first final run.
       extras: the arm's extra for the tuning runs and for the final ones.
     """
     task, count = runner.task, runner.count
@@ -92,7 +93,7 @@ def tune_and_run(runner: Runner, extras: Any = (None, None)) -> Result:
     score = tried.accuracy[:, -1].reshape(len(task.grid), each).mean(axis=1)
     best = int(np.argmax(score))
     point = task.grid[best]
-    runs = runner(np.arange(count), point, final_extra)
+    runs = runner(first + np.arange(count), point, final_extra)
     return Result(runner.arm, point, runs, _part(tried, best * each, each))
 
 
@@ -166,10 +167,10 @@ def runners(task: Task, count: int, names: Sequence[str]) -> dict[str, Runner]:
 
 
 def compare(
-    task: Task, programs: dict[str, Runner], names: Sequence[str]
+    task: Task, programs: dict[str, Runner], names: Sequence[str], first: int
 ) -> Iterator[tuple[str, Result]]:
     """The arms of a task, ``grown`` first."""
-    best = tune_and_run(programs["grown"])
+    best = tune_and_run(programs["grown"], first)
     yield "grown", best
     extras = {
         "retrained": [final_topology(r) for r in (best.tuning, best.runs)],
@@ -177,7 +178,8 @@ def compare(
     }
     for name in names:
         if name != "grown":
-            yield name, tune_and_run(programs[name], extras.get(name, (None, None)))
+            extra = extras.get(name, (None, None))
+            yield name, tune_and_run(programs[name], first, extra)
 
 
 def interval(differences: np.ndarray) -> tuple[float, float, float]:
@@ -258,6 +260,9 @@ def main() -> None:
         "--runs", type=int, default=24, help="final runs, and tuning runs, of each arm"
     )
     parser.add_argument(
+        "--first", type=int, default=0, help="random seed of the first final run"
+    )
+    parser.add_argument(
         "--arms", nargs="*", choices=ARMS, default=ARMS, help="grown is always run"
     )
     parser.add_argument("--json", type=Path, help="file to write every number to")
@@ -281,7 +286,7 @@ def main() -> None:
     numbers = {}
     for name, task in tasks.items():
         results = {}
-        for arm, result in compare(task, programs[name], arms):
+        for arm, result in compare(task, programs[name], arms, options.first):
             results[arm] = result
             numbers[name] = _plain(results)
             if options.json:
