@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from esper_jax.blueprints import Blueprint, init_bank, resolve
 from esper_jax.chunks import ChunkLayout
 from esper_jax.grafting import Strategy
-from esper_jax.kernels.blend import blend
+from esper_jax.kernels.blend import blend, check_implementation
 from esper_jax.stages import Incubation
 from esper_jax.state import (
     init_seeds,
@@ -109,6 +109,7 @@ class SeedBed(nnx.Module):
                 f"{statistics_rows!r}"
             )
         self.statistics_rows = statistics_rows
+        check_implementation(implementation)
         self.implementation = implementation
         self.deterministic = deterministic
         if strategy not in list(Strategy):

@@ -225,7 +225,7 @@ def test_arguments_reach_the_base_layer_and_capacity_its_default() -> None:
     [
         ({"num_seeds": 7}, ValueError, "num_seeds must be from 1 to .*got 7"),
         ({"num_seeds": 0}, ValueError, "num_seeds must be from 1"),
-        ({"capacity": 0}, ValueError, "capacity must be from 1 to num_seeds"),
+        ({"capacity": 0}, ValueError, "capacity must be an int, from 1 to num_seeds"),
         ({"capacity": 5}, ValueError, r"capacity must be .*\(4\).*got 5"),
         ({"blueprints": ["mlp"]}, ValueError, "unknown blueprint 'mlp'"),
         ({"strategy": 7}, ValueError, "strategy must be a Strategy, got 7"),

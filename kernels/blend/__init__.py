@@ -1,5 +1,5 @@
 """Blend: the one operator that computes chunks."""
 
-from esper_jax.kernels.blend.api import blend
+from esper_jax.kernels.blend.api import blend, check_implementation
 
-__all__ = ["blend"]
+__all__ = ["blend", "check_implementation"]
