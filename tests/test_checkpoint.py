@@ -268,13 +268,7 @@ def test_another_number_of_devices(tmp_path):
     script = ROOT / "tests" / "four_devices.py"
     folders = tmp_path / "one", tmp_path / "four"
     result = subprocess.run(
-        [
-            sys.executable,
-            script,
-            tmp_path / "one",
-            tmp_path / "four",
-            state_hash(state),
-        ],
+        [sys.executable, script, *folders, state_hash(state)],
         env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags},
         capture_output=True,
         text=True,
