@@ -270,12 +270,6 @@ def test_a_capacity_that_is_none_is_refused_by_name(program, capacity):
         grow_capacity(model(state), capacity, rngs=nnx.Rngs(0))
 
 
-@pytest.mark.parametrize("name", ["tritn", [], ["xla", "no"], 3])
-def test_an_implementation_that_is_none_is_refused_at_once(name):
-    with pytest.raises(ValueError, match=r"implementation must be one of .*got "):
-        SeedBed(8, 4, implementation=name, rngs=nnx.Rngs(0))
-
-
 def test_growing_a_flax_model_in_place(program):
     model = program.model(living(program, 1))
     x = HELD_OUT[0]
