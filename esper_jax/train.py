@@ -227,7 +227,8 @@ def fit(
       data: ``(x, y)`` to train on, rows first.
       held_out: ``(x, y)`` that the gates and the controller read.
       ticks: where to stop, counted from the beginning of the run.
-      batch_size: rows a step.
+      batch_size: rows a step. A restored state must go on with the one that it was
+        trained with: its position in the data is counted in steps.
       seed: of the order of the rows.
       on_tick: called after each tick with the state (to read, not to keep: it will be
         donated) and the report on the host. Not called for a tick that was undone.
