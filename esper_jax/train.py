@@ -87,7 +87,7 @@ class Program(NamedTuple):
     kinds: dict[str, tuple[blueprints.Blueprint, ...]]
     gates: LifecycleConfig
     axis_name: str | None
-    place: Callable[[str, Batch, bool], Batch]
+    place: Callable[[str, Any, bool], Any]
     recompiles: Callable[[], int]
 
 
@@ -262,7 +262,8 @@ def fit(
     while (epoch := int(state.ticks)) < ticks:
         # Another order after a rollback, or the same step would fail again.
         rollbacks = int(state.governor.rollbacks)
-        order = shuffle(np.uint32((epoch + (rollbacks << 24)) % 2**32))
+        stream = np.uint32((epoch + (rollbacks << 24)) % 2**32)
+        order = program.place("order", shuffle(stream), False)
         for _ in range(per_epoch - int(state.step) % per_epoch):
             state = program.step_from(state, data, order, batch_size)
         state, report = program.tick(state, held_out)

@@ -11,9 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import test_parallel as single
 
 from esper_jax.checkpoint import Checkpointer
 from esper_jax.processes import exchange, together, whole
+from esper_jax.train import fit
 
 HERE = Path(__file__).parent
 
@@ -30,7 +32,8 @@ def both(action, directory):
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, "PYTHONPATH": str(HERE.parent)},
+            # One device each.
+            env={**os.environ, "PYTHONPATH": str(HERE.parent), "XLA_FLAGS": ""},
         )
         for index in (0, 1)
     ]
@@ -95,6 +98,26 @@ def test_a_process_that_dies_leaves_no_half_written_step(action, newest, tmp_pat
         *map(str, range(1, newest + 1)),
         "7",
     ]
+
+
+def test_two_processes_grow_the_same_as_one(tmp_path):
+    first, second = both("train", tmp_path)
+    assert first == second
+    assert first["restored"]
+    assert "that of process 1 differs from that of process 0" in first["apart"]
+    program = single.make()
+    state = program.init(jax.random.key(0))
+    stages = []
+    fit(
+        program,
+        state,
+        single.TRAIN,
+        single.HELD_OUT,
+        ticks=single.TICKS,
+        batch_size=single.BATCH,
+        on_tick=lambda _, r: stages.append(r.layers["layers/0"].stage.tolist()),
+    )
+    assert first["stages"] == stages
 
 
 def test_one_process_talks_to_nobody():

@@ -15,7 +15,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from esper_jax import step_folder
 from esper_jax.checkpoint import Checkpointer, CheckpointError, Retention
 from esper_jax.host_leaves import to_host
+from esper_jax.parallel import check_replicas, over_mesh
 from esper_jax.step_folder import _digest
+from esper_jax.train import fit
 
 port, index, action, directory = sys.argv[1:]
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -48,7 +50,7 @@ def digests(state):
 def said(work):
     try:
         work()
-    except CheckpointError as error:
+    except (CheckpointError, ValueError) as error:
         return str(error)
     return ""
 
@@ -124,4 +126,39 @@ def resume():
     print(json.dumps({"step": back.step, "hash": digests(back.state)}))
 
 
-{"life": whole_life, "die0": die, "die1": die, "resume": resume}[action]()
+def train():
+    """Both sides grow one model, each on its half of the rows, and save it."""
+    import test_parallel as single
+
+    program = over_mesh(single.make("d", debug=True), mesh)
+    stages = []
+    with Checkpointer(directory) as checkpoints:
+        state = fit(
+            program,
+            program.init(jax.random.key(0)),
+            single.TRAIN,
+            single.HELD_OUT,
+            ticks=single.TICKS,
+            batch_size=single.BATCH,
+            on_tick=lambda _, r: stages.append(r.layers["layers/0"].stage.tolist()),
+        )
+        check_replicas(state)
+        checkpoints.save(int(state.step), state)
+        checkpoints.wait()
+        back = checkpoints.restore(program.init(jax.random.key(1)))
+    apart = jax.device_put(float(ME), jax.local_devices()[0])
+    print(
+        json.dumps(
+            {
+                "stages": stages,
+                "hash": digests(state),
+                "restored": digests(back.state) == digests(state),
+                "apart": said(lambda: check_replicas({"x": apart})),
+            }
+        )
+    )
+
+
+{"life": whole_life, "die0": die, "die1": die, "resume": resume, "train": train}[
+    action
+]()
