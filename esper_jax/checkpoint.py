@@ -1,18 +1,17 @@
 """Checkpoints that are whole, or found to be damaged: never silently wrong.
 
 A `Checkpointer` holds one directory with a folder for each step, named by its number.
-What is in a folder, and how it is checked, is in ``step_folder.py``; which steps are
-kept, in ``retention.py``.
+How it is written to is in ``step_directory.py``; what is in a folder, and how it is
+checked, in ``step_folder.py``; which steps are kept, in ``retention.py``; how saved
+arrays follow another capacity, in ``resizing.py``.
 """
 
 import contextlib
-import errno
-import fcntl
+import dataclasses
+import hashlib
 import json
 import logging
 import operator
-import os
-import shutil
 import threading
 import time
 from collections.abc import Mapping
@@ -24,20 +23,25 @@ import jax
 import numpy as np
 
 from esper_jax import step_folder
-from esper_jax.host_leaves import HostLeaf, LeafError, flatten, nest, place, to_host
+from esper_jax.host_leaves import (
+    HostLeaf,
+    LeafError,
+    check_equal_in_all,
+    flatten,
+    nest,
+    place,
+    to_host,
+)
 from esper_jax.migrations import CURRENT, MigrationError, migrate
+from esper_jax.processes import exchange, together
+from esper_jax.resizing import resized
 from esper_jax.retention import Retention
+from esper_jax.step_directory import CheckpointError, StepDirectory
 from esper_jax.step_folder import Damaged, Manifest
 
 __all__ = ["CheckpointError", "Checkpointer", "Restored", "Retention", "Verdict"]
 
 _log = logging.getLogger(__name__)
-
-_SAVING, _REMOVING, _REPLACED = ".saving-", ".removing-", ".replaced-"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be saved or restored; says what to do."""
 
 
 class Restored(NamedTuple):
@@ -48,6 +52,8 @@ class Restored(NamedTuple):
     damaged: dict[int, str]
     """Newer steps that were passed over, and what is wrong with each."""
     manifest: Manifest
+    resized: dict[str, tuple[int, int]]
+    """Capacity as saved and as restored, of each layer where they differ."""
 
 
 class Verdict(NamedTuple):
@@ -65,37 +71,51 @@ class Verdict(NamedTuple):
         return f"step {self.step}: sound (schema {self.manifest.schema})"
 
 
+class _Found(NamedTuple):
+    """A sound step as read from disk."""
+
+    step: int
+    damaged: dict[int, str]
+    manifest: Manifest
+    leaves: dict[str, HostLeaf]
+
+
 class Checkpointer:
     """Saves the state of a run in a directory, and restores the newest sound step.
 
     Any number may read a directory; one at a time writes to it. `save` takes it for
-    this object until `close`; another one, in this or any other process, is refused
+    this object until `close`; another one, in this or any other program, is refused
     until then.
+
+    In a program of several processes (`jax.distributed`) each makes one, on a directory
+    that all of them see, and all call the same methods in the same order; `steps` and
+    `describe` alone may be called by some. Process 0 writes, checks and holds the lock,
+    in the background as ever; the others wait for it where they would for a save of
+    their own. What fails in one process is raised in all. Leaves that are spread over
+    processes are gathered by `save`; those that each process has for itself must be
+    equal in all.
 
     Args:
       directory: made by the first save. Anything in it that is not named by a number
         is left alone.
       retention: which steps are kept. What was saved last is always kept. Damaged
         steps count for nothing and are left where they are.
-
-    Raises:
-      CheckpointError: if several processes run this program.
     """
 
     def __init__(
         self, directory: Path | str, *, retention: Retention | None = None
     ) -> None:
-        if jax.process_count() > 1:
-            raise CheckpointError(
-                "Checkpointer: expected a program of one process, got "
-                f"{jax.process_count()}; gather the state and save it in one"
-            )
-        self.directory = Path(directory)
         self.retention = retention or Retention()
-        self._lock: int | None = None
+        self._steps = StepDirectory(Path(directory))
+        self._writes = jax.process_index() == 0
+        self._pending = False  # the same in all processes
         self._saving: threading.Thread | None = None
-        self._failure: CheckpointError | None = None
-        self._known: set[int] = set()  # steps whose contents were checked
+        self._failure: Exception | None = None
+
+    @property
+    def directory(self) -> Path:
+        """Where the steps are."""
+        return self._steps.path
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -108,23 +128,19 @@ class Checkpointer:
     ) -> None:
         if error is None:
             self.close()
-        else:  # which is what the caller must hear of
-            with contextlib.suppress(CheckpointError):
-                self.close()
+        else:  # which is what the caller must hear of, and may be of one process alone
+            self._pending = False
+            with contextlib.suppress(Exception):
+                self._join()
+            self._steps.release()
 
     def steps(self) -> list[int]:
-        """All steps in the directory, damaged ones included, oldest first."""
-        try:
-            names = [path.name for path in self.directory.iterdir()]
-        except (FileNotFoundError, NotADirectoryError):
-            return []
-        except OSError as error:
-            raise CheckpointError(
-                f"{self.directory} cannot be read: {error.strerror}"
-            ) from None
-        return sorted(
-            int(name) for name in names if name.isdecimal() and name == str(int(name))
-        )
+        """All steps in the directory, damaged ones included, oldest first.
+
+        Raises:
+          CheckpointError: if it cannot be read.
+        """
+        return self._steps.steps()
 
     def save(
         self,
@@ -142,7 +158,7 @@ class Checkpointer:
 
         Args:
           step: number, at least 0.
-          state: any tree of arrays, random keys and numbers.
+          state: any tree of arrays, random keys and numbers, however they are sharded.
           metrics: what was measured of it, for `Retention.best`.
           config: of the run, as JSON can hold it.
 
@@ -151,29 +167,20 @@ class Checkpointer:
             state or config cannot be saved, or if the save before failed.
         """
         self.wait()
-        step = operator.index(step)
-        if step < 0:
-            raise CheckpointError(f"step must be at least 0, got {step}")
+        content = together(
+            lambda: self._prepared(step, metrics or {}, config), CheckpointError
+        )
         try:
-            json.dumps(config)
-        except (TypeError, ValueError) as error:
-            raise CheckpointError(f"config must be JSON: {error}") from None
-        self.acquire()
-        content = {
-            "schema": CURRENT,
-            "step": step,
-            "saved": time.time(),
-            "metrics": {name: float(v) for name, v in (metrics or {}).items()},
-            "config": config,
-        }
-        try:
+            check_equal_in_all(state)
             leaves = to_host(state)
         except LeafError as error:
             raise CheckpointError(f"step {step} cannot be saved: {error}") from None
-        self._saving = threading.Thread(
-            target=self._save, args=(leaves, content), name="esper-jax-save"
-        )
-        self._saving.start()
+        self._pending = True
+        if self._writes:
+            self._saving = threading.Thread(
+                target=self._save, args=(leaves, content), name="esper-jax-save"
+            )
+            self._saving.start()
 
     def wait(self) -> None:
         """Waits until the last save is on disk.
@@ -181,12 +188,9 @@ class Checkpointer:
         Raises:
           CheckpointError: if it failed. Said once.
         """
-        if self._saving is not None:
-            self._saving.join()
-            self._saving = None
-        failure, self._failure = self._failure, None
-        if failure is not None:
-            raise failure
+        if self._pending:
+            self._pending = False
+            together(self._join, CheckpointError)
 
     def close(self) -> None:
         """Waits, and lets others write to the directory.
@@ -197,9 +201,7 @@ class Checkpointer:
         try:
             self.wait()
         finally:
-            if self._lock is not None:
-                os.close(self._lock)
-                self._lock = None
+            self._steps.release()
 
     def acquire(self) -> None:
         """Takes the directory for this object to write to; `save` does it by itself.
@@ -209,48 +211,20 @@ class Checkpointer:
         Raises:
           CheckpointError: if it is in use or cannot be written to.
         """
-        if self._lock is not None:
-            return
-        probe = self.directory / f"{_SAVING}probe-{os.getpid()}"
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            probe.mkdir()
-            probe.rmdir()
-            lock = os.open(self.directory, os.O_RDONLY)
-        except OSError as error:
-            raise self._cannot_write(error) from None
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(lock)
-            raise CheckpointError(
-                f"{self.directory} is being written to by another process or "
-                "Checkpointer; wait until it has ended, or save elsewhere"
-            ) from None
-        except OSError as error:  # some network file systems
-            _log.warning(
-                "%s cannot be locked (%s): make sure that nothing else saves there",
-                self.directory,
-                error.strerror,
-            )
-        self._lock = lock
-        try:
-            self._clean_up()
-        except OSError as error:
-            raise self._cannot_write(error) from None
+        together(self._acquire, CheckpointError)
 
     def verify(self, step: int) -> Verdict:
         """Reads a step and compares every byte with what was saved."""
         self.wait()
         try:
-            manifest, _ = step_folder.read(self._folder(step), step)
+            manifest, _ = step_folder.read(self._steps.folder(step), step)
         except Damaged as damage:
             return Verdict(step, str(damage), None)
         return Verdict(step, None, manifest)
 
     def describe(self, step: int) -> str:
         """One line of what the manifest says of a step; its arrays are not read."""
-        folder = self._folder(step)
+        folder = self._steps.folder(step)
         try:
             manifest = step_folder.check(folder, step, contents=False)
         except Damaged as damage:
@@ -264,48 +238,40 @@ class Checkpointer:
         """The newest sound step, or the given one, in the form of ``like``.
 
         A damaged step is named in the log, as a warning, and the next older one used.
+        With several processes it is the newest that is sound for process 0.
+
+        Where ``like`` is or holds a `TrainState` whose layers have another capacity
+        than was saved, they get it as `functional.grow_capacity` would give it to them;
+        new slots are as ``like`` has them.
 
         Args:
-          like: a state of the same structure, shapes and dtypes, which says where each
-            array goes. Not changed.
+          like: a state of the same structure, shapes (but for the capacity) and dtypes,
+            which says where each array goes: on whichever devices and in whichever
+            sharding it was when it was saved. Not changed.
           step: restore this one or none.
 
         Raises:
           CheckpointError: if there is no sound step, naming what is wrong with each; or
-            if the step does not fit ``like``, naming the leaves that do not; or if it
-            was saved by a newer program.
+            if the step does not fit ``like``, naming the leaves that do not, or the
+            layer that would lose a living seed; or if it was saved by a newer program.
         """
         self.wait()
-        steps = self.steps()[::-1] if step is None else [step]
-        damaged: dict[int, str] = {}
-        for number in steps:
+        found = self._found(step)
+        folder = self._steps.folder(found.step)
+
+        def fitted() -> Restored:
+            leaves, _ = _migrated(folder, found.manifest, found.leaves, like)
             try:
-                manifest, leaves = step_folder.read(self._folder(number), number)
-            except Damaged as damage:
-                damaged[number] = str(damage)
-                _log.warning(
-                    "checkpoint %s is damaged: %s", self._folder(number), damage
-                )
-                continue
-            if damaged:
-                _log.warning("fell back to step %d of %s", number, self.directory)
-            folder = self._folder(number)
-            leaves, _ = _migrated(folder, manifest, leaves, like)
-            try:
+                leaves, changed = resized(leaves, like)
                 state = place(leaves, like)
             except LeafError as error:
                 raise CheckpointError(
                     f"{folder} does not fit the state to restore into: {error}. Use "
                     "the config that it was saved with"
                 ) from None
-            return Restored(state, number, damaged, manifest)
-        if not damaged:
-            raise CheckpointError(f"{self.directory} holds no checkpoint")
-        reasons = "; ".join(f"step {n}: {why}" for n, why in damaged.items())
-        raise CheckpointError(
-            f"{self.directory} holds no sound checkpoint: {reasons}. Restore the "
-            "directory from a copy, or start the run anew elsewhere"
-        )
+            return Restored(state, found.step, found.damaged, found.manifest, changed)
+
+        return together(fitted, CheckpointError)
 
     def migrate(self, step: int) -> list[str]:
         """Replaces a sound step of an older schema by the same in today's.
@@ -316,12 +282,17 @@ class Checkpointer:
           What was dropped or assumed; nothing if the step is of today's schema.
 
         Raises:
-          CheckpointError: if the step is damaged or of a newer schema, or if it cannot
-            be written.
+          CheckpointError: if the step is damaged or of a newer schema, if it cannot be
+            written, or if the program has several processes.
         """
+        if jax.process_count() > 1:
+            raise CheckpointError(
+                "migrate: expected a program of one process, got "
+                f"{jax.process_count()}; use esper-jax checkpoint migrate"
+            )
         self.wait()
         self.acquire()
-        folder = self._folder(step)
+        folder = self._steps.folder(step)
         try:
             manifest, leaves = step_folder.read(folder, step)
         except Damaged as damage:
@@ -336,98 +307,99 @@ class Checkpointer:
             "metrics": manifest.metrics,
             "config": manifest.config,
         }
-        try:
-            self._write(leaves, content)
-        except Exception as error:
-            raise self._cannot_save(step, error) from None
+        self._steps.write(leaves, content)
         return notes
 
-    def _folder(self, step: int) -> Path:
-        return self.directory / str(step)
+    def _prepared(
+        self, step: int, metrics: Mapping[str, float], config: Any
+    ) -> dict[str, Any]:
+        """What is saved beside the state, once the directory is ours."""
+        step = operator.index(step)
+        if step < 0:
+            raise CheckpointError(f"step must be at least 0, got {step}")
+        try:
+            json.dumps(config)
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"config must be JSON: {error}") from None
+        self._acquire()
+        return {
+            "schema": CURRENT,
+            "step": step,
+            "saved": time.time(),
+            "metrics": {name: float(v) for name, v in metrics.items()},
+            "config": config,
+        }
+
+    def _acquire(self) -> None:
+        if self._writes:
+            self._steps.acquire()
 
     def _save(self, leaves: dict[str, HostLeaf], content: dict[str, Any]) -> None:
         """What a save does in the background."""
-        step = content["step"]
         try:
-            self._write(leaves, content)
-            self._prune(step)
+            self._steps.write(leaves, content)
+            self._steps.prune(self.retention, content["step"])
         except Exception as error:  # surfaces at the next call
-            self._failure = self._cannot_save(step, error)
+            self._failure = error
 
-    def _write(self, leaves: dict[str, HostLeaf], content: dict[str, Any]) -> None:
-        step = content["step"]
-        scratch = self.directory / f"{_SAVING}{step}"
-        try:
-            scratch.mkdir()
-            step_folder.write(scratch, leaves, **content)
-        except BaseException:
-            shutil.rmtree(scratch, ignore_errors=True)
-            raise
-        final, old = self._folder(step), self.directory / f"{_REPLACED}{step}"
-        if final.exists() or final.is_symlink():
-            final.rename(old)
-        scratch.rename(final)
-        assert self._lock is not None
-        os.fsync(self._lock)
-        _remove(old)
-        self._known.add(step)
+    def _join(self) -> None:
+        if self._saving is not None:
+            self._saving.join()
+            self._saving = None
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
 
-    def _prune(self, saved: int) -> None:
-        """Removes the steps that no rule keeps."""
-        sound: dict[int, dict[str, float]] = {}
-        for step in self.steps():
-            with contextlib.suppress(Damaged):
-                new = step not in self._known
-                manifest = step_folder.check(self._folder(step), step, contents=new)
-                sound[step] = manifest.metrics
-                self._known.add(step)
-        for step in set(sound) - self.retention.keeps(sound) - {saved}:
-            doomed = self.directory / f"{_REMOVING}{step}"
-            self._folder(step).rename(doomed)  # at once gone for any reader
-            _remove(doomed)
-            self._known.discard(step)
-
-    def _clean_up(self) -> None:
-        """Removes what was cut off; puts back a step whose replacement was."""
-        for path in self.directory.iterdir():
-            if path.name.startswith(_REPLACED):
-                final = self.directory / path.name.removeprefix(_REPLACED)
-                if not final.exists():
-                    path.rename(final)
-                    continue
-            if path.name.startswith((_SAVING, _REMOVING, _REPLACED)):
-                _remove(path)
-
-    def _cannot_write(self, error: OSError) -> CheckpointError:
-        return CheckpointError(
-            f"{self.directory} cannot be written to: {error.strerror}; give it room "
-            "and permission, or save elsewhere"
+    def _found(self, step: int | None) -> _Found:
+        """The step to restore: the same in all processes."""
+        if jax.process_count() == 1:
+            return self._newest(step)
+        own = together(
+            lambda: self._newest(step) if self._writes else None, CheckpointError
         )
+        chosen = "" if own is None else json.dumps([own.step, _seal(own), own.damaged])
+        number, seal, damaged = json.loads(exchange(chosen)[0])
 
-    def _cannot_save(self, step: int, error: BaseException) -> CheckpointError:
-        return CheckpointError(
-            f"step {step} could not be saved in {self.directory}: {_reason(error)}; "
-            "what was there before is as it was. Give it room and permission, or save "
-            "elsewhere"
+        def same() -> _Found:
+            if own is not None:
+                return own
+            there = self._newest(number)
+            if _seal(there) != seal:
+                raise CheckpointError(
+                    f"step {number} of {self.directory} is not the one that process 0 "
+                    "has: all processes must see one directory"
+                )
+            return there._replace(damaged={int(n): why for n, why in damaged.items()})
+
+        return together(same, CheckpointError)
+
+    def _newest(self, step: int | None) -> _Found:
+        """The newest sound step, or the given one."""
+        damaged: dict[int, str] = {}
+        for number in self.steps()[::-1] if step is None else [step]:
+            folder = self._steps.folder(number)
+            try:
+                manifest, leaves = step_folder.read(folder, number)
+            except Damaged as damage:
+                damaged[number] = str(damage)
+                _log.warning("checkpoint %s is damaged: %s", folder, damage)
+                continue
+            if damaged:
+                _log.warning("fell back to step %d of %s", number, self.directory)
+            return _Found(number, damaged, manifest, leaves)
+        if not damaged:
+            raise CheckpointError(f"{self.directory} holds no checkpoint")
+        reasons = "; ".join(f"step {n}: {why}" for n, why in damaged.items())
+        raise CheckpointError(
+            f"{self.directory} holds no sound checkpoint: {reasons}. Restore the "
+            "directory from a copy, or start the run anew elsewhere"
         )
 
 
-def _reason(error: BaseException) -> str:
-    """Why a save failed; in the system's words where they are in Orbax's."""
-    text = str(error)
-    for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
-        if os.strerror(code) in text:
-            return os.strerror(code)
-    return f"{type(error).__name__}: {text.splitlines()[0][:200] if text else ''}"
-
-
-def _remove(path: Path) -> None:
-    """Removes a folder or file, if it is there and can be."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with contextlib.suppress(OSError):
-            path.unlink(missing_ok=True)
+def _seal(found: _Found) -> str:
+    """What two copies of a step have in common, and no other step."""
+    content = json.dumps(dataclasses.asdict(found.manifest), sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def _migrated(

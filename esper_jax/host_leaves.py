@@ -5,6 +5,8 @@ A leaf's name is its keys in the state's tree, whatever their kind, joined by sl
 """
 
 import dataclasses
+import json
+import zlib
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -13,8 +15,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from esper_jax.functional import is_key
+from esper_jax.processes import exchange, together, whole
 
-__all__ = ["HostLeaf", "LeafError", "flatten", "nest", "place", "to_host"]
+__all__ = [
+    "HostLeaf",
+    "LeafError",
+    "check_equal_in_all",
+    "flatten",
+    "nest",
+    "path_of",
+    "place",
+    "to_host",
+]
 
 _State = TypeVar("_State")
 
@@ -48,7 +60,7 @@ def flatten(tree: Any) -> dict[str, tuple[tuple[str, ...], Any]]:
     """
     flat: dict[str, tuple[tuple[str, ...], Any]] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        keys = tuple(map(_key, path))
+        keys = path_of(path)
         name = "/".join(keys)
         if name in flat:
             raise LeafError(
@@ -73,7 +85,8 @@ def nest(leaves: Mapping[str, HostLeaf]) -> dict[str, Any]:
 def to_host(state: Any) -> dict[str, HostLeaf]:
     """Copies of all leaves; the state may be donated or changed afterwards.
 
-    A `HostLeaf` in the state stays as it is.
+    A `HostLeaf` in the state stays as it is. All processes must call it if leaves are
+    spread over several (`processes.whole`).
 
     Raises:
       LeafError: if a leaf is not an array of numbers or random keys.
@@ -83,6 +96,8 @@ def to_host(state: Any) -> dict[str, HostLeaf]:
         impl = None
         if is_key(leaf):
             impl, leaf = _impl(leaf), jax.random.key_data(leaf)
+        if isinstance(leaf, jax.Array):
+            leaf = whole(leaf)
         if isinstance(leaf, jax.Array):
             leaf.copy_to_host_async()
         plain[name] = keys, leaf, impl
@@ -98,6 +113,41 @@ def to_host(state: Any) -> dict[str, HostLeaf]:
             )
         host[name] = HostLeaf(keys, array, impl)
     return host
+
+
+def check_equal_in_all(state: Any) -> None:
+    """Makes sure that all processes hold one and the same state.
+
+    Compared are its structure and the values of those leaves that each process has for
+    itself; not what JAX knows to be one array over several of them.
+
+    Raises:
+      LeafError: in all processes, naming the first leaf that differs.
+    """
+    if jax.process_count() == 1:
+        return
+    own = together(
+        lambda: {n: _mark(v) for n, (_, v) in flatten(state).items()}, LeafError
+    )
+    first, *others = map(json.loads, exchange(json.dumps(own)))
+    for index, other in enumerate(others, start=1):
+        for name in [*first, *other]:
+            if first.get(name) != other.get(name):
+                raise LeafError(
+                    f"leaf {name} of process {index} is not as process 0 has it: "
+                    f"expected {first.get(name, 'none')}, got "
+                    f"{other.get(name, 'none')}. Give all processes the same value, or "
+                    "one array over all of them"
+                )
+
+
+def _mark(leaf: Any) -> str:
+    """Shape, dtype and, of a leaf that is this process's own, a checksum."""
+    kind = _kind_of(leaf)
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        return f"{kind} over several processes"
+    (host,) = to_host([leaf]).values()
+    return f"{kind} with checksum {zlib.crc32(host.array.tobytes()):08x}"
 
 
 def place(leaves: Mapping[str, HostLeaf], like: _State) -> _State:
@@ -132,8 +182,12 @@ def _is_shared(leaf: Any) -> bool:
     return on_cpu or leaf.sharding.memory_kind != "device"
 
 
+def path_of(path: tuple[Any, ...]) -> tuple[str, ...]:
+    """The keys of a path in a tree, as JAX gives it, in words."""
+    return tuple(map(_key, path))
+
+
 def _key(key: Any) -> str:
-    """One key of a path in a tree."""
     for attribute in ("key", "name", "idx"):
         if hasattr(key, attribute):
             return str(getattr(key, attribute))
@@ -161,13 +215,16 @@ def _placed(array: np.ndarray, like: Any) -> Any:
     if isinstance(like, bool | int | float | complex):
         return type(like)(array[()])
     if is_key(like):
-        data = _on_devices(array, jax.random.key_data(like).sharding)
+        data = _on_devices(array, jax.random.key_data(like))
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(like))
-    return _on_devices(array, getattr(like, "sharding", None))
+    return _on_devices(array, like)
 
 
-def _on_devices(array: np.ndarray, sharding: Any) -> jax.Array:
-    # Left uncommitted on the default device, as fresh arrays are there.
-    if sharding is None or sharding.device_set == jnp.zeros(()).devices():
+def _on_devices(array: np.ndarray, like: Any) -> jax.Array:
+    sharding = getattr(like, "sharding", None)
+    # As fresh arrays are on the default device: free to go where others are.
+    if sharding is None or not getattr(like, "committed", True):
         return jnp.array(array)
-    return jax.device_put(array, sharding)
+    if sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    return jax.make_array_from_callback(array.shape, sharding, lambda i: array[i])

@@ -12,7 +12,7 @@ from esper_jax import collectives
 from esper_jax.blueprints import Blueprint, init_bank, resolve
 from esper_jax.chunks import ChunkLayout
 from esper_jax.grafting import Strategy
-from esper_jax.kernels.blend import blend, check_sharding
+from esper_jax.kernels.blend import blend, check_implementation, check_sharding
 from esper_jax.stages import Incubation
 from esper_jax.state import (
     init_seeds,
@@ -117,6 +117,7 @@ class SeedBed(nnx.Module):
                 f"{statistics_rows!r}"
             )
         self.statistics_rows = statistics_rows
+        check_implementation(implementation)
         self.implementation = implementation
         self.deterministic = deterministic
         self.axis_name = axis_name

@@ -80,15 +80,22 @@ def over_mesh(program: "Program", mesh: jax.sharding.Mesh) -> "Program":
     def place(name: str, data: Any, divided: bool) -> Any:
         if divided:
             check_divides(name, data, mesh.size)
-        return jax.device_put(
-            data, NamedSharding(mesh, rows if divided else everywhere)
-        )
+        sharding = NamedSharding(mesh, rows if divided else everywhere)
+        return jax.tree.map(lambda x: _put(x, sharding), data)
+
+    def init(rng: Array) -> Any:
+        # From the host's numbers: with several processes, an array of one of them
+        # cannot be sent to the devices of another.
+        @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, everywhere))
+        def start(data: Array) -> Any:
+            impl = jax.random.key_impl(rng)
+            return program.init(jax.random.wrap_key_data(data, impl=impl))
+
+        return start(np.asarray(jax.random.key_data(rng)))
 
     traces: Counter[str] = Counter()
     return program._replace(
-        init=lambda *values: jax.device_put(
-            program.init(*values), NamedSharding(mesh, everywhere)
-        ),
+        init=init,
         step=jax.jit(counted(traces, step), donate_argnums=0),
         step_from=jax.jit(
             counted(traces, step_from), donate_argnums=0, static_argnums=3
@@ -98,6 +105,14 @@ def over_mesh(program: "Program", mesh: jax.sharding.Mesh) -> "Program":
         place=place,
         recompiles=functools.partial(count_recompiles, traces),
     )
+
+
+def _put(x: Any, sharding: NamedSharding) -> Array:
+    """An array that every process has, on all devices of a mesh."""
+    if jax.process_count() == 1:
+        return jax.device_put(x, sharding)
+    host = np.asarray(x)
+    return jax.make_array_from_callback(host.shape, sharding, lambda part: host[part])
 
 
 def split_rows(name: str, data: Any, devices: int) -> Any:

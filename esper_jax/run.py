@@ -91,7 +91,8 @@ def train_run(
       out: must not hold a run yet, unless ``resume``.
       resume: go on from the newest sound checkpoint of the run in ``out``, or from the
         beginning if it was stopped before the first. Its config must be the same but
-        for ``train.ticks``, ``governor`` and ``checkpoint``.
+        for ``train.ticks``, ``governor``, ``checkpoint`` and ``growth.capacity``. A
+        smaller capacity must hold all living seeds.
       console: for the live view.
 
     Raises:
@@ -127,7 +128,16 @@ def train_run(
         if resume and not checkpoints.steps():
             _log.warning("%s holds no checkpoint: starts anew", checkpoints.directory)
         elif resume:
-            state = checkpoints.restore(state).state
+            found = checkpoints.restore(state)
+            state = found.state
+            for name, (before, after) in found.resized.items():
+                _log.warning(
+                    "layer %s of step %d goes on with capacity %d instead of %d",
+                    name,
+                    found.step,
+                    after,
+                    before,
+                )
         if config.train.ticks < int(state.ticks):
             raise ConfigError(
                 f"train.ticks: expected at least {int(state.ticks)}, which the run to "
@@ -462,9 +472,8 @@ def _read_config(out: Path) -> RunConfig:
 def _check_same(config: RunConfig, saved: RunConfig) -> None:
     new, old = _flat(to_dict(config)), _flat(to_dict(saved))
     for key in sorted(set(new) | set(old)):
-        free = key == "train.ticks" or key.startswith(
-            ("governor.", "checkpoint.", "compare.")
-        )
+        free = key in ("train.ticks", "growth.capacity")
+        free |= key.startswith(("governor.", "checkpoint.", "compare."))
         if not free and new.get(key) != old.get(key):
             raise ConfigError(
                 f"{key}: expected {old.get(key)!r}, as the run to resume has it; "

@@ -121,13 +121,9 @@ def init_seeds(num_seeds: int, capacity: int, strategy: int = 0) -> SeedState:
       strategy: `Strategy` code that each seed starts with.
 
     Raises:
-      ValueError: if the capacity is out of its range.
+      ValueError: if the capacity is not an int or out of its range.
     """
-    if not 1 <= capacity <= num_seeds:
-        raise ValueError(
-            f"capacity must be from 1 to num_seeds ({num_seeds}): it is the number of "
-            f"seeds that can live at once; got {capacity}"
-        )
+    _check_capacity(capacity, num_seeds)
 
     def full(n: int, value: float, dtype: jnp.dtype | type) -> Array:
         return jnp.asarray(np.full((n,), value, dtype))  # nothing to compile
@@ -168,6 +164,15 @@ def init_seeds(num_seeds: int, capacity: int, strategy: int = 0) -> SeedState:
     )
 
 
+def _check_capacity(capacity: int, num_seeds: int) -> None:
+    whole = isinstance(capacity, int | np.integer) and not isinstance(capacity, bool)
+    if not whole or not 1 <= capacity <= num_seeds:
+        raise ValueError(
+            f"capacity must be an int, from 1 to num_seeds ({num_seeds}): it is the "
+            f"number of seeds that can live at once; got {capacity!r}"
+        )
+
+
 def slot_sources(state: SeedState, capacity: int) -> Int[np.ndarray, " capacity"]:
     """The old slot that each slot takes over when the capacity changes, -1 for none.
 
@@ -176,20 +181,22 @@ def slot_sources(state: SeedState, capacity: int) -> Int[np.ndarray, " capacity"
     ones fill up the rest. Runs on the host: it reads the state.
 
     Raises:
-      ValueError: if the capacity is out of its range, or a living seed would be lost.
+      ValueError: if the capacity is not an int or out of its range, or a living seed
+        would be lost.
     """
     if state.seed_of_slot.ndim != 1:
         raise ValueError(
             "state must be of one layer, with slots of shape (K,); got "
             f"{state.seed_of_slot.shape}. Index the leading axes first"
         )
+    _check_capacity(capacity, state.num_seeds)
     owned = np.asarray(state.seed_of_slot) >= 0
-    least = max(1, int(owned.sum()))
-    if not least <= capacity <= state.num_seeds:
+    living = int(owned.sum())
+    if capacity < living:
         raise ValueError(
-            f"capacity must be from {least} (the living seeds, at least 1) to "
-            f"{state.num_seeds} (all seeds), got {capacity}; a smaller one would lose "
-            "a living seed"
+            f"capacity must be at least {living}, the number of living seeds in its "
+            f"{state.capacity} slots: a smaller one would lose a living seed; got "
+            f"{capacity}"
         )
     if capacity >= state.capacity:
         new = np.full(capacity - state.capacity, -1)
@@ -200,6 +207,8 @@ def slot_sources(state: SeedState, capacity: int) -> Int[np.ndarray, " capacity"
 def move_slots(old: Any, fresh: Any, source: Int[np.ndarray, " N"]) -> Any:
     """Arrays with ``N`` slots on their leading axis, made from those with ``K``.
 
+    Where ``fresh`` is of numpy the result is, too, and no device takes part.
+
     Args:
       old: a pytree, each leaf with ``K`` slots.
       fresh: the same with ``N`` slots, for those that take over none.
@@ -207,7 +216,11 @@ def move_slots(old: Any, fresh: Any, source: Int[np.ndarray, " N"]) -> Any:
     """
     taken = np.flatnonzero(source >= 0)
 
-    def move(old: Array, fresh: Array) -> Array:
+    def move(old: Any, fresh: Any) -> Any:
+        if isinstance(fresh, np.ndarray):
+            new = fresh.copy()
+            new[taken] = old[source[taken]]
+            return new
         return fresh.at[taken].set(old[source[taken]].astype(fresh.dtype))
 
     return jax.tree.map(move, old, fresh)

@@ -21,7 +21,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+import orbax.checkpoint as v0
 from orbax.checkpoint import v1 as ocp
 
 from esper_jax.host_leaves import HostLeaf
@@ -121,8 +123,8 @@ def write(
     arrays = {name: leaf.array for name, leaf in leaves.items() if leaf.array.size}
     if arrays:
         _make_sure_of_room(folder, sum(array.nbytes for array in arrays.values()))
-        with _quiet_orbax():
-            ocp.save((folder / _STATE).resolve(), arrays)
+        with _orbax():
+            _save((folder / _STATE).resolve(), arrays)
     manifest = Manifest(
         schema=schema,
         step=step,
@@ -183,7 +185,7 @@ def read(folder: Path, step: int) -> tuple[Manifest, dict[str, HostLeaf]]:
     arrays: dict[str, Any] = {}
     if any(math.prod(record.shape) for record in manifest.leaves.values()):
         try:
-            with _quiet_orbax():
+            with _orbax():
                 arrays = ocp.load((folder / _STATE).resolve())
         except Exception as error:  # of any kind: it depends on what is broken
             raise Damaged(
@@ -326,19 +328,43 @@ def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [""])[0][:200]
 
 
-@contextlib.contextmanager
-def _quiet_orbax() -> Iterator[None]:
-    """Keeps Orbax from printing the stack of each of its threads when one fails.
+def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    if jax.process_count() == 1:
+        ocp.save(path, arrays)
+        return
+    # The v1 API would wait for all processes of the program, and others do not save.
+    # The older one does not; the files are the same.
+    own = jax.process_index()
+    alone = v0.options.MultiprocessingOptions(
+        primary_host=own,
+        active_processes={own},
+        barrier_sync_key_prefix=f"esper_jax-save-{own}",
+    )
+    handler = v0.PyTreeCheckpointHandler(multiprocessing_options=alone)
+    with v0.Checkpointer(handler, multiprocessing_options=alone) as writer:
+        writer.save(path, arrays)
 
-    The error itself comes back as an exception.
+
+@contextlib.contextmanager
+def _orbax() -> Iterator[None]:
+    """Orbax in this process alone, whatever others of the program do, and quiet.
+
+    When it fails it prints the stack of each of its threads. The error itself comes
+    back as an exception.
     """
 
     def wanted(record: logging.LogRecord) -> bool:
         return "raised an exception" not in record.getMessage()
 
+    own = jax.process_index()
+    alone = ocp.Context()
+    alone.multiprocessing.primary_host = own
+    alone.multiprocessing.active_processes = {own}
+    alone.multiprocessing.barrier_sync_key_prefix = f"esper_jax-{own}"
     logger = logging.getLogger("absl")
     logger.addFilter(wanted)
     try:
-        yield
+        with alone:
+            yield
     finally:
         logger.removeFilter(wanted)

@@ -88,7 +88,7 @@ class Program(NamedTuple):
     kinds: dict[str, tuple[blueprints.Blueprint, ...]]
     gates: LifecycleConfig
     axis_name: str | None
-    place: Callable[[str, Batch, bool], Batch]
+    place: Callable[[str, Any, bool], Any]
     recompiles: Callable[[], int]
 
 
@@ -240,7 +240,8 @@ def fit(
       data: ``(x, y)`` to train on, rows first.
       held_out: ``(x, y)`` that the gates and the controller read.
       ticks: where to stop, counted from the beginning of the run.
-      batch_size: rows a step.
+      batch_size: rows a step. A restored state must go on with the one that it was
+        trained with: its position in the data is counted in steps.
       seed: of the order of the rows.
       on_tick: called after each tick with the state (to read, not to keep: it will be
         donated) and the report on the host. Not called for a tick that was undone.
@@ -269,7 +270,8 @@ def fit(
     if governor is not None:
         governor.start(state)
     while (epoch := int(state.ticks)) < ticks:
-        order = shuffle(np.int32(epoch), state.governor.rollbacks)
+        order = shuffle(np.int32(epoch), np.int32(state.governor.rollbacks))
+        order = program.place("order", order, False)
         for _ in range(per_epoch - int(state.step) % per_epoch):
             state = program.step_from(state, data, order, batch_size)
         state, report = program.tick(state, held_out)

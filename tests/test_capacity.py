@@ -9,6 +9,7 @@ import optax
 import pytest
 from flax import nnx
 
+from esper_jax.checkpoint import Checkpointer, CheckpointError
 from esper_jax.functional import state_hash
 from esper_jax.hosts import MLP
 from esper_jax.layers import SeedBed, grow_capacity
@@ -28,10 +29,20 @@ def make_data(rows, seed):
 TRAIN, HELD_OUT = make_data(32, 1), make_data(32, 2)
 
 
+def make_program(capacity=2):
+    model = MLP(6, (8, 10), 3, num_seeds=4, capacity=capacity, rngs=nnx.Rngs(0))
+    return build(model, optax.adam(1e-2), optax.adam(1e-3))
+
+
 @pytest.fixture(scope="module")
 def program():
-    model = MLP(6, (8, 10), 3, num_seeds=4, capacity=2, rngs=nnx.Rngs(0))
-    return build(model, optax.adam(1e-2), optax.adam(1e-3))
+    return make_program()
+
+
+@pytest.fixture(scope="module")
+def wide():
+    """The same with four slots a layer."""
+    return make_program(4)
 
 
 def living(program, slot, trained=3):
@@ -144,10 +155,10 @@ def test_a_capacity_that_would_lose_a_living_seed_is_refused(program):
     )
     state = dataclasses.replace(state, seeds={**state.seeds, "layers/1": layer})
     with pytest.raises(
-        ValueError, match=r"'layers/1': capacity must be from 2 .*got 1"
+        ValueError, match=r"'layers/1': capacity must be at least 2, .*got 1"
     ):
         program.grow_capacity(state, 1)
-    with pytest.raises(ValueError, match=r"to 4 \(all seeds\), got 5"):
+    with pytest.raises(ValueError, match=r"num_seeds \(4\).*got 5"):
         program.grow_capacity(state, 5)
     with pytest.raises(ValueError, match=r"there is no layer 'layers/7'.*'layers/0'"):
         program.grow_capacity(state, {"layers/7": 3})
@@ -174,6 +185,89 @@ def test_sources_of_slots():
     assert small.seed_of_slot.tolist() == [5, 2]
     assert small.slot_of_seed.tolist() == [-1, -1, 1, -1, -1, 0]
     assert small.gain.tolist() == [2.0, 4.0]
+
+
+def through_disk(folder, state, like):
+    with Checkpointer(folder) as checkpoints:
+        checkpoints.save(1, {"run": state, "epoch": 3})
+        found = checkpoints.restore({"run": like, "epoch": 0})
+    assert found.state["epoch"] == 3
+    return found.state["run"], found.resized
+
+
+@pytest.mark.parametrize("slot", [0, 1])
+def test_restored_into_a_larger_capacity(program, wide, slot, tmp_path):
+    state, like = living(program, slot), wide.init(jax.random.key(5))
+    # New slots are fresh in the new state, whatever is in them: here something to see.
+    like.banks["layers/1"] = jax.tree.map(lambda x: x + 7, like.banks["layers/1"])
+    found, changed = through_disk(tmp_path, state, like)
+    assert changed == dict.fromkeys(LAYERS, (2, 4))
+    expected = program.grow_capacity(state, 4)
+    for name in LAYERS:
+        bank, fresh = expected.banks[name], like.banks[name]
+        expected.banks[name] = jax.tree.map(
+            lambda old, new: jnp.concatenate([old[:2], new[2:]]), bank, fresh
+        )
+        jax.tree.map(lambda a, b: equal_bits(a[:2], b), bank, state.banks[name])
+    assert state_hash(found) == state_hash(expected)
+    assert jax.tree.structure(found) == jax.tree.structure(like)
+    equal_bits(program.evaluate(state, HELD_OUT), program.evaluate(found, HELD_OUT))
+    trained = fit(wide, found, TRAIN, HELD_OUT, ticks=2, batch_size=16)
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(trained.params))
+    # The seed that lived does so still, in the same slot.
+    assert [int(s.seed_of_slot[slot]) for s in trained.seeds.values()] == [1, 2]
+
+
+def test_restored_into_a_smaller_capacity(program, wide, tmp_path):
+    state = program.grow_capacity(living(program, 1), 4)
+    found, changed = through_disk(tmp_path, state, program.init(jax.random.key(5)))
+    assert changed == dict.fromkeys(LAYERS, (4, 2))
+    assert state_hash(found) == state_hash(wide.grow_capacity(state, 2))
+    equal_bits(program.evaluate(state, HELD_OUT), program.evaluate(found, HELD_OUT))
+
+
+def test_a_restore_that_would_lose_a_living_seed_is_refused(program, tmp_path):
+    state = living(program, 0, trained=0)
+    layer = state.seeds["layers/1"]
+    state.seeds["layers/1"] = dataclasses.replace(
+        layer,
+        stage=layer.stage.at[0].set(Stage.TRAINING),
+        slot_of_seed=layer.slot_of_seed.at[0].set(1),
+        seed_of_slot=layer.seed_of_slot.at[1].set(0),
+    )
+    small = make_program(1).init(jax.random.key(0))
+    message = r"layer 'layers/1', saved with capacity 2, into capacity 1: .* least 2"
+    with pytest.raises(CheckpointError, match=message):
+        through_disk(tmp_path, state, small)
+
+
+def test_only_the_capacity_may_differ(program, wide, tmp_path):
+    state, like = living(program, 0, trained=0), wide.init(jax.random.key(5))
+    wider = MLP(6, (8, 12), 3, num_seeds=4, capacity=4, rngs=nnx.Rngs(0))
+    more = MLP(6, (8, 10), 3, num_seeds=5, capacity=4, rngs=nnx.Rngs(0))
+    for model, message in (
+        (wider, r"layers/1/base/linear/bias: expected float32\[12\], found .*\[10\]"),
+        (more, r"banks/layers/0/w1: expected float32\[4, 2, 4\], found .*\[2, 2, 4\]"),
+    ):
+        other = build(model, optax.adam(1e-2), optax.adam(1e-3))
+        with pytest.raises(CheckpointError, match=message):
+            through_disk(tmp_path, state, other.init(jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: like.banks)
+    abstract = dataclasses.replace(like, banks=shapes)
+    with pytest.raises(CheckpointError, match=r"leaf run/banks/.* expected an array"):
+        through_disk(tmp_path, state, abstract)
+
+
+@pytest.mark.parametrize("capacity", [2.0, True, "2", 0, 5])
+def test_a_capacity_that_is_none_is_refused_by_name(program, capacity):
+    state, model = program.init(jax.random.key(0)), program.model
+    message = rf"capacity must be an int, from 1 to num_seeds .4..*got {capacity!r}"
+    with pytest.raises(ValueError, match=message):
+        SeedBed(8, 4, capacity=capacity, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=message):
+        program.grow_capacity(state, capacity)
+    with pytest.raises(ValueError, match=message):
+        grow_capacity(model(state), capacity, rngs=nnx.Rngs(0))
 
 
 def test_growing_a_flax_model_in_place(program):

@@ -18,10 +18,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_capacity import living, make_program
 
 from esper_jax import step_folder
 from esper_jax.checkpoint import Checkpointer, CheckpointError, Retention
 from esper_jax.cli import main
+from esper_jax.functional import state_hash
 from esper_jax.host_leaves import to_host
 from esper_jax.migrations import CURRENT, from_tree, migrate
 from esper_jax.state import SeedState, init_seeds
@@ -252,6 +254,32 @@ def test_what_cannot_be_saved_is_refused(tmp_path):
         with pytest.raises(CheckpointError, match="config must be JSON"):
             checkpoints.save(1, {}, config={1, 2})
         assert checkpoints.steps() == []
+
+
+def test_another_number_of_devices(tmp_path):
+    """One device to four, in several shardings, and back."""
+    program = make_program()
+    state = living(program, 1)
+    with Checkpointer(tmp_path / "one") as checkpoints:
+        checkpoints.save(1, state)
+    flags = (
+        f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
+    )
+    script = ROOT / "tests" / "four_devices.py"
+    folders = tmp_path / "one", tmp_path / "four"
+    result = subprocess.run(
+        [sys.executable, script, *folders, state_hash(state)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    like = program.init(jax.random.key(5))
+    back = Checkpointer(tmp_path / "four").restore(like).state
+    assert state_hash(back) == state_hash(state)
+    assert all(leaf.devices() == {jax.devices()[0]} for leaf in jax.tree.leaves(back))
 
 
 @pytest.mark.parametrize(

@@ -70,9 +70,9 @@ LABELS = (TOKENS.sum(axis=1) % 3).astype(np.int32)
 SEEDS = {"embed": 2, "convs/1": 8, "attention": 4, "norm": 1, "head": 3}
 
 
-def grown():
+def grown(seeds_of=SEEDS):
     model = Transformer(nnx.Rngs(0))
-    for path, seeds in SEEDS.items():
+    for path, seeds in seeds_of.items():
         features = 3 if path == "head" else None
         found = make_growable(model, path, seeds, features=features, rngs=nnx.Rngs(1))
         assert found == [path]
@@ -99,15 +99,18 @@ def test_an_existing_model_grows_without_being_rewritten():
     with pytest.raises(AttributeError, match="no_such_thing"):
         _ = model.norm.no_such_thing
 
+
+def test_layers_with_different_seed_counts_train_in_an_existing_model():
+    seeds_of = {"embed": 2, "attention": 4}  # each more layer costs the test seconds
     program = build(
-        model,
+        grown(seeds_of),
         optax.adam(1e-2),
         optax.adam(1e-2),
         lifecycle_config=GATES,
         controller_config=POLICY,
     )
     state = program.init(jax.random.key(0))
-    assert {name: s.num_seeds for name, s in state.seeds.items()} == SEEDS
+    assert {name: s.num_seeds for name, s in state.seeds.items()} == seeds_of
     data = (TOKENS, LABELS)
     state = fit(program, state, data, data, ticks=9, batch_size=8)
     stages = np.concatenate([np.asarray(s.stage) for s in state.seeds.values()])

@@ -225,8 +225,16 @@ def test_arguments_reach_the_base_layer_and_capacity_its_default() -> None:
     [
         ({"num_seeds": 7}, ValueError, "num_seeds must be from 1 to .*got 7"),
         ({"num_seeds": 0}, ValueError, "num_seeds must be from 1"),
-        ({"capacity": 0}, ValueError, "capacity must be from 1 to num_seeds"),
+        ({"capacity": 0}, ValueError, "capacity must be an int, from 1 to num_seeds"),
         ({"capacity": 5}, ValueError, r"capacity must be .*\(4\).*got 5"),
+        ({"implementation": "fast"}, ValueError, "implementation must be one of"),
+        ({"implementation": []}, ValueError, "implementation must be one of"),
+        ({"implementation": 3}, ValueError, "implementation must be one of.*got 3"),
+        (
+            {"implementation": ["xla", "no"]},
+            ValueError,
+            "implementation must be one of",
+        ),
         ({"blueprints": ["mlp"]}, ValueError, "unknown blueprint 'mlp'"),
         ({"strategy": 7}, ValueError, "strategy must be a Strategy, got 7"),
         ({"incubation": "none"}, ValueError, "incubation must be one of"),
@@ -241,13 +249,6 @@ def test_bad_arguments_are_refused_at_construction(
     given = {"base": nnx.Linear(5, 6, rngs=nnx.Rngs(0)), "num_seeds": 4} | arguments
     with pytest.raises(error, match=match):
         ChunkedLayer(**given, rngs=nnx.Rngs(1))
-
-
-def test_an_unknown_implementation_is_refused_by_the_call() -> None:
-    base = nnx.Linear(5, 6, rngs=nnx.Rngs(0))
-    layer = ChunkedLayer(base, 4, implementation="fast", rngs=nnx.Rngs(1))
-    with pytest.raises(ValueError, match="implementation must be one of"):
-        layer(jnp.ones((2, 5)))
 
 
 @pytest.mark.parametrize(

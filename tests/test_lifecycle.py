@@ -616,7 +616,9 @@ def test_the_jaxpr_has_no_callback_and_no_loop_over_seeds() -> None:
 
 @pytest.mark.parametrize("capacity", [0, -1, 5])
 def test_capacity_out_of_range(capacity: int) -> None:
-    with pytest.raises(ValueError, match=rf"capacity must be from 1.*got {capacity}"):
+    with pytest.raises(
+        ValueError, match=rf"capacity must be an int, from 1 to .*got {capacity}"
+    ):
         init_seeds(4, capacity)
 
 

@@ -9,14 +9,18 @@ import sys
 import time
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 from rich.console import Console
 
 from esper_jax.checkpoint import Checkpointer, CheckpointError
 from esper_jax.cli import main
-from esper_jax.config import ConfigError, load_config
-from esper_jax.run import RunError, evaluate_run, train_run
+from esper_jax.config import ConfigError, load_config, parse_config
+from esper_jax.data import DATASETS
+from esper_jax.run import RunError, build_run, evaluate_run, train_run
 from esper_jax.stages import Stage
+from esper_jax.train import fit
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 COMMAND = [sys.executable, "-m", "esper_jax"]
@@ -104,6 +108,56 @@ def test_a_resumed_run_ends_like_one_that_was_not_stopped(finished, tmp_path):
         train_run(smoke(ticks=20), out, resume=True, console=console)
     assert json.loads((out / "config.json").read_text())["train"]["ticks"] == 40
     assert evaluate_run(out)["step"] == 320
+
+
+def test_a_run_goes_on_with_another_capacity(tmp_path, monkeypatch, capsys):
+    """As its state would if `grow_capacity` were called on it where it stopped."""
+    config, out = CONFIGS / "smoke.toml", tmp_path / "run"
+    console = Console(quiet=True)
+    train_run(smoke(ticks=20), out, console=console)
+    before = state_of(out)
+    living = [int(seed) for seed in before.seeds["layers/0"].seed_of_slot if seed >= 0]
+    assert living
+    larger = ["--resume", "--set", "growth.capacity=4", "train.ticks=25"]
+    arguments = ["esper-jax", "train", str(config), "--out", str(out), *larger]
+    monkeypatch.setattr(sys, "argv", arguments)
+    main()
+    printed = capsys.readouterr()
+    said = "layer layers/0 of step 160 goes on with capacity 4 instead of 2"
+    assert printed.err.splitlines() == [f"esper-jax: {said}"]
+    assert "recompiles: 0" in printed.out
+    assert json.loads((out / "config.json").read_text())["growth"]["capacity"] == 4
+
+    program, data, _ = parts_of(out)
+    grown = program.grow_capacity(before, 4)
+    order = fit(program, grown, data.train, data.held_out, ticks=25, batch_size=128)
+    after = state_of(out)
+    assert int(after.step) == 200
+    assert after.seeds["layers/0"].capacity == 4
+    for name in ("params", "seeds", "monitor", "memory", "banks"):
+        for a, b in zip(
+            *(jax.tree.leaves(getattr(s, name)) for s in (after, order)), strict=True
+        ):
+            # Free slots hold what their program drew for them, and count for nothing.
+            owned = np.asarray(after.seeds["layers/0"].seed_of_slot) >= 0
+            both = (a[owned], b[owned]) if name == "banks" else (a, b)
+            np.testing.assert_array_equal(*both, err_msg=name)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after.params))
+    # Anything else of the growth must stay.
+    fewer = load_config(config, ["growth.num_seeds=2"])
+    with pytest.raises(ConfigError, match=r"growth.num_seeds: expected 4.*got 2"):
+        train_run(fewer, out, resume=True, console=console)
+
+
+def parts_of(out):
+    config = parse_config(json.loads((out / "config.json").read_text()))
+    data = DATASETS[config.data.name](config.data.seed)
+    program = build_run(config, data)
+    return program, data, program.init(jax.random.key(config.seed))
+
+
+def state_of(out):
+    return Checkpointer(out / "checkpoints").restore(parts_of(out)[2]).state
 
 
 def start(*arguments, cwd):

@@ -17,7 +17,7 @@ from esper_jax.kernels.blend.sharded import check_sharding
 from esper_jax.signals import Statistics
 from esper_jax.stages import Incubation
 
-__all__ = ["IMPLEMENTATIONS", "blend"]
+__all__ = ["IMPLEMENTATIONS", "blend", "check_implementation"]
 
 
 class _Implementation(NamedTuple):
@@ -167,10 +167,32 @@ def blend(
     return out.reshape(y.shape), statistics, reconstruction
 
 
+def check_implementation(implementation: Any) -> None:
+    """Makes sure that ``implementation`` is one of `blend`, whatever it supports.
+
+    Raises:
+      ValueError: if it is no name of one, no sequence of some, and not None.
+    """
+    named = [implementation] if isinstance(implementation, str) else implementation
+    if named is None:
+        return
+    known = sorted(IMPLEMENTATIONS)
+    if (
+        not isinstance(named, Sequence)
+        or not named
+        or any(n not in known for n in named)
+    ):
+        raise ValueError(
+            f"implementation must be one of {known}, a sequence of "
+            f"them or None; got {implementation!r}"
+        )
+
+
 def _choose(
     implementation: str | Sequence[str] | None, *arguments: Any
 ) -> _Implementation:
     """The first of the implementations asked for that takes the arguments."""
+    check_implementation(implementation)
     if implementation is None:
         platform = _platform()
         names: Sequence[str] = [
@@ -181,12 +203,6 @@ def _choose(
         ]
     else:
         names = [implementation] if isinstance(implementation, str) else implementation
-    unknown = [name for name in names if name not in IMPLEMENTATIONS]
-    if unknown or not names:
-        raise ValueError(
-            f"implementation must be one of {sorted(IMPLEMENTATIONS)}, a sequence of "
-            f"them or None; got {implementation!r}"
-        )
     refusals = []
     for name in names:
         why = IMPLEMENTATIONS[name].refusal(*arguments)
