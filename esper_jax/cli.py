@@ -116,6 +116,16 @@ def _train(command: Train) -> None:
         value = summary[name]
         print(f"{name}: {'not finite' if value is None else f'{value:.6g}'}")
     print(f"recompiles: {summary['recompiles']}")
+    if "static" in summary:
+        twin = summary["static"]
+        accuracy = summary["final_accuracy"]
+        grown = summary["host_params"] + summary["grown_params"]
+        print(
+            f"test accuracy: grown {accuracy:.4f} with {grown} parameters, "
+            f"static {twin['accuracy']:.4f} with {twin['parameters']}"
+        )
+    if config.compare.plot:
+        print(f"plot: {out / 'accuracy.png'}")
     print(f"run: {out}")
 
 

@@ -102,7 +102,7 @@ def train_run(
         saved, or if another process is training into ``out``.
       ConfigError: if the config does not fit the data. Nothing has been written then.
     """
-    data = DATASETS[config.data.name](config.data.seed)
+    data = _dataset(config)
     rows = len(data.train[0])
     if config.train.batch_size > rows:
         raise ConfigError(
@@ -230,6 +230,13 @@ def _train(
             ) from None
 
 
+def _dataset(config: RunConfig) -> Dataset:
+    try:
+        return DATASETS[config.data.name](config.data.seed)
+    except ImportError as error:
+        raise ConfigError(f"data.name: {error}") from None
+
+
 def _retention(config: RunConfig) -> Retention:
     rules = config.checkpoint
     modes = {"": None, "loss": ("loss", "min"), "accuracy": ("accuracy", "max")}
@@ -251,7 +258,7 @@ def evaluate_run(out: Path) -> dict[str, Any]:
       CheckpointError: if there is no sound checkpoint.
     """
     config = _read_config(out)
-    data = DATASETS[config.data.name](config.data.seed)
+    data = _dataset(config)
     program = build_run(config, data)
     like = program.init(jax.random.key(config.seed))
     state = Checkpointer(out / "checkpoints").restore(like).state

@@ -219,3 +219,71 @@ def test_bad_lists_of_blueprints_are_refused(
 def test_bad_numbers_are_refused(make: Any, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         make()
+
+
+GATED = ["glu", "context", "context_glu"]
+
+
+def test_gated_and_whole_layer_blueprints_are_born_as_the_identity() -> None:
+    kinds = bp.resolve(GATED)
+    layout = ChunkLayout(7, 3)  # chunks of 3, 2 and 2
+    keys = jax.random.split(jax.random.key(3), 3)
+    bank = bp.init_slots(keys, jnp.arange(3), kinds, layout.width, layout.features)
+    y = jax.random.normal(jax.random.key(0), (16, layout.features))
+
+    def run(bank: bp.Bank, y: jax.Array) -> jax.Array:
+        options = {"layout": layout, "blueprints": kinds}
+        ones, index = jnp.ones(3), jnp.arange(3)
+        return blend(y, bank, ones, ones, index, index, **options)[0]
+
+    np.testing.assert_array_equal(run(bank, y), y)
+    # Ripe, what reads the layer sees other chunks; glu sees its own alone.
+    other = y.at[:, 3:].add(1.0)
+    moved = run(ripe(bank), other) - run(ripe(bank), y)
+    assert not np.any(moved[:, :3])
+    slopes = jax.jacobian(lambda x: run(ripe(bank), x[None])[0])(y[0])
+    reads = np.abs(np.asarray(slopes)) > 0
+    np.testing.assert_array_equal(reads[:3], [[True] * 3 + [False] * 4] * 3)
+    assert reads[3:].all()
+
+
+def test_counts_of_gated_and_whole_layer_blueprints_by_hand() -> None:
+    c, h, f = 8, 16, 32
+    out = h * c + c
+    assert bp.glu().param_count(c) == 2 * (c * h + h) + out
+    assert bp.context().param_count(c, features=f) == f * h + h + out
+    assert bp.context_glu().param_count(c, features=f) == 2 * (f * h + h) + out
+    counts = bp.param_counts(bp.resolve(GATED), np.array([8, 8, 8, 8]))
+    assert counts[1].tolist() == [f * h + h + out] * 4
+
+
+@pytest.mark.parametrize("name", GATED)
+def test_kernels_refuse_what_is_not_dense(name: str) -> None:
+    kinds = bp.resolve([name])
+    layout = ChunkLayout(8, 2)
+    bank = bp.init_bank(jax.random.key(0), 1, kinds, layout.width, layout.features)
+    one, first = jnp.ones(1), jnp.zeros(1, jnp.int32)
+    with pytest.raises(ValueError, match=f"'{name}' is Custom.*None to let"):
+        blend(
+            jnp.ones((4, 8)),
+            bank,
+            one,
+            one,
+            first,
+            first,
+            layout=layout,
+            blueprints=kinds,
+            implementation="triton",
+        )
+
+
+def test_whole_layer_blueprints_need_the_width_and_known_words() -> None:
+    with pytest.raises(ValueError, match="features must be given"):
+        bp.init_bank(jax.random.key(0), 1, bp.resolve(["context"]), 4)
+    with pytest.raises(ValueError, match="reads must be"):
+        bp.Custom(name="x", init=lambda k, w: 0, apply=lambda p, y: y, reads="all")
+    with pytest.raises(ValueError, match="expansion"):
+        bp.glu(expansion=0.0)
+    with pytest.raises(ValueError, match="activation"):
+        bp.context(activation="nope")
+    assert bp.context() is bp.context()

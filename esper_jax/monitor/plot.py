@@ -57,15 +57,25 @@ def accuracy(
             if e["to"] == stage and e["outcome"] == "OK" and e["tick"] in height
         ]
         if at:
+            places = sorted(set(at))
             axes.scatter(
-                at,
-                [height[tick] for tick in at],
+                places,
+                [height[tick] for tick in places],
                 marker=mark,
-                s=90 if mark == "*" else 45,
+                s=130 if mark == "*" else 60,
                 color=colour,
                 zorder=3,
                 label=None if label in labelled else f"a seed {label}",
             )
+            for tick in places:
+                if at.count(tick) > 1:
+                    axes.annotate(
+                        f"{at.count(tick)}",
+                        (tick, height[tick]),
+                        textcoords="offset points",
+                        xytext=(6, 6),
+                        color=colour,
+                    )
             labelled.add(label)
     axes.set_xlabel("tick (epoch)")
     axes.set_ylabel("accuracy on held-out data")

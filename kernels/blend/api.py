@@ -61,12 +61,12 @@ def blend(
     On the chunk ``y_c`` of the seed that owns slot ``k``, with the blueprint's
     correction ``r(y_c) = f(y_c) - y_c`` and the cotangent ``g`` of the output:
 
-    (``r`` of a blueprint that reads the whole layer is ``r(y)``; ``J_y(r)^T g`` then
-    reaches all of ``y``)
-
     - forward: ``out = y_c + alpha * r(y_c)``;
     - backward: ``dy = g + alpha * J_y(r)^T g``, ``dtheta = beta * J_theta(r)^T g`` and
       ``dalpha = sum(g * r(y_c))``.
+
+    A blueprint that reads the whole layer has ``r(y)`` for ``r(y_c)``, and its
+    ``alpha * J_y(r)^T g`` reaches all of ``y``.
 
     So a slot with ``alpha 0, beta 1`` learns from the task while the output and the
     gradient of ``y`` stay bit-identical to those without it (a straight-through

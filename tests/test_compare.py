@@ -1,0 +1,96 @@
+"""What a run is shown beside: a static twin, and a picture."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from esper_jax.compare import train_static, twin
+from esper_jax.config import parse_config
+from esper_jax.data import Dataset
+from esper_jax.events import why
+from esper_jax.run import Metrics, build_run
+from esper_jax.stages import Stage
+from esper_jax.tick import TickReport
+
+
+def make_data():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(96, 6)).astype(np.float32)
+    y = (x[:, 0] > 0).astype(np.int32)
+    return Dataset((x[:48], y[:48]), (x[48:72], y[48:72]), (x[72:], y[72:]), 2)
+
+
+CONFIG = parse_config(
+    {
+        "model": {"hidden": [6, 12]},
+        "growth": {"num_seeds": 2, "capacity": 2},
+        "train": {"ticks": 3, "batch_size": 16, "learning_rate": 1e-2},
+    }
+)
+
+
+def test_the_twin_is_the_narrowest_that_has_as_many_parameters():
+    data = make_data()
+    # 7 a + (a + 1) b + (b + 1) 2 with (a, b) = (6, 12): 152.
+    for wanted, widths in ((152, (6, 12)), (153, (6, 13)), (173, (7, 13))):
+        got = twin(CONFIG, data, wanted).model.hidden
+        size = 7 * got[0] + (got[0] + 1) * got[1] + 2 * (got[1] + 1)
+        assert size >= wanted
+        assert sum(got) <= sum(widths) + 1
+    assert twin(CONFIG, data, 152).model.hidden == (6, 12)
+
+
+def test_the_twin_trains_and_nothing_grows():
+    static = train_static(CONFIG, make_data(), 152, build_run)
+    assert static["parameters"] == 152
+    assert static["widths"] == [6, 12]
+    assert len(static["history"]) == 3
+    assert 0 <= static["accuracy"] <= 1
+
+
+def test_metrics_are_cut_where_a_run_goes_on(tmp_path):
+    path = tmp_path / "ticks.jsonl"
+    metrics = Metrics(path, keep_until=0)
+    for tick in (1, 2, 3):
+        metrics.add(
+            TickReport(
+                tick=tick,
+                step=tick,
+                train_loss=1.0,
+                loss=np.float32("nan"),
+                accuracy=0.5,
+                replicas_agree=True,
+                reason=0,
+                layers={},
+            )
+        )
+    Metrics(path, keep_until=2)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["tick"] for line in lines] == [1, 2]
+    assert lines[0] == {"tick": 1, "train_loss": 1.0, "loss": None, "accuracy": 0.5}
+
+
+def test_a_picture_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    from esper_jax.monitor import plot
+
+    ticks = [{"tick": t, "accuracy": a} for t, a in ((1, 0.1), (2, None), (3, 0.6))]
+    events = [
+        {"tick": 1, "to": Stage.GERMINATED.name, "outcome": "OK"},
+        {"tick": 3, "to": Stage.FOSSILIZED.name, "outcome": "OK"},
+        {"tick": 3, "to": Stage.FOSSILIZED.name, "outcome": "OK"},
+        {"tick": 3, "to": Stage.CULLED.name, "outcome": "GATE"},
+    ]
+    static = {"history": [0.2, 0.3, 0.4], "parameters": 7, "accuracy": 0.4}
+    path = tmp_path / "accuracy.png"
+    plot.accuracy(path, ticks, events, static)
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_reason_has_words():
+    from esper_jax.controller import Reason
+
+    assert len({why(reason) for reason in Reason}) == len(Reason)
+    assert why(jax.numpy.int8(Reason.BUSY)) == why(Reason.BUSY)
