@@ -199,6 +199,7 @@ def numpy_step(
             }
         ),
         worth=np.where(accepted, np.float32(np.nan), state.worth),
+        worth_ticks=np.where(accepted, np.uint16(0), state.worth_ticks),
         seed_of_slot=owner,
     )
     outcome = np.select(

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from esper_jax.checkpoint import Checkpointer, CheckpointError
-from esper_jax.functional import state_hash
+from esper_jax.functional import is_key, state_hash
 from esper_jax.hosts import MLP
 from esper_jax.layers import SeedBed, grow_capacity
 from esper_jax.stages import Stage
@@ -68,6 +68,8 @@ def living(program, slot, trained=3):
 
 
 def equal_bits(a, b):
+    if is_key(a):
+        a, b = jax.random.key_data(a), jax.random.key_data(b)
     np.testing.assert_array_equal(
         np.asarray(a).reshape(-1).view(np.uint8),
         np.asarray(b).reshape(-1).view(np.uint8),
