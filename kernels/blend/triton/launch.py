@@ -62,6 +62,7 @@ def _struct(shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.ShapeDtypeS
 
 
 _FINISH = Blocks(rows=1, across=16, programs=1, warps=4, stages=1)
+_FINISH_FORWARD = dataclasses.replace(_FINISH, warps=8)
 
 
 def _programs(blocks: Blocks, units: int, rows: int) -> int:
@@ -129,9 +130,18 @@ def forward_pass(s: Static, save: bool, *arrays: Any) -> tuple[Any, ...]:
         programs = _programs(blocks, slots, rows)
         more = tiles * parts if columns else 0
         grid = (programs + more,)
-        kernel = functools.partial(matrix.forward_kernel, s, rows, programs, span, save)
-        sums = _struct((4 if s.own_statistics else 1, programs))
+        kernel = functools.partial(matrix.forward_kernel, s, rows, more, span, save)
+        sums = _struct(
+            (
+                slots,
+                4 if s.own_statistics else 1,
+                min(programs, pl.cdiv(rows, blocks.rows)),
+            )
+        )
         saved = _struct((slots, rows, s.width), y.dtype)
+        if not save and s.samples:
+            # Of these chunks, the last launch finds no more what they were.
+            columns = [_struct((slots, s.sampled(rows)[0], s.width), y.dtype)]
     out, partial, *rest = _launch(
         s,
         kernel,
@@ -143,9 +153,16 @@ def forward_pass(s: Static, save: bool, *arrays: Any) -> tuple[Any, ...]:
         aliases,
     )
     kept = tuple(rest[-1:] if save else ())
-    finish = _narrow_finish if s.config.narrow else _finish
-    seen = rest[0] if columns else out
-    statistics, means = finish(s, rows, alpha, beta, owner, partial, seen)
+    if s.config.narrow:
+        statistics, means = _narrow_finish(
+            s, rows, alpha, beta, owner, partial, *rest[:1]
+        )
+    else:
+        seen = (out, rest[0]) if s.samples else tuple(rest[:1])
+        kept_step = s.sampled(rows)[1] if save else 1
+        statistics, means = _finish(
+            s, rows, programs, kept_step, alpha, beta, owner, partial, *seen
+        )
     return (out, statistics, means, *kept)
 
 
@@ -156,12 +173,12 @@ def _narrow_finish(
     beta: Array,
     owner: Array,
     partial: Array,
-    seen: Array,
+    *seen: Array,
 ) -> tuple[Statistics, Array]:
     count = np.asarray(s.layout.sizes, np.float32) * s.sampled(rows)[0]
     total = squares = near = jnp.zeros(s.layout.num_seeds, jnp.float32)
     if s.statistics_rows != 0:
-        total, squares, near = _by_chunk(jnp.sum(seen, axis=0), s.layout)
+        total, squares, near = _by_chunk(jnp.sum(seen[0], axis=0), s.layout)
     statistics = Statistics(
         count=jnp.asarray(count), total=total, squares=squares, near_zero=near
     )
@@ -169,28 +186,21 @@ def _narrow_finish(
 
 
 def _finish(
-    s: Static,
-    rows: int,
-    alpha: Array,
-    beta: Array,
-    owner: Array,
-    partial: Array,
-    seen: Array,
+    s: Static, rows: int, programs: int, kept_step: int, *arrays: Array
 ) -> tuple[Statistics, Array]:
-    seeds, slots = s.layout.num_seeds, alpha.shape[0]
-    count, total, squares, near, means = _launch(
+    seeds, slots = s.layout.num_seeds, arrays[0].shape[0]
+    parts = 0 if s.statistics_rows is not None else arrays[4].shape[0]
+    seen = arrays[:4] if s.statistics_rows == 0 else arrays
+    count, *sums, means = _launch(
         s,
-        functools.partial(
-            sums_of.finish_kernel, s, rows, seen.shape[0], partial.shape[1]
-        ),
+        functools.partial(sums_of.finish_kernel, s, rows, parts, programs, kept_step),
         "blend_finish",
-        (max(seeds, slots),),
-        _FINISH,
-        (alpha, beta, owner, partial, seen),
+        (slots + seeds,),
+        _FINISH_FORWARD,
+        seen,
         [*[_struct((seeds,))] * 4, _struct((slots,))],
     )
-    statistics = Statistics(count=count, total=total, squares=squares, near_zero=near)
-    return statistics, means
+    return Statistics(count, *sums), means
 
 
 def _shared(s: Static, bank: Bank, blocks: Blocks, *arrays: Array) -> Refs:
