@@ -112,7 +112,7 @@ def choose(
       hidden: ``H``, of the widest blueprint.
       dtype: name of the dtype of ``y``.
       device: kind of the device, as JAX names it.
-      statistics_rows: rows that statistics are taken over; all if None.
+      statistics_rows: rows that statistics are taken over, at most; all if None.
 
     Returns:
       The tuned blocks where there are some, else the rule's; cut to the batch.

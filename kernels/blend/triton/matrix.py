@@ -168,6 +168,9 @@ def _keep_sample(
     index = tile.place[0].start + index_range(rows)
     turn = lax.div(index, jnp.int32(stride))
     here = (turn * stride == index) & (turn < sampled)
+    # Rows masked off must not point where another one is put: interpret mode would
+    # put both there.
+    turn = jnp.where(here, turn, sampled)
     across = index_range(s.columns)
     fits = None if s.width == s.columns else across < s.width
     place = (

@@ -164,8 +164,10 @@ class Static:
         """Rows that statistics are taken over, and the step from one to the next."""
         if self.statistics_rows is None:
             return rows, 1
-        sampled = min(rows, self.statistics_rows)
-        return sampled, rows // max(sampled, 1)
+        if not self.statistics_rows:
+            return 0, 1
+        step = max(1, -(-rows // self.statistics_rows))
+        return -(-rows // step), step
 
     def uses(self, field: str) -> bool:
         """Whether any blueprint has this part."""
