@@ -148,10 +148,13 @@ def _correct(
 # Of a tile's sums, a thread adds what it holds: the rest waits for the end of the loop.
 
 
-def _down(x: Array) -> Array:
-    """Partial sums of a tile laid out as it was read: some rows and eight columns."""
-    x = jnp.sum(x.reshape(-1, 16, x.shape[1]), axis=0)
-    return jnp.sum(x.reshape(16, -1, 8), axis=2)
+def _down(s: Static, x: Array) -> Array:
+    """Partial sums of a tile laid out as it was read, 16 bytes a thread."""
+    rows, columns = x.shape
+    each = 16 // jnp.dtype(s.dtype).itemsize
+    apart = min(rows, max(1, 32 * s.config.forward.warps * each // columns))
+    x = jnp.sum(x.reshape(-1, apart, columns), axis=0)
+    return jnp.sum(x.reshape(apart, -1, each), axis=2)
 
 
 def _across(x: Array) -> Array:
@@ -265,11 +268,11 @@ def _blend_share(
             _keep_sample(s, kept_ref, k, tile, y, total)
         new = [_across(r * r)]
         if s.own_statistics:
-            new += [_down(x) for x in statistics_of(s, y, tile.mask)]
+            new += [_down(s, x) for x in statistics_of(s, y, tile.mask)]
         return tuple(a + b for a, b in zip(sums, new, strict=True))
 
-    shapes = [(rows, 8), *[(16, s.columns // 8)] * (3 if s.own_statistics else 0)]
-    zeros = tuple(jnp.zeros(shape, jnp.float32) for shape in shapes)
+    tile = jnp.zeros((rows, s.columns), jnp.float32)
+    zeros = (_across(tile), *(_down(s, tile),) * (3 if s.own_statistics else 0))
     sums = loop(share.zero, share.turns, body, zeros)
     for j, x in enumerate(sums):
         sums_ref[k, j, share.part] = jnp.sum(x)
