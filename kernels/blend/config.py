@@ -84,6 +84,7 @@ TUNED: dict[tuple[str, str, int, int], dict[str, Blocks]] = {
 `Config` that differ from the rule's. ``benchmarks/blend.py --tune`` finds them."""
 
 _PACKED = ("NVIDIA H100", "NVIDIA H200", "NVIDIA GH200")
+"""How the names of devices begin on which two activations an instruction are taken."""
 
 _NARROW_WIDTH = 4
 _NARROW_HIDDEN = 8

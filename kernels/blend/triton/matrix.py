@@ -145,7 +145,8 @@ def _correct(
     return _masked(mask, out)
 
 
-# Of a tile's sums, a thread adds what it holds: the rest waits for the end of the loop.
+# Of the sums of a tile, a thread adds what it holds; the rest waits for the end of the
+# loop, because what threads exchange in each turn costs more than the sums.
 
 
 def _down(s: Static, x: Array) -> Array:

@@ -132,7 +132,8 @@ def near_zero(s: Static, x: Array, squares: Array) -> Array:
     """Which of ``x``, in float32, count as near zero; their squares are at hand."""
     if s.dtype == "float32":
         return jnp.abs(x) < _NEAR_ZERO
-    # An instruction less; no value in half precision has a square that rounds wrongly.
+    # An instruction less. The halves next to the bound are 0.1% off it or more, so that
+    # no rounding of their squares matters.
     return squares < _NEAR_ZERO**2
 
 

@@ -65,7 +65,7 @@ def dormant_sums(
     sums_ref: Any,
     program: Any,
 ) -> None:
-    """As `column_sums`, but for tiles in which every chunk lives."""
+    """`column_sums`, except of tiles in which every chunk lives."""
     across, features = s.config.statistics.across, s.layout.features
     tiles = pl.cdiv(features, across)
     walk = _Walk(s, rows, span, y_ref, lax.rem(program, tiles), lax.div(program, tiles))
@@ -245,6 +245,7 @@ def _finish_sample(
 ) -> None:
     """Statistics of a chunk over a sample of the rows."""
     out_ref, kept_ref = seen
+    # What the output holds of a dormant chunk is what the input was.
     count, step = s.sampled(rows)
     sums = _sums_of_rows(s, count, seed, _rows_of(s, out_ref, seed, step))
     lives, slot = _owns(order_of(found), seed)
