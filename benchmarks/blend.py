@@ -1,6 +1,6 @@
 """What blend adds to a layer: time and memory, by implementation, on one GPU.
 
-    PYTHONPATH=. python3 benchmarks/blend.py --out DIR          # all tables, 4 minutes
+    PYTHONPATH=. python3 benchmarks/blend.py --out DIR          # all tables, 5 minutes
     PYTHONPATH=. python3 benchmarks/blend.py --tune --out DIR   # block sizes
     PYTHONPATH=. python3 benchmarks/blend.py --smoke            # tiny, on a CPU
 
