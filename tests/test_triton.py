@@ -27,6 +27,7 @@ from esper_jax.kernels.blend.triton import static
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 2e-3}
 NAMES = ("y", "bank", "alpha", "beta", "blueprint", "seed_of_slot")
 CALL = "__gpu$xla.gpu.triton"
+H100 = "NVIDIA H100 80GB HBM3"
 
 # Interpret mode is slow: widths and blueprints are those of the real shapes, and rows
 # and seeds few. No block divides the rows.
@@ -139,6 +140,11 @@ def with_oracle(spec: ArgSpec) -> Callable[..., Any]:
     )
 
 
+def with_reference(spec: ArgSpec) -> Callable[..., Any]:
+    """The reference, likewise."""
+    return lambda args: blend(**args, **spec.options, implementation="xla")
+
+
 def forward_and_back(call: Callable[..., Any], args: dict[str, Any], g: Any) -> Any:
     """Outputs, and gradients of y, bank and alpha."""
 
@@ -203,6 +209,19 @@ def test_values_and_gradients_are_the_oracles(name: str) -> None:
     assert traces == 1
 
 
+@pytest.mark.parametrize("name", ["matrices, bfloat16", "matrices"])
+def test_a_sample_is_what_the_activations_were(name: str) -> None:
+    # A forward pass alone keeps sampled rows aside; one with gradients has all rows.
+    spec = dataclasses.replace(SMALL[name], statistics_rows=7)
+    args = spec.arrays(0, mixed=True)
+    call = with_triton(spec)
+    alone = jax.jit(call)(args)
+    both = jax.jit(functools.partial(forward_and_back, call))(args, cotangent(spec))
+    jax.tree.map(np.testing.assert_array_equal, alone, (both["out"], *both["rest"]))
+    errors = relative_errors(alone, jax.jit(with_reference(spec))(args))
+    assert max(errors.values()) < TOLERANCE[spec.dtype]
+
+
 def test_dead_and_incubating_slots_change_nothing_to_the_bit() -> None:
     spec = dataclasses.replace(SMALL["matrices, bfloat16"], statistics_rows=None)
     args = spec.arrays(0)
@@ -261,9 +280,7 @@ def for_cuda() -> Any:
         return contextlib.nullcontext()
     from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
-    device = AbstractDevice(
-        device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="cuda"
-    )
+    device = AbstractDevice(device_kind=H100, num_cores=132, platform="cuda")
     return use_abstract_mesh(AbstractMesh((), (), abstract_device=device))
 
 
@@ -318,6 +335,35 @@ def test_every_kernel_lowers_for_cuda(name: str) -> None:
         assert f'name = "{kernel}"' in text
     # In place, on the activation and on the cotangent.
     assert text.count("output_operand_alias") >= 2
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("activation", ["gelu", "silu"])
+def test_packed_activations_lower_for_cuda(dtype: str, activation: str) -> None:
+    blueprints = (residual_mlp(activation=activation),)
+    spec = dataclasses.replace(ARG_SPECS["width_64"], rows=64, blueprints=blueprints)
+    spec = dataclasses.replace(spec, dtype=dtype, features=256, num_seeds=4)
+    h100, other = (
+        choose(64, 256, 64, 128, dtype, device) for device in (H100, "other")
+    )
+    assert h100.packed
+    assert not other.packed
+    o = spec.options
+    args = jax.eval_shape(lambda: spec.arrays(0))
+
+    def text(config: Any) -> str:
+        def call(args: dict[str, Any]) -> Any:
+            arrays = [args[name] for name in NAMES]
+            static = (o["layout"], o["blueprints"], o["incubation"])
+            return triton.blend(*arrays, *static, config=config)
+
+        with for_cuda():
+            traced = jax.jit(call).trace(args)
+            return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+    packed = "tanh.approx." + ("bf16x2" if dtype == "bfloat16" else "f16x2")
+    assert packed in text(h100)
+    assert packed not in text(other)
 
 
 def test_the_program_tells_which_implementation_runs() -> None:
