@@ -194,8 +194,9 @@ def main() -> None:
     count = len(jax.devices())
     print(f"{count} x {jax.devices()[0].device_kind}, jax {jax.__version__}")
     print(
-        f"width {args.width}, {args.seeds} seeds in each of 2 layers, {args.rows} rows a "
-        f"device, bfloat16; {args.steps} steps and a tick a block, {args.blocks} blocks"
+        f"width {args.width}, {args.seeds} seeds in each of 2 layers, {args.rows} rows "
+        f"a device, bfloat16; {args.steps} steps and a tick a block, {args.blocks} "
+        "blocks"
     )
     if count == 1:
         print("only one device was found: there is nothing to scale over")

@@ -337,6 +337,63 @@ def test_every_kernel_lowers_for_cuda(name: str) -> None:
     assert text.count("output_operand_alias") >= 2
 
 
+@pytest.mark.parametrize("how", ["check_vma", "no check", "sharding"])
+def test_kernels_lower_for_cuda_on_several_devices(how: str) -> None:
+    spec = dataclasses.replace(
+        ARG_SPECS["width_64"], rows=512, features=256, num_seeds=4, capacity=None
+    )
+    names, sizes = ("data", "model"), (2, 2)
+    auto = (jax.sharding.AxisType.Auto,) * 2
+    if jax.__version_info__ < (0, 11):
+        mesh: Any = jax.sharding.AbstractMesh(sizes, names, axis_types=auto)
+        context: Any = contextlib.nullcontext()
+    else:
+        device = jax.sharding.AbstractDevice(
+            device_kind=H100, num_cores=132, platform="cuda"
+        )
+        mesh = jax.sharding.AbstractMesh(
+            sizes, names, axis_types=auto, abstract_device=device
+        )
+        context = jax.sharding.use_abstract_mesh(mesh)
+    rows = jax.sharding.PartitionSpec("data")
+    everywhere = jax.sharding.PartitionSpec()
+
+    def loss(y: Any, bank: Any, rest: Any, **options: Any) -> Any:
+        out, *others = blend(
+            y, bank, **rest, **spec.options, implementation="triton", **options
+        )
+        return jnp.sum(out.astype(jnp.float32) ** 2), others
+
+    def local(y: Any, bank: Any, rest: Any) -> Any:
+        (value, others), grads = jax.value_and_grad(loss, (0, 1), has_aux=True)(
+            y, bank, rest
+        )
+        return jax.lax.psum((value, others), "data"), grads[0], grads[1]
+
+    def program(y: Any, bank: Any, rest: Any) -> Any:
+        if how == "sharding":
+            place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*names))
+            grad = jax.value_and_grad(loss, (0, 1), has_aux=True)
+            return grad(y, bank, rest, sharding=place)
+        return jax.shard_map(
+            local,
+            mesh=mesh,
+            in_specs=(rows, everywhere, everywhere),
+            out_specs=(everywhere, rows, everywhere),
+            check_vma=how == "check_vma",
+        )(y, bank, rest)
+
+    shapes = jax.eval_shape(lambda: spec.arrays(0))
+    y, bank = shapes.pop("y"), shapes.pop("bank")
+    with context:
+        traced = jax.jit(program).trace(y, bank, shapes)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    # Each device computes its own rows, and columns.
+    local_rows, columns = (256, 128) if how == "sharding" else (256, 256)
+    assert f"tensor<{local_rows}x{columns}xbf16>" in text
+    assert text.count(CALL) >= 4
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("activation", ["gelu", "silu"])
 def test_packed_activations_lower_for_cuda(dtype: str, activation: str) -> None:

@@ -44,9 +44,16 @@ def _launch(
         kernel(*refs)
 
     named.__name__ = name  # What profilers show.
+    # Under `shard_map` the outputs differ from device to device as the inputs do.
+    axes = max(
+        (jax.typeof(x).manual_axis_type for x in inputs), key=lambda t: len(t.varying)
+    )
     return pl.pallas_call(
         named,
-        out_shape=list(outputs),
+        out_shape=[
+            jax.ShapeDtypeStruct(o.shape, o.dtype, manual_axis_type=axes)
+            for o in outputs
+        ],
         grid=tuple(grid),
         input_output_aliases=aliases or {},
         compiler_params=plgpu.CompilerParams(
