@@ -681,7 +681,11 @@ def main() -> None:
     parser.add_argument(
         "--errors", action="store_true", help="errors of every shape, and no times"
     )
-    parser.add_argument("--specs", nargs="*", help="shapes to tune, or to go both ways")
+    parser.add_argument(
+        "--specs",
+        nargs="*",
+        help="shapes to tune, or to time both ways and nothing else",
+    )
     parser.add_argument("--budget", type=float, default=420, help="seconds to tune for")
     options = parser.parse_args()
     if options.out:
@@ -705,13 +709,15 @@ def main() -> None:
         tune(run, [specs[name] for name in names], options.budget)
     elif options.errors:
         errors_table(run, list(specs.values()))
+    elif options.specs:
+        both_ways_table(run, [specs[name] for name in options.specs], (0.1, 1.0))
     else:
         both_ways_table(run, [specs["width_64"]], (0.0, 0.1, 0.5, 1.0), SETS)
         forward_table(run, specs["width_64"])
         memory_table(run, specs["width_64"])
         small_table(run, specs["small_batch"])
         errors_table(run, [s for n, s in specs.items() if "width" not in n])
-        names = options.specs or [f"width_{w}" for w in widths if w != 64]
+        names = [f"width_{w}" for w in widths if w != 64]
         both_ways_table(run, [specs[name] for name in names], (0.1, 1.0))
     print_tables(run.rows)
 

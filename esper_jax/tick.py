@@ -89,15 +89,16 @@ def evaluate(
     rows = jax.tree.leaves(data)[0].shape[0]
     size = min(eval_batch, rows)
     batches = -(-rows // size)
-    # Filled up with the first rows, which then do not count.
     missing = batches * size - rows
-    counted = jnp.arange(batches * size) < rows
+    weights = (jnp.arange(batches * size) < rows).astype(jnp.float32)
+
+    def filled(a: Array) -> Array:
+        """With the first rows again at the end, which then do not count."""
+        return jnp.concatenate([a, a[:missing]]) if missing else a
 
     def batched(a: Array) -> Array:
-        a = jnp.asarray(a)
-        a = jnp.concatenate([a, a[:missing]]) if missing else a
-        # Each batch has rows from everywhere, so that every device has a part of it
-        # where the rows are divided among several.
+        """Each batch has rows from everywhere, so that every device has a part of it
+        where the rows are divided among several."""
         return jnp.swapaxes(a.reshape(size, batches, *a.shape[1:]), 0, 1)
 
     def one(part: tuple[Batch, Array]) -> tuple[Array, Array]:
@@ -105,7 +106,7 @@ def evaluate(
         losses, scores = loss(parts.merge(values, train=False)(x), y)
         return jnp.sum(losses * weight), jnp.sum(scores * weight)
 
-    weights = counted.astype(jnp.float32)
+    data = jax.tree.map(lambda a: filled(jnp.asarray(a)), data)
     if batches == 1:
         total = one((data, weights))
     else:
