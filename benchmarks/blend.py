@@ -1,6 +1,6 @@
 """What blend adds to a layer: time and memory, by implementation, on one GPU.
 
-    PYTHONPATH=. python3 benchmarks/blend.py --out DIR          # all tables, 6 minutes
+    PYTHONPATH=. python3 benchmarks/blend.py --out DIR          # all tables, 5 minutes
     PYTHONPATH=. python3 benchmarks/blend.py --tune --out DIR   # block sizes
     PYTHONPATH=. python3 benchmarks/blend.py --smoke            # tiny, on a CPU
 
@@ -208,20 +208,32 @@ def added_time(
     return statistics.median(times[base]), statistics.median(more)
 
 
+def wide(x: Any) -> Any:
+    """``x`` in float32, if it is floating point; an array, or only its shape."""
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return x
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(x.shape, jnp.float32)
+    return x.astype(jnp.float32)
+
+
 def error_against_reference(
     f: Callable[..., Any], exact: Callable[..., Any], args: tuple[Any, ...]
 ) -> float:
-    """The worst ``|got - want| / |want|`` of all results, in float32 at full precision.
+    """As `error_against` ``exact``, in float32 at full precision."""
+    with jax.default_matmul_precision("highest"):
+        return error_against(f, jax.jit(exact), args)
+
+
+def error_against(
+    f: Callable[..., Any], exact: Callable[..., Any], args: tuple[Any, ...]
+) -> float:
+    """The worst ``|got - want| / |want|`` of all results; ``exact`` gets float32.
 
     NaN in either is infinite. Leaves of which nothing is expected count as they are.
     """
     got = jax.tree.leaves(f(*args))
-
-    def wide(x: Any) -> Any:
-        return x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
-
-    with jax.default_matmul_precision("highest"):
-        want = jax.tree.leaves(jax.jit(exact)(*jax.tree.map(wide, args)))
+    want = jax.tree.leaves(exact(*jax.tree.map(wide, args)))
     worst = 0.0
     for a, b in zip(got, want, strict=True):
         a, b = np.asarray(wide(a), np.float64), np.asarray(b, np.float64)
@@ -311,45 +323,95 @@ def forward_table(run: Run, spec: ArgSpec) -> None:
                 run.attempt("forward", label, measure)
 
 
+@dataclasses.dataclass
+class BothWays:
+    """What is timed of a shape, forward and backward, compiled."""
+
+    base: Any
+    exact: Any
+    calls: dict[str, Any]
+    alone: dict[str, Any]
+
+
+def compile_both_ways(
+    run: Run, specs: list[ArgSpec], sets: int
+) -> dict[str, concurrent.futures.Future[BothWays]]:
+    """Compiles the functions of all shapes at once: timing would wait for it."""
+    pool = concurrent.futures.ThreadPoolExecutor(1 if run.smoke else 12)
+
+    def start(f: Callable[..., Any], *args: Any) -> concurrent.futures.Future[Any]:
+        return pool.submit(jax.jit(f).lower(*args).compile)
+
+    def both(spec: ArgSpec) -> BothWays:
+        y = jax.ShapeDtypeStruct((spec.rows, spec.features), spec.dtype)
+        args = (y, y, jax.eval_shape(lambda: rest_of(spec, 1.0)))
+        many = [args] * sets
+
+        def in_one(call: Callable[..., Any]) -> Callable[..., Any]:
+            return lambda sets: [there_and_back(call)(*args) for args in sets]
+
+        calls = {n: blended(spec, n, None, run.smoke) for n in ("xla", "triton")}
+        with jax.default_matmul_precision("highest"):
+            exact = start(
+                there_and_back(calls["xla"], scaled=False), *jax.tree.map(wide, args)
+            )
+        return BothWays(
+            start(in_one(dormant), many),
+            exact,
+            {name: start(in_one(call), many) for name, call in calls.items()},
+            {
+                name: start(there_and_back(call, scaled=False), *args)
+                for name, call in calls.items()
+            },
+        )
+
+    found: dict[str, Any] = {}
+    for spec in specs:
+        future: concurrent.futures.Future[BothWays] = concurrent.futures.Future()
+        try:
+            future.set_result(both(spec))
+        except Exception as error:
+            future.set_exception(error)
+        found[spec.name] = future
+    pool.shutdown()
+    return found
+
+
 def both_ways_table(
     run: Run, specs: list[ArgSpec], living: tuple[float, ...], sets: int = 1
 ) -> None:
-    """Forward and backward of blend alone, and its forward pass alone, per shape."""
+    """Forward and backward of blend alone, per shape."""
+    compiled = compile_both_ways(run, specs, sets)
     for spec in specs:
         xs = activations(spec)
         # One set is enough: it is larger than the cache, and takes longer than a call.
         pairs = list(zip(xs[:sets], xs[SETS : SETS + sets], strict=True))
         none = rest_of(spec, 0.0)
-        base_f = in_one_call(there_and_back(dormant))
-        run.attempt(
-            "both ways",
-            {"spec": spec.name, "what": "base"},
-            lambda base_f=base_f, inputs=[(*p, none) for p in pairs]: {
-                "us": round(added_time(base_f, base_f, inputs)[0], 1)
-            },
-        )
-        exact = there_and_back(blended(spec, "xla", None, run.smoke), scaled=False)
+        get = compiled[spec.name]
+
+        def base(get: Any = get, pairs: Any = pairs, none: Any = none) -> Any:
+            f = get.result().base.result()
+            return {"us": round(added_time(f, f, [(*p, none) for p in pairs])[0], 1)}
+
+        run.attempt("both ways", {"spec": spec.name, "what": "base"}, base)
         times: dict[float, float] = {}
         for name in ("xla", "triton"):
-            call = blended(spec, name, None, run.smoke)
-            f = in_one_call(there_and_back(call))
-            one = jax.jit(there_and_back(call, scaled=False))
             for share in living:
-                rest = rest_of(spec, share)
 
                 def measure(
-                    f: Any = f,
-                    one: Any = one,
-                    rest: Any = rest,
+                    get: Any = get,
                     name: str = name,
                     share: float = share,
-                    exact: Any = exact,
                     pairs: Any = pairs,
-                    base_f: Any = base_f,
                     times: dict[float, float] = times,
+                    spec: ArgSpec = spec,
                 ) -> Any:
-                    error = error_against_reference(one, exact, (*pairs[0], rest))
-                    _, us = added_time(f, base_f, [(*p, rest) for p in pairs])
+                    rest, of = rest_of(spec, share), get.result()
+                    one, exact = of.alone[name].result(), of.exact.result()
+                    error = error_against(one, exact, (*pairs[0], rest))
+                    inputs = [(*p, rest) for p in pairs]
+                    f, base = of.calls[name].result(), of.base.result()
+                    _, us = added_time(f, base, inputs)
                     if name == "xla":
                         times[share] = us
                     ratio = us / times.get(share, float("nan"))
@@ -428,25 +490,36 @@ def small_table(run: Run, spec: ArgSpec) -> None:
 
 
 def errors_table(run: Run, specs: list[ArgSpec]) -> None:
-    """Errors of mixtures of stages and blueprints, forward and backward."""
+    """Errors of mixtures of stages and blueprints, forward and backward.
 
-    def errors(spec: ArgSpec) -> dict[str, Any]:
+    In float32 as is, which is tf32 on a GPU, and with full precision asked for.
+    """
+
+    def errors(spec: ArgSpec, precision: str) -> dict[str, Any]:
         small = spec.small(rows=500, seeds=12)
+
+        def both(implementation: str) -> Callable[..., Any]:
+            call = blended(small, implementation, None, run.smoke)
+            return jax.jit(there_and_back(call, scaled=False))
+
+        one, exact = both("triton"), both("xla")
         worst = []
         for seed in range(2):
             arrays = small.arrays(seed, mixed=True)
             y = arrays.pop("y")
             args = (y, random_like(small, y.shape, seed), arrays)
-            call = blended(small, "triton", None, run.smoke)
-            exact = there_and_back(blended(small, "xla", None, run.smoke), scaled=False)
-            one = jax.jit(there_and_back(call, scaled=False))
-            worst.append(error_against_reference(one, exact, args))
+            with jax.default_matmul_precision(precision):
+                got = one(*args)
+            with jax.default_matmul_precision("highest"):
+                worst.append(error_against(lambda *_, got=got: got, exact, args))
         return {"error": f"{max(worst):.1e}"}
 
-    with concurrent.futures.ThreadPoolExecutor(1 if run.smoke else 8) as pool:
-        futures = [pool.submit(errors, spec) for spec in specs]
-        for spec, future in zip(specs, futures, strict=True):
-            label = {"spec": spec.name, "dtype": spec.dtype}
+    jobs = [(spec, "default") for spec in specs]
+    jobs += [(spec, "highest") for spec in specs if spec.dtype == "float32"]
+    with concurrent.futures.ThreadPoolExecutor(1 if run.smoke else 12) as pool:
+        futures = [pool.submit(errors, *job) for job in jobs]
+        for (spec, precision), future in zip(jobs, futures, strict=True):
+            label = {"spec": spec.name, "dtype": spec.dtype, "precision": precision}
             run.attempt("errors", label, future.result)
 
 
@@ -608,7 +681,11 @@ def main() -> None:
     parser.add_argument(
         "--errors", action="store_true", help="errors of every shape, and no times"
     )
-    parser.add_argument("--specs", nargs="*", help="shapes to tune, or to go both ways")
+    parser.add_argument(
+        "--specs",
+        nargs="*",
+        help="shapes to tune, or to time both ways and nothing else",
+    )
     parser.add_argument("--budget", type=float, default=420, help="seconds to tune for")
     options = parser.parse_args()
     if options.out:
@@ -632,13 +709,15 @@ def main() -> None:
         tune(run, [specs[name] for name in names], options.budget)
     elif options.errors:
         errors_table(run, list(specs.values()))
+    elif options.specs:
+        both_ways_table(run, [specs[name] for name in options.specs], (0.1, 1.0))
     else:
         both_ways_table(run, [specs["width_64"]], (0.0, 0.1, 0.5, 1.0), SETS)
         forward_table(run, specs["width_64"])
         memory_table(run, specs["width_64"])
         small_table(run, specs["small_batch"])
         errors_table(run, [s for n, s in specs.items() if "width" not in n])
-        names = options.specs or [f"width_{w}" for w in widths if w != 64]
+        names = [f"width_{w}" for w in widths if w != 64]
         both_ways_table(run, [specs[name] for name in names], (0.1, 1.0))
     print_tables(run.rows)
 

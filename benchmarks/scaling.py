@@ -1,6 +1,6 @@
 """Weak scaling of training on several devices, with growth going on.
 
-    python benchmarks/scaling.py [--smoke]
+    python benchmarks/scaling.py [--smoke] [--modes MODE ...]
 
 The rows per device stay the same while the devices grow from 1 to all that there are
 (by powers of two). A block is some train steps and one tick: the seeds of the model go
@@ -42,6 +42,7 @@ GATES = LifecycleConfig(
     grafting=GraftConfig(ramp_duration=2),
 )
 POLICY = ControllerConfig(patience=1, threshold=0.9, max_training=2, tuning_limit=3)
+MODES = ["pmap", "shard_map", "jit"]
 P = PartitionSpec
 Block = Callable[[], None]
 
@@ -188,14 +189,16 @@ def stages_of(state: Any) -> list[int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--smoke", action="store_true", help="tiny, to see it run")
+    parser.add_argument("--modes", nargs="+", default=MODES, choices=MODES)
     args = parser.parse_args()
     sizes = (64, 4, 32, 4, 3) if args.smoke else (4096, 64, 8192, 20, 24)
     args.width, args.seeds, args.rows, args.steps, args.blocks = sizes
     count = len(jax.devices())
     print(f"{count} x {jax.devices()[0].device_kind}, jax {jax.__version__}")
     print(
-        f"width {args.width}, {args.seeds} seeds in each of 2 layers, {args.rows} rows a "
-        f"device, bfloat16; {args.steps} steps and a tick a block, {args.blocks} blocks"
+        f"width {args.width}, {args.seeds} seeds in each of 2 layers, {args.rows} rows "
+        f"a device, bfloat16; {args.steps} steps and a tick a block, {args.blocks} "
+        "blocks"
     )
     if count == 1:
         print("only one device was found: there is nothing to scale over")
@@ -211,7 +214,7 @@ def main() -> None:
         held_out = rows_for(1024 * n, args.width, 9)
         blocks: dict[tuple[str, str], Block] = {}
         states = {}
-        for mode in ("pmap", "shard_map", "jit"):
+        for mode in args.modes:
             blocks[mode, "plain"] = plain_block(mode, mesh, args, data, held_out)
             grown, states[mode] = grown_block(mode, mesh, args, data, held_out)
             blocks[mode, "grown"] = grown
@@ -235,7 +238,7 @@ def main() -> None:
     )
     print("to plain | stages seen |\n|---|---|---|---|---|---|---|---|")
     for n in numbers:
-        for mode in ("pmap", "shard_map", "jit"):
+        for mode in args.modes:
             plain, grown = (times[mode, model, n] for model in ("plain", "grown"))
             first = [times[mode, model, 1] for model in ("plain", "grown")]
             efficiency = first[0] / plain, first[1] / grown

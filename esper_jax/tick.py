@@ -93,22 +93,28 @@ def evaluate(
     rows = jax.tree.leaves(data)[0].shape[0]
     size = min(eval_batch, rows)
     batches = -(-rows // size)
-    # The last batch is filled up with the first rows, which then do not count.
-    index = jnp.arange(batches * size) % rows
-    counted = (jnp.arange(batches * size) < rows).astype(jnp.float32)
+    missing = batches * size - rows
+    weights = (jnp.arange(batches * size) < rows).astype(jnp.float32)
 
-    def one(part: tuple[Array, Array]) -> tuple[Array, Array]:
-        take, weight = part
-        x, y = jax.tree.map(lambda a: a[take], data)
+    def filled(a: Array) -> Array:
+        """With the first rows again at the end, which then do not count."""
+        return jnp.concatenate([a, a[:missing]]) if missing else a
+
+    def batched(a: Array) -> Array:
+        """Each batch has rows from everywhere, so that every device has a part of it
+        where the rows are divided among several."""
+        return jnp.swapaxes(a.reshape(size, batches, *a.shape[1:]), 0, 1)
+
+    def one(part: tuple[Batch, Array]) -> tuple[Array, Array]:
+        (x, y), weight = part
         losses, scores = loss(parts.merge(values, train=False)(x), y)
         return jnp.sum(losses * weight), jnp.sum(scores * weight)
 
+    data = jax.tree.map(lambda a: filled(jnp.asarray(a)), data)
     if batches == 1:
-        total = one((index, counted))
+        total = one((data, weights))
     else:
-        sums = jax.lax.map(
-            one, (index.reshape(batches, size), counted.reshape(batches, size))
-        )
+        sums = jax.lax.map(one, jax.tree.map(batched, (data, weights)))
         total = jax.tree.map(jnp.sum, sums)
     return collectives.mean((total[0] / rows, total[1] / rows), axis_name)
 

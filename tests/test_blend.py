@@ -315,6 +315,18 @@ def test_an_empty_batch_gives_zeros(batch: tuple[int, ...]) -> None:
         assert not np.any(leaf)
 
 
+@pytest.mark.parametrize(("rows", "step"), [(3, 4), (6, 2), (10, 2), (11, 1), (99, 1)])
+def test_a_sample_of_the_rows_leaves_no_part_of_the_batch_out(
+    rows: int, step: int
+) -> None:
+    layout = ChunkLayout(4, 2)
+    y = jax.random.normal(jax.random.key(1), (11, 4))
+    got = reference.statistics(y, layout, rows)
+    want = reference.statistics(y[::step], layout)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    assert got.count[0] <= 2 * rows
+
+
 def test_statistics_count_near_zeros_and_ignore_the_seeds() -> None:
     args = arguments(UNEVEN, (5,), "float32")
     y = np.array(args["y"])

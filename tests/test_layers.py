@@ -14,6 +14,7 @@ from flax import nnx
 from esper_jax import lifecycle, linen
 from esper_jax.kernels.blend import blend
 from esper_jax.layers import (
+    DEFAULT_STATISTICS_ROWS,
     BlueprintParam,
     ChunkedLayer,
     GraftProbe,
@@ -160,6 +161,22 @@ def test_the_probe_measures_and_removes_seeds(
     )
     same_bits(without, step(model, *data)[:2])
     assert without[0] != loss
+
+
+@pytest.mark.parametrize(("rows", "seen"), [(256, 3), (None, 1), (600, 1), (0, None)])
+def test_a_layer_measures_a_sample_of_all_its_rows(
+    rows: int | None, seen: int | None
+) -> None:
+    options = {} if rows == DEFAULT_STATISTICS_ROWS else {"statistics_rows": rows}
+    y = jax.random.normal(jax.random.key(0), (2, 300, 6))
+    bed = SeedBed(6, 3, rngs=nnx.Rngs(0), **options)
+    bed(y)
+    sample = y.reshape(600, 6)[::seen] if seen else y.reshape(600, 6)[:0]
+    got = bed.seeds.get_value().statistics
+    np.testing.assert_array_equal(got.count, [2 * len(sample)] * 3)
+    np.testing.assert_allclose(
+        got.total, sample.reshape(-1, 3, 2).sum((0, 2)), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_statistics_are_collected_while_training_only(

@@ -27,6 +27,7 @@ from esper_jax.kernels.blend.triton import static
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 2e-3}
 NAMES = ("y", "bank", "alpha", "beta", "blueprint", "seed_of_slot")
 CALL = "__gpu$xla.gpu.triton"
+H100 = "NVIDIA H100 80GB HBM3"
 
 # Interpret mode is slow: widths and blueprints are those of the real shapes, and rows
 # and seeds few. No block divides the rows.
@@ -139,6 +140,11 @@ def with_oracle(spec: ArgSpec) -> Callable[..., Any]:
     )
 
 
+def with_reference(spec: ArgSpec) -> Callable[..., Any]:
+    """The reference, likewise."""
+    return lambda args: blend(**args, **spec.options, implementation="xla")
+
+
 def forward_and_back(call: Callable[..., Any], args: dict[str, Any], g: Any) -> Any:
     """Outputs, and gradients of y, bank and alpha."""
 
@@ -203,6 +209,19 @@ def test_values_and_gradients_are_the_oracles(name: str) -> None:
     assert traces == 1
 
 
+@pytest.mark.parametrize("name", ["matrices, bfloat16", "matrices"])
+def test_a_sample_is_what_the_activations_were(name: str) -> None:
+    # A forward pass alone keeps sampled rows aside; one with gradients has all rows.
+    spec = dataclasses.replace(SMALL[name], statistics_rows=7)
+    args = spec.arrays(0, mixed=True)
+    call = with_triton(spec)
+    alone = jax.jit(call)(args)
+    both = jax.jit(functools.partial(forward_and_back, call))(args, cotangent(spec))
+    jax.tree.map(np.testing.assert_array_equal, alone, (both["out"], *both["rest"]))
+    errors = relative_errors(alone, jax.jit(with_reference(spec))(args))
+    assert max(errors.values()) < TOLERANCE[spec.dtype]
+
+
 def test_dead_and_incubating_slots_change_nothing_to_the_bit() -> None:
     spec = dataclasses.replace(SMALL["matrices, bfloat16"], statistics_rows=None)
     args = spec.arrays(0)
@@ -261,9 +280,7 @@ def for_cuda() -> Any:
         return contextlib.nullcontext()
     from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
-    device = AbstractDevice(
-        device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="cuda"
-    )
+    device = AbstractDevice(device_kind=H100, num_cores=132, platform="cuda")
     return use_abstract_mesh(AbstractMesh((), (), abstract_device=device))
 
 
@@ -318,6 +335,92 @@ def test_every_kernel_lowers_for_cuda(name: str) -> None:
         assert f'name = "{kernel}"' in text
     # In place, on the activation and on the cotangent.
     assert text.count("output_operand_alias") >= 2
+
+
+@pytest.mark.parametrize("how", ["check_vma", "no check", "sharding"])
+def test_kernels_lower_for_cuda_on_several_devices(how: str) -> None:
+    spec = dataclasses.replace(
+        ARG_SPECS["width_64"], rows=512, features=256, num_seeds=4, capacity=None
+    )
+    names, sizes = ("data", "model"), (2, 2)
+    auto = (jax.sharding.AxisType.Auto,) * 2
+    if jax.__version_info__ < (0, 11):
+        mesh: Any = jax.sharding.AbstractMesh(sizes, names, axis_types=auto)
+        context: Any = contextlib.nullcontext()
+    else:
+        device = jax.sharding.AbstractDevice(
+            device_kind=H100, num_cores=132, platform="cuda"
+        )
+        mesh = jax.sharding.AbstractMesh(
+            sizes, names, axis_types=auto, abstract_device=device
+        )
+        context = jax.sharding.use_abstract_mesh(mesh)
+    rows = jax.sharding.PartitionSpec("data")
+    everywhere = jax.sharding.PartitionSpec()
+
+    def loss(y: Any, bank: Any, rest: Any, **options: Any) -> Any:
+        out, *others = blend(
+            y, bank, **rest, **spec.options, implementation="triton", **options
+        )
+        return jnp.sum(out.astype(jnp.float32) ** 2), others
+
+    def local(y: Any, bank: Any, rest: Any) -> Any:
+        (value, others), grads = jax.value_and_grad(loss, (0, 1), has_aux=True)(
+            y, bank, rest
+        )
+        return jax.lax.psum((value, others), "data"), grads[0], grads[1]
+
+    def program(y: Any, bank: Any, rest: Any) -> Any:
+        if how == "sharding":
+            place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*names))
+            grad = jax.value_and_grad(loss, (0, 1), has_aux=True)
+            return grad(y, bank, rest, sharding=place)
+        return jax.shard_map(
+            local,
+            mesh=mesh,
+            in_specs=(rows, everywhere, everywhere),
+            out_specs=(everywhere, rows, everywhere),
+            check_vma=how == "check_vma",
+        )(y, bank, rest)
+
+    shapes = jax.eval_shape(lambda: spec.arrays(0))
+    y, bank = shapes.pop("y"), shapes.pop("bank")
+    with context:
+        traced = jax.jit(program).trace(y, bank, shapes)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    # Each device computes its own rows, and columns.
+    local_rows, columns = (256, 128) if how == "sharding" else (256, 256)
+    assert f"tensor<{local_rows}x{columns}xbf16>" in text
+    assert text.count(CALL) >= 4
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("activation", ["gelu", "silu"])
+def test_packed_activations_lower_for_cuda(dtype: str, activation: str) -> None:
+    blueprints = (residual_mlp(activation=activation),)
+    spec = dataclasses.replace(ARG_SPECS["width_64"], rows=64, blueprints=blueprints)
+    spec = dataclasses.replace(spec, dtype=dtype, features=256, num_seeds=4)
+    h100, other = (
+        choose(64, 256, 64, 128, dtype, device) for device in (H100, "other")
+    )
+    assert h100.packed
+    assert not other.packed
+    o = spec.options
+    args = jax.eval_shape(lambda: spec.arrays(0))
+
+    def text(config: Any) -> str:
+        def call(args: dict[str, Any]) -> Any:
+            arrays = [args[name] for name in NAMES]
+            static = (o["layout"], o["blueprints"], o["incubation"])
+            return triton.blend(*arrays, *static, config=config)
+
+        with for_cuda():
+            traced = jax.jit(call).trace(args)
+            return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+    packed = "tanh.approx." + ("bf16x2" if dtype == "bfloat16" else "f16x2")
+    assert packed in text(h100)
+    assert packed not in text(other)
 
 
 def test_the_program_tells_which_implementation_runs() -> None:

@@ -90,9 +90,10 @@ def blend(
       incubation: what a slot learns from while its alpha is 0. With
         ``"reconstruction"`` its ``dtheta`` is instead ``beta`` times the gradient of
         ``mean(r(y_c)**2)`` at ``stop_gradient(y_c)``, whatever the task's loss.
-      statistics_rows: how many rows of the flattened batch the statistics are taken
-        over, evenly strided: row 0 and every ``N // statistics_rows``-th after it. All
-        if None; none if 0, and the counts are 0 then.
+      statistics_rows: over how many rows of the flattened batch of ``N`` the statistics
+        are taken at most. They are spread evenly over all of it: row 0 and every
+        ``ceil(N / statistics_rows)``-th after it. All rows if None; none if 0, and
+        the counts are 0 then.
       implementation: ``"xla"`` (plain JAX), ``"triton"`` (fused GPU kernels), a
         sequence of names of which the first that supports the arguments is taken, or
         None: the fastest that supports them on the default device's platform, as it is

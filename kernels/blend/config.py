@@ -55,6 +55,8 @@ class Config:
       input: of the kernel of the input's gradient, which runs by itself where one tile
         of ``backward`` does not hold all hidden units.
       statistics: of the kernel of the dormant chunks' statistics.
+      packed: whether the device has an instruction for tanh in bfloat16, as of compute
+        capability 9.0.
     """
 
     narrow: bool
@@ -62,13 +64,14 @@ class Config:
     backward: Blocks
     input: Blocks
     statistics: Blocks
+    packed: bool = False
 
 
 _H100 = "NVIDIA H100 80GB HBM3"
 
 TUNED: dict[tuple[str, str, int, int], dict[str, Blocks]] = {
     (_H100, "bfloat16", 64, 128): {
-        "forward": Blocks(rows=64, across=128, programs=264, warps=4, stages=3),
+        "forward": Blocks(rows=64, across=128, programs=264, warps=4, stages=4),
         "backward": Blocks(rows=32, across=128, programs=132, warps=8, stages=4),
     },
     (_H100, "bfloat16", 128, 256): {
@@ -79,6 +82,9 @@ TUNED: dict[tuple[str, str, int, int], dict[str, Blocks]] = {
 }
 """Measured blocks, by device kind, dtype, chunk width and hidden width: the fields of
 `Config` that differ from the rule's. ``benchmarks/blend.py --tune`` finds them."""
+
+_PACKED = ("NVIDIA H100", "NVIDIA H200", "NVIDIA GH200")
+"""How the names of devices begin on which two activations an instruction are taken."""
 
 _NARROW_WIDTH = 4
 _NARROW_HIDDEN = 8
@@ -107,7 +113,7 @@ def choose(
       hidden: ``H``, of the widest blueprint.
       dtype: name of the dtype of ``y``.
       device: kind of the device, as JAX names it.
-      statistics_rows: rows that statistics are taken over; all if None.
+      statistics_rows: rows that statistics are taken over, at most; all if None.
 
     Returns:
       The tuned blocks where there are some, else the rule's; cut to the batch.
@@ -127,6 +133,7 @@ def choose(
             config.statistics.cut(sampled, 1),
             across=min(config.statistics.across, max(16, power_of_two(features))),
         ),
+        packed=device.startswith(_PACKED),
     )
 
 

@@ -92,9 +92,9 @@ def blend(
     count, total, squares, near_zero = [], [], [], []
     seen = flat
     if statistics_rows is not None:
-        rows = min(statistics_rows, len(flat))
-        step = len(flat) // max(rows, 1)
-        seen = flat[np.arange(rows) * step]
+        step = int(np.ceil(len(flat) / statistics_rows)) if statistics_rows else 1
+        wanted = [i for i in range(len(flat)) if statistics_rows and i % step == 0]
+        seen = flat[np.asarray(wanted, int)]
     for start, size in zip(layout.starts, layout.sizes, strict=True):
         chunk = jax.lax.dynamic_slice_in_dim(stop(seen), start, int(size), axis=1)
         count.append(chunk.size)

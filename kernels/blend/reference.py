@@ -35,12 +35,10 @@ def statistics(
 ) -> Statistics:
     """Count, sum, sum of squares and near-zero count of each chunk, in float32.
 
-    Over every row, or over ``rows`` rows, every ``N // rows``-th from the first.
+    Over every row, or over at most ``rows``: every ``ceil(N / rows)``-th.
     """
     if rows is not None:
-        rows = min(rows, y.shape[0])
-        stride = y.shape[0] // max(rows, 1)
-        y = y[: rows * stride : stride] if rows else y[:0]
+        y = y[:: max(1, -(-y.shape[0] // rows))] if rows else y[:0]
     x = y.astype(jnp.float32)
     columns = (
         jnp.sum(x, axis=0),

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from esper_jax.blueprints import Bank
@@ -35,11 +35,24 @@ def _size(sharding: NamedSharding, names: tuple[str, ...]) -> int:
 
 
 def check_sharding(sharding: Any) -> None:
-    """Raises TypeError if it is neither a `NamedSharding` nor None."""
-    if not isinstance(sharding, NamedSharding | None):
+    """Refuses what is neither None nor a sharding over a mesh of Auto axes.
+
+    Raises:
+      TypeError: if it is not a `NamedSharding`.
+      ValueError: if the mesh has axes of another type.
+    """
+    if sharding is None:
+        return
+    if not isinstance(sharding, NamedSharding):
         raise TypeError(
             "sharding must be a jax.sharding.NamedSharding of the layer's output, its "
             f"features last, or None; got {sharding!r}"
+        )
+    types = sharding.mesh.axis_types
+    if any(axis_type != AxisType.Auto for axis_type in types):
+        raise ValueError(
+            f"sharding: the axes of the mesh must be Auto, got {types}; make it with "
+            "jax.make_mesh(sizes, names, axis_types=(AxisType.Auto, ...))"
         )
 
 

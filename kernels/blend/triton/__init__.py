@@ -133,6 +133,8 @@ def blend(
             statistics_rows,
         )
     dtype = jnp.dtype(y.dtype).name
+    if statistics_rows is not None and statistics_rows >= y.shape[0]:
+        statistics_rows = None
     s = Static(
         layout, blueprints, incubation, statistics_rows, config, interpret, dtype
     )

@@ -44,9 +44,16 @@ def _launch(
         kernel(*refs)
 
     named.__name__ = name  # What profilers show.
+    # Under `shard_map` the outputs differ from device to device as the inputs do.
+    axes = max(
+        (jax.typeof(x).manual_axis_type for x in inputs), key=lambda t: len(t.varying)
+    )
     return pl.pallas_call(
         named,
-        out_shape=list(outputs),
+        out_shape=[
+            jax.ShapeDtypeStruct(o.shape, o.dtype, manual_axis_type=axes)
+            for o in outputs
+        ],
         grid=tuple(grid),
         input_output_aliases=aliases or {},
         compiler_params=plgpu.CompilerParams(
@@ -62,6 +69,7 @@ def _struct(shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.ShapeDtypeS
 
 
 _FINISH = Blocks(rows=1, across=16, programs=1, warps=4, stages=1)
+_FINISH_FORWARD = dataclasses.replace(_FINISH, warps=8)
 
 
 def _programs(blocks: Blocks, units: int, rows: int) -> int:
@@ -93,104 +101,115 @@ def _by_chunk(sums: Array, layout: ChunkLayout) -> Array:
 
 def forward_pass(s: Static, save: bool, *arrays: Any) -> tuple[Any, ...]:
     """Output, statistics, reconstruction, and the living chunks if ``save``."""
+    forward = _narrow_forward if s.config.narrow else _matrix_forward
+    return forward(s, save, *arrays)
+
+
+def _narrow_forward(s: Static, save: bool, *arrays: Any) -> tuple[Any, ...]:
     y, bank, alpha, beta, kind, owner = arrays
     rows, slots = y.shape[0], alpha.shape[0]
     blocks = s.config.forward
-    column_sums: tuple[Array, ...] = ()
-    columns: list[Any] = []
-    span = 0
-    if s.statistics_rows is None or (s.statistics_rows and s.config.narrow):
-        tiles, parts, span = _column_parts(s, rows)
-        columns = [_struct((parts, 3, s.layout.features))]
-    if columns and s.config.narrow:
-        # These pass through the forward kernel, which does not touch them: so XLA
-        # knows that y is read before it is overwritten, and need not copy it.
-        column_sums = tuple(
-            _launch(
-                s,
-                functools.partial(sums_of.column_sums_kernel, s, rows, span),
-                "blend_statistics",
-                (tiles, parts),
-                s.config.statistics,
-                (y,),
-                columns,
-            )
-        )
-    inputs = [*_shared(s, bank, blocks, alpha, beta, kind, owner), y, *column_sums]
-    aliases = {9: 0, 10: 2} if column_sums else {9: 0}
-    if s.config.narrow:
-        side = pl.cdiv(slots, blocks.across)
-        span = sums_of.span_of(rows, blocks, side)
-        grid: tuple[int, ...] = (side, pl.cdiv(rows, span))
-        kernel = functools.partial(narrow.forward_kernel, s, rows, span, save)
-        sums = _struct((grid[1], slots))
-        saved = _struct((rows, slots, s.width), y.dtype)
-    else:
-        programs = _programs(blocks, slots, rows)
-        more = tiles * parts if columns else 0
-        grid = (programs + more,)
-        kernel = functools.partial(matrix.forward_kernel, s, rows, programs, span, save)
-        sums = _struct((4 if s.own_statistics else 1, programs))
-        saved = _struct((slots, rows, s.width), y.dtype)
+    # These pass through the forward kernel, which does not touch them: so XLA knows
+    # that y is read before it is overwritten, and need not copy it.
+    column_sums = _narrow_column_sums(s, y) if s.statistics_rows != 0 else []
+    side = pl.cdiv(slots, blocks.across)
+    span = sums_of.span_of(rows, blocks, side)
+    parts = pl.cdiv(rows, span)
+    saved = _struct((rows, slots, s.width), y.dtype)
     out, partial, *rest = _launch(
         s,
-        kernel,
+        functools.partial(narrow.forward_kernel, s, rows, span, save),
         "blend_forward",
-        grid,
+        (side, parts),
         blocks,
-        inputs,
-        [_struct(y.shape, y.dtype), sums, *columns, *([saved] if save else ())],
-        aliases,
+        [*_shared(s, bank, blocks, alpha, beta, kind, owner), y, *column_sums],
+        [
+            _struct(y.shape, y.dtype),
+            _struct((parts, slots)),
+            *(_struct(x.shape) for x in column_sums),
+            *([saved] if save else ()),
+        ],
+        {9: 0, 10: 2} if column_sums else {9: 0},
     )
-    kept = tuple(rest[-1:] if save else ())
-    finish = _narrow_finish if s.config.narrow else _finish
-    seen = rest[0] if columns else out
-    statistics, means = finish(s, rows, alpha, beta, owner, partial, seen)
-    return (out, statistics, means, *kept)
-
-
-def _narrow_finish(
-    s: Static,
-    rows: int,
-    alpha: Array,
-    beta: Array,
-    owner: Array,
-    partial: Array,
-    seen: Array,
-) -> tuple[Statistics, Array]:
     count = np.asarray(s.layout.sizes, np.float32) * s.sampled(rows)[0]
     total = squares = near = jnp.zeros(s.layout.num_seeds, jnp.float32)
-    if s.statistics_rows != 0:
-        total, squares, near = _by_chunk(jnp.sum(seen, axis=0), s.layout)
+    if column_sums:
+        total, squares, near = _by_chunk(jnp.sum(rest[0], axis=0), s.layout)
     statistics = Statistics(
         count=jnp.asarray(count), total=total, squares=squares, near_zero=near
     )
-    return statistics, jnp.sum(partial, axis=0)
+    return (out, statistics, jnp.sum(partial, axis=0), *(rest[-1:] if save else ()))
+
+
+def _narrow_column_sums(s: Static, y: Array) -> Sequence[Array]:
+    rows = y.shape[0]
+    tiles, parts, span = _column_parts(s, rows)
+    return _launch(
+        s,
+        functools.partial(sums_of.column_sums_kernel, s, rows, span),
+        "blend_statistics",
+        (tiles, parts),
+        s.config.statistics,
+        (y,),
+        [_struct((parts, 3, s.layout.features))],
+    )
+
+
+def _matrix_forward(s: Static, save: bool, *arrays: Any) -> tuple[Any, ...]:
+    y, bank, alpha, beta, kind, owner = arrays
+    rows, slots = y.shape[0], alpha.shape[0]
+    blocks = s.config.forward
+    programs = _programs(blocks, slots, rows)
+    most = min(programs, pl.cdiv(rows, blocks.rows))
+    columns, span = 0, 0
+    seen, kept = [], []
+    if s.statistics_rows is None:
+        tiles, parts, span = _column_parts(s, rows)
+        columns = tiles * parts
+        seen = [_struct((parts, 3, s.layout.features))]
+    if save:
+        kept = [_struct((slots, rows, s.width), y.dtype)]
+    elif s.samples:
+        # Of living chunks, the last launch does not find any more what they were.
+        kept = [_struct((slots, s.sampled(rows)[0], s.width), y.dtype)]
+    out, partial, *rest = _launch(
+        s,
+        functools.partial(matrix.forward_kernel, s, rows, columns, span, save),
+        "blend_forward",
+        (columns + programs,),
+        blocks,
+        [*_shared(s, bank, blocks, alpha, beta, kind, owner), y],
+        [
+            _struct(y.shape, y.dtype),
+            _struct((slots, 4 if s.own_statistics else 1, most)),
+            *seen,
+            *kept,
+        ],
+        {9: 0},
+    )
+    kept_step = s.sampled(rows)[1] if save else 1
+    look_at = [out, *rest] if s.samples else rest[: len(seen)]
+    statistics, means = _finish(
+        s, rows, programs, kept_step, alpha, beta, owner, partial, *look_at
+    )
+    return (out, statistics, means, *(rest[-1:] if save else ()))
 
 
 def _finish(
-    s: Static,
-    rows: int,
-    alpha: Array,
-    beta: Array,
-    owner: Array,
-    partial: Array,
-    seen: Array,
+    s: Static, rows: int, programs: int, kept_step: int, *arrays: Array
 ) -> tuple[Statistics, Array]:
-    seeds, slots = s.layout.num_seeds, alpha.shape[0]
-    count, total, squares, near, means = _launch(
+    seeds, slots = s.layout.num_seeds, arrays[0].shape[0]
+    parts = arrays[4].shape[0] if s.statistics_rows is None else 0
+    count, *sums, means = _launch(
         s,
-        functools.partial(
-            sums_of.finish_kernel, s, rows, seen.shape[0], partial.shape[1]
-        ),
+        functools.partial(sums_of.finish_kernel, s, rows, parts, programs, kept_step),
         "blend_finish",
-        (max(seeds, slots),),
-        _FINISH,
-        (alpha, beta, owner, partial, seen),
+        (slots + seeds,),
+        _FINISH_FORWARD,
+        arrays,
         [*[_struct((seeds,))] * 4, _struct((slots,))],
     )
-    statistics = Statistics(count=count, total=total, squares=squares, near_zero=near)
-    return statistics, means
+    return Statistics(count, *sums), means
 
 
 def _shared(s: Static, bank: Bank, blocks: Blocks, *arrays: Array) -> Refs:

@@ -1,5 +1,6 @@
 """Chunks as matrices: a program multiplies tiles of one slot's chunk by its weights."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -9,13 +10,14 @@ from jaxtyping import Array
 
 from esper_jax.kernels.blend.config import power_of_two
 from esper_jax.kernels.blend.triton.refs import (
-    NEAR_ZERO,
     Refs,
+    Share,
     Slot,
     Span,
     biased,
     both,
     f32,
+    find,
     index_range,
     loop,
     order_of,
@@ -26,7 +28,7 @@ from esper_jax.kernels.blend.triton.refs import (
     write,
 )
 from esper_jax.kernels.blend.triton.static import Static
-from esper_jax.kernels.blend.triton.statistics import column_sums, dormant
+from esper_jax.kernels.blend.triton.statistics import dormant_sums, statistics_of
 
 __all__ = ["backward_kernel", "finish_kernel", "forward_kernel", "input_kernel"]
 
@@ -128,11 +130,10 @@ def _correct(
     def part(j: Any, out: Array) -> Array:
         w = held or _weights(s, refs, slot, k, j * units, units, y.dtype)
         before = _dot(y, w.w1) + w.b1[None, :]
-        h = (
-            s.double(before)
-            if halved and s.double
-            else s.activate(slot.kind, before)[0]
-        )
+        if halved and s.double:
+            h = s.double(before)
+        else:
+            h = s.activate(slot.kind, before)[0]
         return out + _dot(h.astype(y.dtype), w.w2)
 
     zero = jnp.zeros(y.shape, jnp.float32)
@@ -144,89 +145,142 @@ def _correct(
     return _masked(mask, out)
 
 
+# Of the sums of a tile, a thread adds what it holds; the rest waits for the end of the
+# loop, because what threads exchange in each turn costs more than the sums.
+
+
+def _down(s: Static, x: Array) -> Array:
+    """Partial sums of a tile laid out as it was read, 16 bytes a thread."""
+    rows, columns = x.shape
+    each = 16 // jnp.dtype(s.dtype).itemsize
+    apart = min(rows, max(1, 32 * s.config.forward.warps * each // columns))
+    x = jnp.sum(x.reshape(-1, apart, columns), axis=0)
+    return jnp.sum(x.reshape(apart, -1, each), axis=2)
+
+
+def _across(x: Array) -> Array:
+    """Partial sums of a tile laid out as products are: columns eight apart."""
+    return jnp.sum(x.reshape(x.shape[0], -1, 8), axis=1)
+
+
+def _keep_sample(
+    s: Static, kept_ref: Any, k: Any, tile: _Tile, y: Array, total: int
+) -> None:
+    """Sets aside those rows of a tile that statistics are taken over."""
+    sampled, stride = s.sampled(total)
+    rows = y.shape[0]
+    index = tile.place[0].start + index_range(rows)
+    turn = lax.div(index, jnp.int32(stride))
+    here = (turn * stride == index) & (turn < sampled)
+    # Rows masked off must not point where another one is put: interpret mode would
+    # put both there.
+    turn = jnp.where(here, turn, sampled)
+    across = index_range(s.columns)
+    fits = None if s.width == s.columns else across < s.width
+    place = (
+        jnp.full(y.shape, k),
+        jnp.broadcast_to(turn[:, None], y.shape),
+        jnp.broadcast_to(across[None, :], y.shape),
+    )
+    write(kept_ref, place, y, both(here, fits, y.shape))
+
+
 def forward_kernel(
-    s: Static, total: int, programs: int, span: int, save: bool, *all_refs: Any
+    s: Static, total: int, columns: int, span: int, save: bool, *all_refs: Any
 ) -> None:
     """Blends in place; leaves sums of each program: of ``r**2``, and statistics.
 
     Args:
       s: what is known.
       total: rows of the batch.
-      programs: how many blend.
-      span: rows that each of the programs after those takes column sums over, where
-        statistics are over all rows. They
-        read living chunks too, which others overwrite meanwhile, but nobody uses what
-        they found there: the living chunks' statistics are in the programs' sums.
+      columns: how many programs, the first, take sums of dormant columns, where
+        statistics are over all rows; the others blend. They read living chunks too,
+        which others overwrite meanwhile, but nobody uses what they found there: the
+        living chunks' statistics are in the other programs' sums.
+      span: rows that each of these goes over.
       save: whether the living chunks are saved.
       all_refs: inputs and outputs.
     """
     refs = Refs(*all_refs[:9])
-    y_ref, rest = all_refs[9], list(all_refs[10:])
-    out_ref, sums_ref = rest.pop(0), rest.pop(0)
-    saved_ref = rest[-1] if save else None
-    blocks = s.config.forward
-    rows, units = blocks.rows, blocks.across
-    order = order_of(refs.alpha, refs.beta, refs.owner)
-    share = share_of(order, programs, pl.cdiv(total, rows))
+    y_ref, out_ref, sums_ref, *rest = all_refs[9:]
+    found = find(refs.alpha, refs.beta, refs.owner)
+    me, programs = pl.program_id(0), pl.num_programs(0)
+
+    def blend() -> None:
+        tiles = pl.cdiv(total, s.config.forward.rows)
+        share = share_of(order_of(found), me - columns, programs - columns, tiles)
+
+        @pl.when(share.works)
+        def _living() -> None:
+            kept_ref = rest[-1] if save or s.samples else None
+            _blend_share(
+                s, refs, share, total, save, y_ref, out_ref, sums_ref, kept_ref
+            )
+
+    if not columns:
+        blend()
+        return
+
+    @pl.when(me < columns)
+    def _columns() -> None:
+        dormant_sums(s, total, span, found, y_ref, rest[0], me)
+
+    @pl.when(me >= columns)
+    def _blend() -> None:
+        blend()
+
+
+def _blend_share(
+    s: Static,
+    refs: Refs,
+    share: Share,
+    total: int,
+    save: bool,
+    y_ref: Any,
+    out_ref: Any,
+    sums_ref: Any,
+    kept_ref: Any,
+) -> None:
+    """Blends a program's share of a slot's rows."""
+    rows, units = s.config.forward.rows, s.config.forward.across
     k = share.slot
-    sampled, stride = s.sampled(total)
-    if s.statistics_rows is None:
-        tiles = pl.cdiv(s.layout.features, s.config.statistics.across)
-        after = jnp.maximum(share.program - programs, 0)
-        turn, part = lax.rem(after, tiles), lax.div(after, tiles)
+    slot = slot_at(s, refs, k, share.zero)
+    held = None
+    if s.hidden <= units:
+        held = _weights(s, refs, slot, k, 0, units, y_ref.dtype)
+    halved = held is not None and s.double is not None
+    if held is not None and halved:
+        held = held._replace(w2=held.w2 * 0.5)
+    offsets = _offsets(s, refs, slot, k)
 
-        @pl.when((share.program >= programs) & dormant(s, order, turn))
-        def _dormant() -> None:
-            column_sums(s, total, span, y_ref, rest[0], turn, part)
+    def body(i: Any, sums: tuple[Array, ...]) -> tuple[Array, ...]:
+        tile = _tile(s, slot, k, share.last - i * share.step, rows, total)
+        y = read(y_ref, tile.place, tile.mask)
+        r = _correct(s, refs, slot, k, y, tile.mask, units, held, offsets, halved)
+        y32 = f32(y)
 
-    @pl.when(share.works)
-    def _living() -> None:
-        slot = slot_at(s, refs, k, share.zero)
-        held = None
-        if s.hidden <= units:
-            held = _weights(s, refs, slot, k, 0, units, y_ref.dtype)
-        halved = held is not None and s.double is not None
-        if held is not None and halved:
-            held = held._replace(w2=held.w2 * 0.5)
-        offsets = _offsets(s, refs, slot, k)
+        @pl.when(slot.alpha != 0.0)
+        def _blended() -> None:
+            write(out_ref, tile.place, y32 + slot.alpha * r, tile.mask)
 
-        def body(i: Any, sums: tuple[Array, ...]) -> tuple[Array, ...]:
-            tile = _tile(s, slot, k, share.last - i * share.step, rows, total)
-            y = read(y_ref, tile.place, tile.mask)
-            r = _correct(s, refs, slot, k, y, tile.mask, units, held, offsets, halved)
-            y32 = f32(y)
+        if save:
+            write(kept_ref, tile.saved, y, tile.saved_mask)
+        elif s.samples:
+            _keep_sample(s, kept_ref, k, tile, y, total)
+        new = [_across(r * r)]
+        if s.own_statistics:
+            new += [_down(s, x) for x in statistics_of(s, y, tile.mask)]
+        return tuple(a + b for a, b in zip(sums, new, strict=True))
 
-            @pl.when(slot.alpha != 0.0)
-            def _blended() -> None:
-                write(out_ref, tile.place, y32 + slot.alpha * r, tile.mask)
-
-            if save:
-                write(saved_ref, tile.saved, y, tile.saved_mask)
-            added = [sums[0] + jnp.sum(r * r, axis=1)]
-            if s.own_statistics:
-                near = jnp.abs(y32) < NEAR_ZERO
-                if tile.mask is not None:
-                    near = near & tile.mask
-                index = tile.place[0].start + index_range(rows)
-                here = (lax.rem(index, stride) == 0) & (index < sampled * stride)
-                for x, old in zip(
-                    (y32, y32 * y32, jnp.where(near, 1.0, 0.0)), sums[1:], strict=True
-                ):
-                    new = jnp.sum(x, axis=1)
-                    if s.statistics_rows is not None:
-                        new = jnp.where(here, new, 0.0)
-                    added.append(old + new)
-            return tuple(added)
-
-        zero = jnp.zeros((rows,), jnp.float32)
-        zeros = (zero,) * (4 if s.own_statistics else 1)
-        sums = loop(share.zero, share.turns, body, zeros)
-        for j, x in enumerate(sums):
-            sums_ref[j, share.program] = jnp.sum(x)
+    tile = jnp.zeros((rows, s.columns), jnp.float32)
+    zeros = (_across(tile), *(_down(s, tile),) * (3 if s.own_statistics else 0))
+    sums = loop(share.zero, share.turns, body, zeros)
+    for j, x in enumerate(sums):
+        sums_ref[k, j, share.part] = jnp.sum(x)
 
 
 class _Gradients(NamedTuple):
-    """Sums of the parameters' gradients over the rows of a program."""
+    """Sums of the gradients over the rows of a program; of vectors, in parts."""
 
     w1: Array
     b1: Array
@@ -236,126 +290,67 @@ class _Gradients(NamedTuple):
     alpha: Array
 
 
+class _Backward(NamedTuple):
+    """What a program of the backward kernel has at hand."""
+
+    s: Static
+    refs: Refs
+    saved: Any
+    g: Any
+    dy: Any
+    """None where another kernel has it."""
+    total: int
+    share: Share
+    slot: Slot
+    weights: _Weights
+    offsets: tuple[Array, Array]
+    learns: bool
+    """Whether the parameters' gradients are wanted."""
+
+    @property
+    def reconstructs(self) -> bool:
+        return self.s.incubation == "reconstruction"
+
+    @property
+    def gain_by_weights(self) -> bool:
+        """Whether alpha's gradient comes from that of ``w2``: ``sum(g * (h @ w2))`` is
+        ``sum(w2 * (h.T @ g))``, whose second factor is that."""
+        return self.learns and not self.reconstructs
+
+
 def backward_kernel(s: Static, total: int, fused: bool, *all_refs: Any) -> None:
     """Each program's sums of the gradients of parameters and alpha; the gradient of y
     too, if ``fused``."""
     refs = Refs(*all_refs[:9])
     saved_ref, g_ref = all_refs[9:11]
-    dw1_ref, db1_ref, dw2_ref, db2_ref, dscale_ref, gain_ref, *rest = all_refs[11:]
+    *outs, gain_ref = all_refs[11:17]
+    dy_ref = all_refs[17] if fused else None
     blocks = s.config.backward
-    rows, units = blocks.rows, blocks.across
-    order = order_of(refs.alpha, refs.beta, refs.owner)
+    order = order_of(find(refs.alpha, refs.beta, refs.owner))
     share = share_of(
-        order, pl.num_programs(0), pl.cdiv(total, rows), pl.cdiv(s.hidden, units)
+        order,
+        pl.program_id(0),
+        pl.num_programs(0),
+        pl.cdiv(total, blocks.rows),
+        pl.cdiv(s.hidden, blocks.across),
     )
-    k, block, me = share.slot, share.block, share.program
-    reconstructs = s.incubation == "reconstruction"
-    biases, scales = s.uses("bias"), s.uses("scale")
 
-    def run(slot: Slot, gradients: bool) -> None:
-        grafted = slot.alpha != 0.0
-        first = block * units
-        w = _weights(s, refs, slot, k, first, units, saved_ref.dtype)
+    def run(slot: Slot, learns: bool) -> None:
+        k, units = share.slot, blocks.across
+        w = _weights(s, refs, slot, k, share.block * units, units, saved_ref.dtype)
         offsets = _offsets(s, refs, slot, k)
-        b2, scale = offsets
-        # sum(g * (h @ w2)) is sum(w2 * (h.T @ g)), whose second factor is dw2.
-        by_weights = gradients and not reconstructs
-
-        def body(i: Any, sums: _Gradients) -> _Gradients:
-            tile = _tile(s, slot, k, share.last - i * share.step, rows, total)
-            y = read(saved_ref, tile.saved, tile.mask)
-            g = read(g_ref, tile.place, tile.mask)
-            before = _dot(y, w.w1) + w.b1[None, :]
-            pulled = g
-            if reconstructs:
-                held = w if s.hidden <= units else None
-                r = _correct(s, refs, slot, k, y, tile.mask, units, held, offsets)
-                pulled = jnp.where(grafted, f32(g), r).astype(g.dtype)
-                gain = jnp.sum(f32(g) * r, axis=1)
-            dh = _dot(pulled, w.w2, (1, 1))
-            # Both products first: else value and slope would wait in registers.
-            h, slope = s.activate(slot.kind, before)
-            if not reconstructs and not gradients:
-                gain = jnp.sum(dh * h, axis=1)
-            d_before = dh * slope
-            d_low = d_before.astype(y.dtype)
-            g32 = f32(g)
-            out = sums
-            if not by_weights:
-                out = out._replace(alpha=sums.alpha + gain)
-            if biases:
-                out = out._replace(b2=sums.b2 + jnp.sum(f32(pulled), axis=0))
-            if scales:
-                product = f32(pulled) * f32(y)
-                out = out._replace(scale=sums.scale + jnp.sum(product, axis=0))
-            if gradients:
-                out = out._replace(
-                    w1=sums.w1 + _dot(y, d_low, (0, 0)),
-                    w2=sums.w2 + _dot(h.astype(y.dtype), pulled, (0, 0)),
-                )
-                if biases:
-                    out = out._replace(b1=sums.b1 + jnp.sum(d_before, axis=0))
-            if fused:
-
-                @pl.when(grafted)
-                def _input() -> None:
-                    dy = _dot(d_low, w.w1, (1, 1))
-                    if scales:
-                        dy = dy + scale[None, :] * g32
-                    write(rest[0], tile.place, g32 + slot.alpha * dy, tile.mask)
-
-            return out
-
-        def zeros(*shape: int) -> Array:
-            return jnp.zeros(shape, jnp.float32)
-
-        c = s.columns
-        sums = loop(
-            share.zero,
-            share.turns,
-            body,
-            _Gradients(
-                w1=zeros(c, units) if gradients else zeros(1),
-                b1=zeros(units) if gradients and biases else zeros(1),
-                w2=zeros(units, c) if gradients else zeros(1),
-                b2=zeros(c) if biases else zeros(1),
-                scale=zeros(c) if scales else zeros(1),
-                alpha=zeros(1 if by_weights else rows),
-            ),
+        p = _Backward(
+            s, refs, saved_ref, g_ref, dy_ref, total, share, slot, w, offsets, learns
         )
-        if by_weights:
-            gain = jnp.sum(jnp.sum(f32(w.w2) * sums.w2, axis=1))
-        else:
-            gain = jnp.sum(sums.alpha)
-        if not reconstructs:
-            own = jnp.float32(0.0)
-            if biases:
-                own = own + jnp.sum(b2 * sums.b2)
-            if scales:
-                own = own + jnp.sum(scale * sums.scale)
-            gain = gain + jnp.where(block == 0, own, 0.0)
-        elif s.hidden > units:
-            gain = jnp.where(block == 0, gain, 0.0)
-        gain_ref[me] = gain
-        if not gradients:
-            return
-        factor = slot.beta
-        if reconstructs:
-            elements = f32(jnp.asarray(slot.size)) * float(total)
-            factor = factor * jnp.where(grafted, 1.0, 2.0 / elements)
-        across, along = Span(slot.zero, c), Span(slot.zero, units)
-        write(dw1_ref, (me, across, along), factor * sums.w1)
-        write(dw2_ref, (me, along, across), factor * sums.w2)
-        bias, used = s.of_kind(slot.kind, "bias"), s.of_kind(slot.kind, "scale")
-        if biases:
-            write(db1_ref, (me, along), biased(bias, factor * sums.b1))
-            write(db2_ref, (me, across), biased(bias, factor * sums.b2))
-        if scales:
-            write(dscale_ref, (me, across), biased(used, factor * sums.scale))
+        body = functools.partial(_add_tile, p)
+        sums = _added_up(loop(share.zero, share.turns, body, _no_gradients(p)))
+        gain_ref[share.program] = _gain(p, sums)
+        if learns:
+            _write_gradients(p, sums, outs)
 
     @pl.when(share.works)
     def _living() -> None:
-        slot = slot_at(s, refs, k, share.zero)
+        slot = slot_at(s, refs, share.slot, share.zero)
 
         @pl.when(slot.beta != 0.0)
         def _learning() -> None:
@@ -364,6 +359,136 @@ def backward_kernel(s: Static, total: int, fused: bool, *all_refs: Any) -> None:
         @pl.when(slot.beta == 0.0)
         def _frozen() -> None:
             run(slot, False)
+
+
+def _every_eighth(x: Array) -> Array:
+    """Partial sums of a tile laid out as products are: rows eight apart."""
+    return jnp.sum(x.reshape(-1, 8, x.shape[1]), axis=0)
+
+
+def _added_up(sums: _Gradients) -> _Gradients:
+    """The vectors' sums, which threads have kept in parts until now."""
+
+    def total(x: Array) -> Array:
+        return x if x.ndim < 2 else jnp.sum(x, axis=0)
+
+    return sums._replace(b1=total(sums.b1), b2=total(sums.b2), scale=total(sums.scale))
+
+
+def _no_gradients(p: _Backward) -> _Gradients:
+    """Sums of nothing; a single 0 for what is not wanted."""
+    c, rows, units = p.s.columns, p.s.config.backward.rows, p.s.config.backward.across
+    biases = p.s.uses("bias")
+
+    def zeros(wanted: bool, *shape: int) -> Array:
+        return jnp.zeros(shape if wanted else (1,), jnp.float32)
+
+    return _Gradients(
+        w1=zeros(p.learns, c, units),
+        b1=zeros(p.learns and biases, 8, units),
+        w2=zeros(p.learns, units, c),
+        b2=zeros(biases, rows, c),
+        scale=zeros(p.s.uses("scale"), rows, c),
+        alpha=zeros(not p.gain_by_weights, rows),
+    )
+
+
+def _add_tile(p: _Backward, i: Any, sums: _Gradients) -> _Gradients:
+    """Adds a tile of rows to the sums, and writes its gradient of y."""
+    s, slot, w, share = p.s, p.slot, p.weights, p.share
+    rows = s.config.backward.rows
+    tile = _tile(s, slot, share.slot, share.last - i * share.step, rows, p.total)
+    y = read(p.saved, tile.saved, tile.mask)
+    g = read(p.g, tile.place, tile.mask)
+    before = _dot(y, w.w1) + w.b1[None, :]
+    pulled, gain = g, None
+    if p.reconstructs:
+        pulled, gain = _of_reconstruction(p, tile, y, g)
+    dh = _dot(pulled, w.w2, (1, 1))
+    # Both products first: else value and slope would wait in registers.
+    h, slope = s.activate(slot.kind, before)
+    if not p.reconstructs and not p.learns:
+        gain = jnp.sum(dh * h, axis=1)
+    d_before = dh * slope
+    d_low = d_before.astype(y.dtype)
+    g32 = f32(g)
+    if gain is not None:
+        sums = sums._replace(alpha=sums.alpha + gain)
+    if s.uses("bias"):
+        sums = sums._replace(b2=sums.b2 + f32(pulled))
+    if s.uses("scale"):
+        product = f32(pulled) * f32(y)
+        sums = sums._replace(scale=sums.scale + product)
+    if p.learns:
+        sums = sums._replace(
+            w1=sums.w1 + _dot(y, d_low, (0, 0)),
+            w2=sums.w2 + _dot(h.astype(y.dtype), pulled, (0, 0)),
+        )
+        if s.uses("bias"):
+            sums = sums._replace(b1=sums.b1 + _every_eighth(d_before))
+    if p.dy is not None:
+
+        @pl.when(slot.alpha != 0.0)
+        def _input() -> None:
+            dy = _dot(d_low, w.w1, (1, 1))
+            if s.uses("scale"):
+                dy = dy + p.offsets[1][None, :] * g32
+            write(p.dy, tile.place, g32 + slot.alpha * dy, tile.mask)
+
+    return sums
+
+
+def _of_reconstruction(
+    p: _Backward, tile: _Tile, y: Array, g: Array
+) -> tuple[Array, Array]:
+    """The cotangent of the correction, while incubating the correction itself; and the
+    rows' part of alpha's gradient."""
+    units = p.s.config.backward.across
+    held = p.weights if p.s.hidden <= units else None
+    k = p.share.slot
+    r = _correct(p.s, p.refs, p.slot, k, y, tile.mask, units, held, p.offsets)
+    pulled = jnp.where(p.slot.alpha != 0.0, f32(g), r).astype(g.dtype)
+    return pulled, jnp.sum(f32(g) * r, axis=1)
+
+
+def _gain(p: _Backward, sums: _Gradients) -> Array:
+    """The program's part of alpha's gradient."""
+    first = p.share.block == 0
+    if p.reconstructs:
+        gain = jnp.sum(sums.alpha)
+        whole = p.s.hidden <= p.s.config.backward.across
+        return gain if whole else jnp.where(first, gain, 0.0)
+    if p.gain_by_weights:
+        gain = jnp.sum(jnp.sum(f32(p.weights.w2) * sums.w2, axis=1))
+    else:
+        gain = jnp.sum(sums.alpha)
+    b2, scale = p.offsets
+    own = jnp.float32(0.0)
+    if p.s.uses("bias"):
+        own = own + jnp.sum(b2 * sums.b2)
+    if p.s.uses("scale"):
+        own = own + jnp.sum(scale * sums.scale)
+    return gain + jnp.where(first, own, 0.0)
+
+
+def _write_gradients(p: _Backward, sums: _Gradients, outs: list[Any]) -> None:
+    """Leaves the program's gradients of the parameters."""
+    s, slot, me = p.s, p.slot, p.share.program
+    dw1_ref, db1_ref, dw2_ref, db2_ref, dscale_ref = outs
+    factor = slot.beta
+    if p.reconstructs:
+        elements = f32(jnp.asarray(slot.size)) * float(p.total)
+        factor = factor * jnp.where(slot.alpha != 0.0, 1.0, 2.0 / elements)
+    across, along = Span(slot.zero, s.columns), Span(slot.zero, len(sums.w2))
+    write(dw1_ref, (me, across, along), factor * sums.w1)
+    write(dw2_ref, (me, along, across), factor * sums.w2)
+    if s.uses("bias"):
+        bias = s.of_kind(slot.kind, "bias")
+        write(db1_ref, (me, along), biased(bias, factor * sums.b1))
+        write(db2_ref, (me, across), biased(bias, factor * sums.b2))
+    if s.uses("scale"):
+        used = s.of_kind(slot.kind, "scale")
+        write(dscale_ref, (me, across), biased(used, factor * sums.scale))
 
 
 SEGMENT = 256
@@ -386,7 +511,7 @@ def finish_kernel(s: Static, total: int, programs: int, *refs: Any) -> None:
     unit, segment = pl.program_id(0), pl.program_id(1)
     zero, segments = unit * 0, pl.num_programs(1) - 1
     k, block = lax.div(unit, many), lax.rem(unit, many)
-    order = order_of(alpha_ref, beta_ref, owner_ref)
+    order = order_of(find(alpha_ref, beta_ref, owner_ref))
     parts = parts_of(order, programs, tiles, many)
     mine = order.slots == k
     rank = jnp.sum(jnp.where(mine, order.rank, 0)) - 1
@@ -451,8 +576,8 @@ def input_kernel(s: Static, total: int, *all_refs: Any) -> None:
     saved_ref, g_ref, _, dy_ref, _ = all_refs[9:]
     blocks = s.config.input
     rows, units = blocks.rows, blocks.across
-    order = order_of(refs.alpha, refs.beta, refs.owner)
-    share = share_of(order, pl.num_programs(0), pl.cdiv(total, rows))
+    order = order_of(find(refs.alpha, refs.beta, refs.owner))
+    share = share_of(order, pl.program_id(0), pl.num_programs(0), pl.cdiv(total, rows))
     k = share.slot
 
     @pl.when(share.works)

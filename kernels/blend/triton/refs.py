@@ -15,7 +15,7 @@ from esper_jax.kernels.blend.config import power_of_two
 from esper_jax.kernels.blend.triton.static import Static
 
 __all__ = [
-    "NEAR_ZERO",
+    "Found",
     "Order",
     "Refs",
     "Share",
@@ -25,8 +25,10 @@ __all__ = [
     "both",
     "chunk",
     "f32",
+    "find",
     "index_range",
     "loop",
+    "near_zero",
     "order_of",
     "read",
     "share_of",
@@ -34,7 +36,7 @@ __all__ = [
     "write",
 ]
 
-NEAR_ZERO = 1e-6
+_NEAR_ZERO = 1e-6
 """Magnitude under which an activation counts as near zero."""
 
 
@@ -126,6 +128,15 @@ def f32(x: Array) -> Array:
     return x.astype(jnp.float32)
 
 
+def near_zero(s: Static, x: Array, squares: Array) -> Array:
+    """Which of ``x``, in float32, count as near zero; their squares are at hand."""
+    if s.dtype == "float32":
+        return jnp.abs(x) < _NEAR_ZERO
+    # An instruction less. The halves next to the bound are 0.1% off it or more, so that
+    # no rounding of their squares matters.
+    return squares < _NEAR_ZERO**2
+
+
 def biased(used: Any, x: Array) -> Array:
     """``x`` where that part of the blueprint is used, else 0."""
     if isinstance(used, bool):
@@ -181,22 +192,38 @@ class Order(NamedTuple):
     """Number of living slots."""
 
 
-def order_of(alpha_ref: Any, beta_ref: Any, owner_ref: Any) -> Order:
-    """Numbers the living slots."""
+class Found(NamedTuple):
+    """What is read of all slots, before anything is made of it."""
+
+    slots: Array
+    owner: Array
+    alpha: Array
+    beta: Array
+    exists: Array | None
+
+
+def find(alpha_ref: Any, beta_ref: Any, owner_ref: Any) -> Found:
+    """Reads what tells which slots live."""
     count = alpha_ref.shape[0]
     size = power_of_two(count)
     slots = index_range(size)
-    mask = None if size == count else slots < count
+    exists = None if size == count else slots < count
     where = (Span(pl.program_id(0) * 0, size),)
-    owner = read(owner_ref, where, mask).astype(jnp.int32)
-    alpha, beta = read(alpha_ref, where, mask), read(beta_ref, where, mask)
-    living = (owner >= 0) & ((alpha != 0) | (beta != 0))
-    if mask is not None:
-        living = living & mask
+    owner = read(owner_ref, where, exists).astype(jnp.int32)
+    alpha, beta = read(alpha_ref, where, exists), read(beta_ref, where, exists)
+    return Found(slots, owner, alpha, beta, exists)
+
+
+def order_of(found: Found) -> Order:
+    """Numbers the living slots."""
+    alpha, beta = found.alpha, found.beta
+    living = (found.owner >= 0) & ((alpha != 0) | (beta != 0))
+    if found.exists is not None:
+        living = living & found.exists
     ones = jnp.where(living, 1, 0)
     return Order(
-        slots,
-        owner,
+        found.slots,
+        found.owner,
         living,
         living & (beta != 0),
         jnp.cumsum(ones),
@@ -216,6 +243,8 @@ class Share(NamedTuple):
     step: Array
     """From one tile back to the next."""
     turns: Array
+    part: Array
+    """Which of the programs that share the slot's rows."""
     program: Array
     zero: Array
     """As of `Slot`."""
@@ -227,14 +256,15 @@ def parts_of(order: Order, programs: Any, tiles: Any, blocks: Any) -> Array:
     return jnp.minimum(jnp.maximum(parts, 1), tiles)
 
 
-def share_of(order: Order, programs: Any, tiles: Any, blocks: Any = 1) -> Share:
+def share_of(
+    order: Order, me: Any, programs: Any, tiles: Any, blocks: Any = 1
+) -> Share:
     """Divides living slots, blocks of hidden units and tiles of rows among programs.
 
     There are at least as many programs as slots times blocks; each gets at most one of
     those, and the living ones get equal numbers of programs.
     """
     parts = parts_of(order, programs, tiles, blocks)
-    me = pl.program_id(0)
     unit, part = lax.div(me, parts), lax.rem(me, parts)
     rank: Any = unit
     block: Any = 0
@@ -249,6 +279,7 @@ def share_of(order: Order, programs: Any, tiles: Any, blocks: Any = 1) -> Share:
         tiles - 1 - part,
         parts,
         lax.div(tiles - part + parts - 1, parts),
+        part,
         me,
         me * 0,
     )

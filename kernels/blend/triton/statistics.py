@@ -1,5 +1,7 @@
 """Statistics of the chunks: sums of columns, then of chunks."""
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -10,14 +12,16 @@ from jaxtyping import Array
 
 from esper_jax.kernels.blend.config import Blocks, power_of_two
 from esper_jax.kernels.blend.triton.refs import (
-    NEAR_ZERO,
+    Found,
     Order,
     Span,
     both,
     chunk,
     f32,
+    find,
     index_range,
     loop,
+    near_zero,
     order_of,
     parts_of,
     read,
@@ -29,9 +33,10 @@ __all__ = [
     "UNROLL",
     "column_sums",
     "column_sums_kernel",
-    "dormant",
+    "dormant_sums",
     "finish_kernel",
     "span_of",
+    "statistics_of",
 ]
 
 UNROLL = 4
@@ -51,171 +56,322 @@ def column_sums_kernel(s: Static, rows: int, span: int, *refs: Any) -> None:
     column_sums(s, rows, span, y_ref, sums_ref, pl.program_id(0), pl.program_id(1))
 
 
-def dormant(s: Static, order: Order, turn: Any) -> Array:
-    """Whether a tile of columns has any that no living chunk covers."""
-    first = turn * s.config.statistics.across
+def dormant_sums(
+    s: Static,
+    rows: int,
+    span: int,
+    found: Found,
+    y_ref: Any,
+    sums_ref: Any,
+    program: Any,
+) -> None:
+    """`column_sums`, except of tiles in which every chunk lives."""
+    across, features = s.config.statistics.across, s.layout.features
+    tiles = pl.cdiv(features, across)
+    walk = _Walk(s, rows, span, y_ref, lax.rem(program, tiles), lax.div(program, tiles))
+    # Under way before it is known whether anybody wants them.
+    first = walk.load(0)
+    order = order_of(found)
+    begin = walk.turn * across
     start, size = chunk(s.layout, jnp.maximum(order.owner, 0))
-    end = jnp.minimum(first + s.config.statistics.across, s.layout.features)
-    shared = jnp.minimum(start + size, end) - jnp.maximum(start, first)
+    end = jnp.minimum(begin + across, features)
+    shared = jnp.minimum(start + size, end) - jnp.maximum(start, begin)
     covered = jnp.sum(jnp.where(order.living, jnp.maximum(shared, 0), 0))
-    return covered < end - first
+
+    @pl.when(covered < end - begin)
+    def _dormant() -> None:
+        walk.sums(first, sums_ref)
 
 
 def column_sums(
     s: Static, rows: int, span: int, y_ref: Any, sums_ref: Any, turn: Any, part: Any
 ) -> None:
     """Sums of the columns of a tile over a part of the rows, ``span`` of them."""
-    blocks = s.config.statistics
-    across = blocks.across
-    first = turn * across
-    features = s.layout.features
-    columns = first + index_range(across)
-    shape = (blocks.rows, across)
-    sampled, stride = s.sampled(rows)
-    steps, parts = span // (blocks.rows * UNROLL), pl.cdiv(sampled, span)
-    column_mask = None if features % across == 0 else columns < features
-    place = jnp.broadcast_to(columns[None, :], shape)
+    walk = _Walk(s, rows, span, y_ref, turn, part)
+    walk.sums(walk.load(0), sums_ref)
 
-    def start_of(i: Any) -> Any:
+
+@dataclasses.dataclass(frozen=True)
+class _Walk:
+    """A tile of columns, and the part of the rows that a program walks over."""
+
+    s: Static
+    rows: int
+    span: int
+    y: Any
+    turn: Any
+    part: Any
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.s.config.statistics.rows, self.s.config.statistics.across
+
+    @property
+    def steps(self) -> int:
+        return self.span // (self.shape[0] * UNROLL)
+
+    @property
+    def columns(self) -> Array:
+        return self.turn * self.shape[1] + index_range(self.shape[1])
+
+    @property
+    def column_mask(self) -> Array | None:
+        features = self.s.layout.features
+        return None if features % self.shape[1] == 0 else self.columns < features
+
+    def _start(self, i: Any) -> Any:
         # The last rows first: what was written last may be in a cache.
-        return ((steps - 1 - i) * parts + part) * (blocks.rows * UNROLL)
+        parts = pl.cdiv(self.s.sampled(self.rows)[0], self.span)
+        return ((self.steps - 1 - i) * parts + self.part) * (self.shape[0] * UNROLL)
 
-    def mask_of(start: Any) -> Array | None:
-        index = start + index_range(blocks.rows)
-        row_mask = None if sampled == parts * span else index < sampled
-        return both(row_mask, column_mask, shape)
+    def _mask(self, start: Any) -> Array | None:
+        sampled, _ = self.s.sampled(self.rows)
+        index = start + index_range(self.shape[0])
+        row_mask = None if sampled % self.span == 0 else index < sampled
+        return both(row_mask, self.column_mask, self.shape)
 
-    def load(i: Any) -> tuple[Array, ...]:
+    def load(self, i: Any) -> tuple[Array, ...]:
+        """The tiles of a step."""
+        place = jnp.broadcast_to(self.columns[None, :], self.shape)
+        _, stride = self.s.sampled(self.rows)
         tiles = []
         for j in range(UNROLL):
-            start = start_of(i) + j * blocks.rows
-            index = (start + index_range(blocks.rows)) * stride
-            where = (jnp.broadcast_to(index[:, None], shape), place)
-            tiles.append(read(y_ref, where, mask_of(start)))
+            start = self._start(i) + j * self.shape[0]
+            index = (start + index_range(self.shape[0])) * stride
+            where = (jnp.broadcast_to(index[:, None], self.shape), place)
+            tiles.append(read(self.y, where, self._mask(start)))
         return tuple(tiles)
 
-    def add(
-        i: Any, tiles: tuple[Array, ...], sums: tuple[Array, ...]
+    def _add(
+        self, i: Any, tiles: tuple[Array, ...], sums: tuple[Array, ...]
     ) -> tuple[Array, ...]:
-        total, squares, count = sums
         for j, value in enumerate(tiles):
-            x, mask = f32(value), mask_of(start_of(i) + j * blocks.rows)
-            near = jnp.abs(x) < NEAR_ZERO
-            if mask is not None:
-                near = near & mask
-            total, squares = total + x, squares + x * x
-            count = count + jnp.where(near, 1.0, 0.0)
-        return total, squares, count
+            mask = self._mask(self._start(i) + j * self.shape[0])
+            new = statistics_of(self.s, value, mask)
+            sums = tuple(a + b for a, b in zip(sums, new, strict=True))
+        return sums
 
-    def body(i: Any, carry: Any) -> Any:
-        tiles, sums = carry
-        # The next tiles are on their way while these are added.
-        return load(i + 1), add(i, tiles, sums)
+    def sums(self, first: tuple[Array, ...], sums_ref: Any) -> None:
+        """Adds up all steps, of which the tiles of the first are given."""
 
-    zero = jnp.zeros(shape, jnp.float32)
-    carry = (load(0), (zero, zero, zero))
-    if steps > 1:
-        carry = lax.fori_loop(np.int32(0), np.int32(steps - 1), body, carry)
-    sums = add(steps - 1, *carry)
-    for j in range(3):
-        index = (part, j, Span(first, across))
-        write(sums_ref, index, jnp.sum(sums[j], axis=0), column_mask)
+        def body(i: Any, carry: Any) -> Any:
+            tiles, sums = carry
+            # The next tiles are on their way while these are added.
+            return self.load(i + 1), self._add(i, tiles, sums)
+
+        zero = jnp.zeros(self.shape, jnp.float32)
+        carry = (first, (zero, zero, zero))
+        if self.steps > 1:
+            carry = lax.fori_loop(np.int32(0), np.int32(self.steps - 1), body, carry)
+        across = Span(self.turn * self.shape[1], self.shape[1])
+        for j, x in enumerate(self._add(self.steps - 1, *carry)):
+            index = (self.part, j, across)
+            write(sums_ref, index, jnp.sum(x, axis=0), self.column_mask)
 
 
-def finish_kernel(s: Static, rows: int, parts: int, programs: int, *refs: Any) -> None:
-    """Adds up what other programs left: a program is a seed, and a slot.
+def statistics_of(s: Static, value: Array, mask: Array | None) -> tuple[Array, ...]:
+    """What each element adds to sum, sum of squares and near-zero count."""
+    x = f32(value)
+    squares = x * x
+    near = near_zero(s, x, squares)
+    if mask is not None:
+        near = near & mask
+    return x, squares, jnp.where(near, 1.0, 0.0)
+
+
+def finish_kernel(
+    s: Static, rows: int, parts: int, programs: int, kept_step: int, *refs: Any
+) -> None:
+    """Adds up what other programs left: a program is a slot, or one after those a seed.
 
     Args:
+      s: what is known.
       rows: of the batch.
       parts: of the columns' sums, if statistics are over all rows.
       programs: of the forward kernel.
-      refs: coefficients and owners of the slots, the forward kernel's sums, the
-        columns' sums or, if statistics are over a sample of the rows, the output; and
-        the results.
+      kept_step: from one sampled row to the next among the kept ones.
+      refs: coefficients and owners of the slots, the forward kernel's sums; the
+        columns' sums or, if statistics are over a sample of the rows, the output and
+        rows kept of the living chunks as they were; and the results.
     """
-    alpha_ref, beta_ref, owner_ref, chunk_sums_ref, sums_ref, *outs = refs
-    seeds, slots = s.layout.num_seeds, alpha_ref.shape[0]
-    sampled, stride = s.sampled(rows)
-    if s.statistics_rows is None:
-        stride = 1
+    alpha_ref, beta_ref, owner_ref, sums_ref, *seen, count_ref = refs[:-4]
+    outs, means_ref = refs[-4:-1], refs[-1]
+    slots = alpha_ref.shape[0]
     me = pl.program_id(0)
-    order = order_of(alpha_ref, beta_ref, owner_ref)
-    tiles = pl.cdiv(rows, s.config.forward.rows)
-    shares = parts_of(order, programs, tiles, 1)
-    most = power_of_two(min(programs, tiles))
-
-    def of_slot(mine: Array, which: int) -> Array:
-        # The programs of a living slot stand side by side.
-        rank = jnp.sum(jnp.where(mine, order.rank, 0)) - 1
-        part = index_range(most)
-        mask = part < shares
-        return jnp.sum(read(chunk_sums_ref, (which, rank * shares + part), mask))
+    # All reads are under way before anything is made of these.
+    found = find(alpha_ref, beta_ref, owner_ref)
 
     @pl.when(me < slots)
     def _slot() -> None:
-        mine = order.slots == me
-        lives = jnp.sum(jnp.where(mine & order.living, 1, 0)) > 0
-        owner = jnp.sum(jnp.where(mine, order.owner, 0))
-        elements = f32(jnp.asarray(chunk(s.layout, owner)[1])) * float(rows)
+        _finish_slot(s, rows, programs, found, me, sums_ref, means_ref, outs)
+
+    @pl.when(me >= slots)
+    def _seed() -> None:
+        seed = me - slots
+        _, size = chunk(s.layout, seed)
+        count_ref[seed] = f32(jnp.asarray(size)) * float(s.sampled(rows)[0])
+        if s.statistics_rows == 0:
+            _put(outs, seed, (jnp.float32(0.0),) * 3)
+        elif s.statistics_rows is None:
+            _finish_columns(s, parts, found, seed, seen[0], outs)
+        else:
+            _finish_sample(s, rows, kept_step, found, seed, seen, outs)
+
+
+def _finish_columns(
+    s: Static,
+    parts: int,
+    found: Found,
+    seed: Any,
+    sums_ref: Any,
+    outs: Any,
+) -> None:
+    """Statistics over all rows of a dormant chunk; a living one's slot has them."""
+    sums = _sums_of_columns(s, parts, seed, sums_ref)
+
+    @pl.when(jnp.logical_not(_owns(order_of(found), seed)[0]))
+    def _dormant() -> None:
+        _put(outs, seed, sums)
+
+
+def _finish_sample(
+    s: Static,
+    rows: int,
+    kept_step: int,
+    found: Found,
+    seed: Any,
+    seen: Any,
+    outs: Any,
+) -> None:
+    """Statistics of a chunk over a sample of the rows."""
+    out_ref, kept_ref = seen
+    # What the output holds of a dormant chunk is what the input was.
+    count, step = s.sampled(rows)
+    sums = _sums_of_rows(s, count, seed, _rows_of(s, out_ref, seed, step))
+    lives, slot = _owns(order_of(found), seed)
+
+    @pl.when(jnp.logical_not(lives))
+    def _unchanged() -> None:
+        _put(outs, seed, sums)
+
+    @pl.when(lives)
+    def _overwritten() -> None:
+        kept = _rows_kept(kept_ref, slot, kept_step)
+        _put(outs, seed, _sums_of_rows(s, count, seed, kept))
+
+
+def _owns(order: Order, seed: Any) -> tuple[Array, Array]:
+    """Whether a seed lives, and in which slot."""
+    mine = order.living & (order.owner == seed)
+    slot = jnp.sum(jnp.where(mine, order.slots, 0))
+    return jnp.sum(jnp.where(mine, 1, 0)) > 0, slot
+
+
+def _put(outs: Any, seed: Any, values: tuple[Array, ...]) -> None:
+    for out, value in zip(outs, values, strict=True):
+        out[seed] = value
+
+
+def _finish_slot(
+    s: Static,
+    rows: int,
+    programs: int,
+    found: Found,
+    slot: Any,
+    sums_ref: Any,
+    means_ref: Any,
+    outs: Any,
+) -> None:
+    """The slot's mean of ``r**2``; its chunk's statistics too, if over all rows."""
+    most = sums_ref.shape[2]
+    part = index_range(power_of_two(most))
+    exists = None if most == len(part) else part < most
+    partial = [
+        read(sums_ref, (slot, which, part), exists)
+        for which in range(sums_ref.shape[1])
+    ]
+    order = order_of(found)
+    tiles = pl.cdiv(rows, s.config.forward.rows)
+    shares = parts_of(order, programs, tiles, 1)
+    sums = [jnp.sum(jnp.where(part < shares, x, 0.0)) for x in partial]
+    mine = order.slots == slot
+    lives = jnp.sum(jnp.where(mine & order.living, 1, 0)) > 0
+    owner = jnp.sum(jnp.where(mine, order.owner, 0))
+    elements = f32(jnp.asarray(chunk(s.layout, owner)[1])) * float(rows)
+    means_ref[slot] = jnp.where(lives, sums[0] / elements, 0.0)
+    if len(sums) > 1:
 
         @pl.when(lives)
         def _living() -> None:
-            outs[4][me] = of_slot(mine, 0) / elements
+            _put(outs, owner, tuple(sums[1:]))
 
-        @pl.when(jnp.logical_not(lives))
-        def _dead() -> None:
-            outs[4][me] = jnp.float32(0.0)
 
-    @pl.when(me < seeds)
-    def _seed() -> None:
-        start, size = chunk(s.layout, me)
-        outs[0][me] = f32(jnp.asarray(size)) * float(sampled)
-        mine = order.living & (order.owner == me)
-        lives = jnp.sum(jnp.where(mine, 1, 0)) > 0
+_TILE = 2048
+"""Elements of a tile of what is added up; `_UNROLL` of them are read at once."""
+_UNROLL = 8
 
-        def from_columns() -> None:
-            wide = power_of_two(s.width)
-            count = parts if s.statistics_rows is None else sampled
-            tall = min(power_of_two(count), max(1, 4096 // wide))
-            columns = start + index_range(wide)
-            exact = wide == s.width and s.layout.even
-            inside = None if exact else columns < start + size
-            shape = (tall, wide)
-            place = jnp.broadcast_to(columns[None, :], shape)
 
-            def body(i: Any, sums: tuple[Array, ...]) -> tuple[Array, ...]:
-                row = i * tall + index_range(tall)
-                mask = both(None if count % tall == 0 else row < count, inside, shape)
-                where = jnp.broadcast_to((row * stride)[:, None], shape)
-                if s.statistics_rows is None:
-                    new = tuple(
-                        read(sums_ref, (where, jnp.full_like(where, j), place), mask)
-                        for j in range(3)
-                    )
-                else:
-                    # No living seed's chunk: so the output is what the input was.
-                    x = f32(read(sums_ref, (where, place), mask))
-                    near = jnp.abs(x) < NEAR_ZERO
-                    if mask is not None:
-                        near = near & mask
-                    new = x, x * x, jnp.where(near, 1.0, 0.0)
-                return tuple(a + b for a, b in zip(sums, new, strict=True))
+def _tile_of(s: Static, seed: Any, count: int) -> tuple[Any, int, int, Any]:
+    """First column, rows and columns of a tile, and which columns the chunk has."""
+    wide = power_of_two(s.width)
+    start, size = chunk(s.layout, seed)
+    exact = wide == s.width and s.layout.even
+    inside = None if exact else index_range(wide) < size
+    return start, min(power_of_two(count), max(1, _TILE // wide)), wide, inside
 
-            zero = jnp.zeros(shape, jnp.float32)
-            sums = loop(0, pl.cdiv(count, tall), body, (zero, zero, zero))
-            for j in range(3):
-                outs[1 + j][me] = jnp.sum(jnp.sum(sums[j], axis=1))
 
-        if not s.own_statistics:
-            for j in range(3):
-                outs[1 + j][me] = jnp.float32(0.0)
-        else:
+def _sums_of_columns(s: Static, parts: int, seed: Any, sums_ref: Any) -> Any:
+    start, tall, wide, inside = _tile_of(s, seed, parts)
+    shape = (tall, wide)
+    place = jnp.broadcast_to((start + index_range(wide))[None, :], shape)
 
-            @pl.when(lives)
-            def _from_slot() -> None:
-                for j in range(3):
-                    outs[1 + j][me] = of_slot(mine, 1 + j)
+    def body(i: Any, sums: tuple[Array, ...]) -> tuple[Array, ...]:
+        row = i * tall + index_range(tall)
+        mask = both(None if parts % tall == 0 else row < parts, inside, shape)
+        where = jnp.broadcast_to(row[:, None], shape)
+        return tuple(
+            x + read(sums_ref, (where, jnp.full_like(where, j), place), mask)
+            for j, x in enumerate(sums)
+        )
 
-            @pl.when(jnp.logical_not(lives))
-            def _from_columns() -> None:
-                from_columns()
+    zero = jnp.zeros(shape, jnp.float32)
+    sums = loop(0, pl.cdiv(parts, tall), body, (zero, zero, zero))
+    return tuple(jnp.sum(jnp.sum(x, axis=1)) for x in sums)
+
+
+def _rows_of(s: Static, out_ref: Any, seed: Any, step: int) -> Callable[..., Array]:
+    start, _ = chunk(s.layout, seed)
+    return lambda row, column, mask: read(out_ref, (row * step, start + column), mask)
+
+
+def _rows_kept(kept_ref: Any, slot: Any, step: int) -> Callable[..., Array]:
+    return lambda row, column, mask: read(
+        kept_ref, (jnp.full_like(row, slot), row * step, column), mask
+    )
+
+
+def _sums_of_rows(
+    s: Static, count: int, seed: Any, get: Callable[..., Array]
+) -> tuple[Array, ...]:
+    """Sum, sum of squares and near-zero count of sampled rows of a chunk."""
+    _, tall, wide, inside = _tile_of(s, seed, count)
+    shape = (tall, wide)
+    column = jnp.broadcast_to(index_range(wide)[None, :], shape)
+    tiles = pl.cdiv(count, tall)
+    unroll = min(_UNROLL, tiles)
+
+    def load(i: Any) -> tuple[Array, Array | None]:
+        row = i * tall + index_range(tall)
+        mask = both(None if count % tall == 0 else row < count, inside, shape)
+        return get(jnp.broadcast_to(row[:, None], shape), column, mask), mask
+
+    def body(i: Any, sums: tuple[Array, ...]) -> tuple[Array, ...]:
+        # All reads before the first use.
+        for value, mask in [load(i * unroll + j) for j in range(unroll)]:
+            new = statistics_of(s, value, mask)
+            sums = tuple(a + b for a, b in zip(sums, new, strict=True))
+        return sums
+
+    zero = jnp.zeros(shape, jnp.float32)
+    sums = loop(0, pl.cdiv(tiles, unroll), body, (zero, zero, zero))
+    return tuple(jnp.sum(jnp.sum(x, axis=1)) for x in sums)
