@@ -277,6 +277,23 @@ def test_kernels_refuse_what_is_not_dense(name: str) -> None:
         )
 
 
+def test_a_whole_layer_cannot_be_read_where_devices_divide_it() -> None:
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    kinds = bp.resolve(["context"])
+    layout = ChunkLayout(8, 2)
+    bank = bp.init_bank(jax.random.key(0), 1, kinds, layout.width, layout.features)
+    one, first = jnp.ones(1), jnp.zeros(1, jnp.int32)
+
+    def run(spec: jax.sharding.PartitionSpec) -> jax.Array:
+        sharding = jax.sharding.NamedSharding(mesh, spec)
+        options = {"layout": layout, "blueprints": kinds, "sharding": sharding}
+        return blend(jnp.ones((4, 8)), bank, one, one, first, first, **options)[0]
+
+    with pytest.raises(ValueError, match="'context' reads the whole layer"):
+        run(jax.sharding.PartitionSpec(None, "x"))
+    np.testing.assert_array_equal(run(jax.sharding.PartitionSpec("x")), 1.0)
+
+
 def test_whole_layer_blueprints_need_the_width_and_known_words() -> None:
     with pytest.raises(ValueError, match="features must be given"):
         bp.init_bank(jax.random.key(0), 1, bp.resolve(["context"]), 4)

@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int
 
 from esper_jax import collectives
-from esper_jax.blueprints import Bank, Blueprint, init_bank
+from esper_jax.blueprints import Bank, Blueprint, Custom, init_bank
 from esper_jax.chunks import ChunkLayout
 from esper_jax.kernels.blend import reference, sharded, triton
 from esper_jax.kernels.blend.sharded import check_sharding
@@ -130,6 +130,15 @@ def blend(
         )
     check_sharding(sharding)
     if sharding is not None:
+        readers = [
+            b.name for b in blueprints if isinstance(b, Custom) and b.reads == "layer"
+        ]
+        if readers and sharded.divides_features(sharding, y.ndim):
+            raise ValueError(
+                f"sharding: blueprint {readers[0]!r} reads the whole layer, whose "
+                f"features {sharding.spec} divides among devices; divide the batch "
+                "alone, or choose blueprints that read their chunk"
+            )
         one_shard = functools.partial(
             blend,
             blueprints=blueprints,

@@ -34,6 +34,11 @@ def _size(sharding: NamedSharding, names: tuple[str, ...]) -> int:
     return math.prod(sharding.mesh.shape[name] for name in names)
 
 
+def divides_features(sharding: NamedSharding, ndim: int) -> bool:
+    """Whether the features of an array of ``ndim`` axes lie on several devices."""
+    return _size(sharding, _names(_split(sharding, ndim)[1])) > 1
+
+
 def check_sharding(sharding: Any) -> None:
     """Refuses what is neither None nor a sharding over a mesh of Auto axes.
 
