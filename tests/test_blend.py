@@ -41,7 +41,6 @@ KINDS = resolve(
         "affine",
         "noop",
         GATED,
-        "glu",
         context(expansion=0.75),
         "context_glu",
     ]

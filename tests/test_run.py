@@ -18,6 +18,7 @@ from esper_jax.checkpoint import Checkpointer, CheckpointError
 from esper_jax.cli import main
 from esper_jax.config import ConfigError, load_config, parse_config
 from esper_jax.data import DATASETS
+from esper_jax.functional import is_key
 from esper_jax.run import RunError, build_run, evaluate_run, train_run
 from esper_jax.stages import Stage
 from esper_jax.train import fit
@@ -141,6 +142,8 @@ def test_a_run_goes_on_with_another_capacity(tmp_path, monkeypatch, capsys):
             # Free slots hold what their program drew for them, and count for nothing.
             owned = np.asarray(after.seeds["layers/0"].seed_of_slot) >= 0
             both = (a[owned], b[owned]) if name == "banks" else (a, b)
+            if is_key(a):
+                both = tuple(jax.random.key_data(key) for key in both)
             np.testing.assert_array_equal(*both, err_msg=name)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after.params))
     # Anything else of the growth must stay.
