@@ -1,7 +1,7 @@
 """The tasks of `growth.py`: data, hosts, what may grow in them, and what is tuned.
 
-Everything that was chosen by looking at results stands here, and was chosen on held-out
-data alone. See `benchmarks/RESULTS.md` for what else was tried.
+Everything that was chosen by looking at results stands here. `benchmarks/RESULTS.md`
+tells what else was tried, and how.
 """
 
 import dataclasses

@@ -32,10 +32,13 @@ from esper_jax.state import (
     start_tick,
 )
 
-__all__ = ["LayerReport", "TickReport", "evaluate", "tick"]
+__all__ = ["AT_ONCE", "LayerReport", "TickReport", "evaluate", "tick"]
 
 Batch = tuple[Any, Any]
 Loss = Callable[[Any, Any], tuple[Array, Array]]
+
+AT_ONCE = 4
+"""Counterfactuals that are evaluated side by side, which bounds their memory."""
 
 _DECAY = 0.9
 """Of the running means and variances of held-out metrics, per tick."""
@@ -125,12 +128,13 @@ def _counterfactuals(
     state: TrainState,
     held_out: Batch,
     base_loss: Array,
+    at_once: int,
 ) -> dict[str, Float[Array, " K"]]:
     """Worth of the seed in each slot: the held-out loss with its alpha at 0, less the
     loss as it is. NaN for a slot whose alpha is 0, with nothing to take away, and for
     a fossil, about which nothing is left to decide.
 
-    The losses without each of the seeds are vmapped, `_AT_ONCE` of them at a time; the
+    The losses without each of the seeds are vmapped, ``at_once`` of them at a time; the
     cost follows the number of seeds on probation, and is none where there is none.
     """
     alphas = {name: slot_coefficients(s)[0] for name, s in state.seeds.items()}
@@ -138,7 +142,7 @@ def _counterfactuals(
     on_probation = jnp.concatenate([_on_probation(s) for s in state.seeds.values()])
     ends = np.cumsum([a.size for a in alphas.values()])[:-1]
     asked = on_probation & (flat != 0)
-    size = min(_AT_ONCE, flat.size)
+    size = min(at_once, flat.size)
     # Those that are asked for come first; the last group is filled up with others.
     order = jnp.argsort(~asked, stable=True)
     order = jnp.pad(order, (0, -flat.size % size), constant_values=flat.size)
@@ -151,16 +155,13 @@ def _counterfactuals(
 
     def group(i: Array, worth: Array) -> Array:
         slots = jax.lax.dynamic_slice_in_dim(order, i * size, size)
-        return worth.at[slots].set(jax.vmap(without)(slots), mode="drop")
+        losses = jax.vmap(without)(slots) if size > 1 else without(slots[0])[None]
+        return worth.at[slots].set(losses, mode="drop")
 
     worth = jnp.full(flat.shape, jnp.nan, base_loss.dtype)
     worth = jax.lax.fori_loop(0, groups, group, worth)
     worth = jnp.where(asked, worth, jnp.nan)
     return dict(zip(alphas, jnp.split(worth, ends), strict=True))
-
-
-_AT_ONCE = 4
-"""Counterfactuals that are evaluated side by side, which bounds their memory."""
 
 
 def _on_probation(state: SeedState) -> Bool[Array, " K"]:
@@ -273,16 +274,18 @@ def tick(
     held_out: Batch,
     decide: Decide = controller.decide,
     compare_along: str | None = None,
+    at_once: int = AT_ONCE,
 ) -> tuple[TrainState, TickReport]:
     """Measures, decides and carries out what was decided, for all layers.
 
     Along the mapped axis ``compare_along``, if given, the states are compared first.
+    Counterfactuals are evaluated ``at_once`` side by side.
     """
     agree = jnp.ones((), bool)
     if compare_along is not None:
         agree = collectives.replicas_agree(state, compare_along)
     loss, accuracy = evaluate(parts.values(state), held_out)
-    worth = _counterfactuals(parts, evaluate, state, held_out, loss)
+    worth = _counterfactuals(parts, evaluate, state, held_out, loss, at_once)
     monitor, drift, stability, grad_norm = _measure(parts, state, loss, accuracy)
 
     costs = {

@@ -44,7 +44,7 @@ from esper_jax.state import (
     slot_coefficients,
     start_tick,
 )
-from esper_jax.tick import Batch, Loss, TickReport, evaluate, tick
+from esper_jax.tick import AT_ONCE, Batch, Loss, TickReport, evaluate, tick
 
 __all__ = ["Program", "build", "classification", "epoch_order", "fit"]
 
@@ -187,6 +187,8 @@ def build(
             held_out,
             decide,
             compare_along=axis_name if debug else None,
+            # JAX cannot vmap a branch whose operands vary along a mapped axis.
+            at_once=AT_ONCE if axis_name is None else 1,
         )
 
     traces: Counter[str] = Counter()
