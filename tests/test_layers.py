@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
@@ -21,6 +22,7 @@ from esper_jax.layers import (
     SeedBed,
     SeedVariable,
 )
+from esper_jax.optim import per_slot
 from esper_jax.signals import Signals
 from esper_jax.stages import Outcome, Stage
 from esper_jax.state import SeedState, slot_coefficients
@@ -409,3 +411,75 @@ def test_a_seed_bed_stands_alone_as_the_pure_function() -> None:
     same_bits(bed(y), want)
     after = bed.seeds.get_value()
     same_bits((after.statistics, after.reconstruction), (statistics, loss))
+
+
+class LinenNet(nn.Module):
+    """A Linen model with two layers that can grow."""
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        for width, seeds in ((8, 4), (12, 3)):
+            x = nn.tanh(
+                linen.ChunkedLayer(nn.Dense(width), seeds, options={"capacity": 2})(x)
+            )
+        return nn.Dense(2)(x)
+
+
+def test_a_linen_model_is_trained_and_grows() -> None:
+    rng = np.random.default_rng(3)
+    x = jnp.asarray(rng.normal(size=(32, 5)), jnp.float32)
+    y = jnp.asarray(rng.normal(size=(32, 2)), jnp.float32)
+    model, host, slots = LinenNet(), optax.adam(1e-2), per_slot(optax.adam(1e-2))
+    variables = model.init(jax.random.key(0), x)
+    gates = lifecycle.LifecycleConfig(min_epochs=(0,) * 11)
+    names = list(variables["seeds"])
+    assert len(names) == 2
+
+    @jax.jit
+    def step(variables: Any, states: Any) -> Any:
+        def loss(params: Any, bank: Any) -> Any:
+            given = variables | {"params": params, "bank": bank}
+            out, updated = model.apply(given, x, mutable=["seeds"])
+            return jnp.mean((out - y) ** 2), updated["seeds"]
+
+        grad = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+        params, bank = variables["params"], variables["bank"]
+        (value, seeds), grads = grad(params, bank)
+        updates, first = host.update(grads[0], states[0])
+        new, second = {}, {}
+        for name in names:
+            learns = slot_coefficients(seeds[name]["bed"]["seeds"])[1] > 0
+            change, second[name] = slots.update(
+                grads[1][name], states[1][name], bank[name], active=learns
+            )
+            new[name] = optax.apply_updates(bank[name], change)
+        params = optax.apply_updates(params, updates)
+        grown = variables | {"params": params, "bank": new, "seeds": seeds}
+        return grown, (first, second), value
+
+    states = (
+        host.init(variables["params"]),
+        {name: slots.init(variables["bank"][name]) for name in names},
+    )
+    plan = [Stage.GERMINATED, Stage.TRAINING, Stage.GRAFTING, None, None]
+    losses = []
+    for target in plan:
+        seeds = dict(variables["seeds"])
+        for name in names:
+            state = seeds[name]["bed"]["seeds"]
+            commands = lifecycle.commands_for(
+                state.num_seeds, {2: target} if target is not None else {}
+            )
+            signals = Signals.unmeasured(reconstruction_loss=0.0)
+            state, outcome = lifecycle.step(state, commands, signals, gates)
+            assert outcome[2] == (Outcome.NONE if target is None else Outcome.OK)
+            seeds[name] = {"bed": {"seeds": state}}
+        variables = variables | {"seeds": seeds}
+        for _ in range(10):
+            variables, states, value = step(variables, states)
+        losses.append(float(value))
+    assert np.all(np.diff(losses) < 0)
+    for name in names:
+        assert float(variables["seeds"][name]["bed"]["seeds"].graft.alpha[2]) > 0
+        assert np.any(np.asarray(variables["bank"][name]["bed"]["bank"].w2[0]))
+    assert step._cache_size() == 1
