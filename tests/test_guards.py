@@ -152,7 +152,7 @@ def test_worth_is_a_paired_counterfactual_and_not_before_against_after():
     assert not (stages(report) == Stage.FOSSILIZED).any()
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_random_labels_end_with_no_fossil(seed):
     rng = np.random.default_rng(seed)
     x = jnp.asarray(rng.normal(size=(256, 8)), jnp.float32)
@@ -176,16 +176,17 @@ def test_random_labels_end_with_no_fossil(seed):
     ("changes", "reason"),
     [
         ({"budget": 0}, Reason.BUDGET_SPENT),
-        ({"target_accuracy": 0.0}, Reason.TARGET_MET),
+        pytest.param(
+            {"target_accuracy": 0.0}, Reason.TARGET_MET, marks=pytest.mark.slow
+        ),
     ],
 )
-def test_a_run_that_may_not_grow_is_the_host_and_says_why(changes, reason):
+def test_a_run_that_may_not_grow_does_not_and_says_why(changes, reason):
     model = MLP(4, (8,), 2, num_seeds=4, rngs=nnx.Rngs(0))
     data = numbered(1, 0.0)
     policy = dataclasses.replace(EAGER, **changes)
-    state, report = run(model, data, data, policy, ticks=4)
+    _, report = run(model, data, data, policy, ticks=4)
     assert not stages(report).any()
     assert set(np.asarray(report.ticks.reason)) == {reason}
-    plain, _ = run(model, data, data, ControllerConfig(enabled=False), ticks=4)
-    for name, value in plain.params.items():
-        np.testing.assert_array_equal(state.params[name], value)
+    layer = next(iter(report.ticks.layers.values()))
+    assert np.all(np.asarray(layer.target) == -1)

@@ -98,6 +98,7 @@ def test_every_tick_is_that_of_the_ordinary_loop(program, run):
     np.testing.assert_allclose(report.watched[:, 0], report.ticks.loss, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_vmapped_runs_are_the_single_ones(program, run):
     keys = jax.random.split(jax.random.key(1), 3)
     start = start_from(program, make_model)
