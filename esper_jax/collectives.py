@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, UInt
 
 __all__ = [
     "axis_size",
+    "differs",
     "fingerprint",
     "mean",
     "replicas_agree",
@@ -41,6 +42,12 @@ def axis_size(axis_name: str) -> int:
 def _axes_of(x: Any) -> frozenset[Any]:
     """The mapped axes along which a value is known to differ."""
     return frozenset(jax.typeof(x).manual_axis_type.varying)
+
+
+def differs(x: Any, axis_name: str) -> bool:
+    """Whether a value is known to differ along a mapped axis. Only
+    ``shard_map(check_vma=True)`` knows."""
+    return axis_name in _axes_of(x)
 
 
 def varying(tree: Any, axis_name: str) -> Any:

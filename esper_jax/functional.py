@@ -167,19 +167,26 @@ class ModelParts:
 
     graph: dict[bool, Any]
     """The graph in training mode (True) and in evaluation mode (False)."""
-    variables: dict[str, tuple[tuple[Any, ...], nnx.Variable]]
+    own_graph: Any
+    """The graph in training mode as the user made it, with no axis set."""
+    variables: dict[str, tuple[tuple[Any, ...], Any]]
+    """Path, and the variable or the bare array there."""
     beds: dict[str, Bed]
     """By layer name."""
     layouts: dict[str, ChunkLayout]
     kinds: dict[str, tuple[blueprints.Blueprint, ...]]
 
-    def merge(self, values: Arrays, train: bool) -> Any:
-        """The model with the given values, variables by name."""
+    def merge(self, values: Arrays, train: bool, alone: bool = False) -> Any:
+        """The model with the given values, variables by name.
+
+        ``alone``: for use outside of the mapped axis that it is trained along.
+        """
         flat = [
-            (path, variable.replace(values[name]))
+            (path, _with_value(variable, values[name]))
             for name, (path, variable) in self.variables.items()
         ]
-        return nnx.merge(self.graph[train], nnx.from_flat_state(flat), copy=True)
+        graph = self.own_graph if alone else self.graph[train]
+        return nnx.merge(graph, nnx.from_flat_state(flat), copy=True)
 
     def host_params(self) -> list[str]:
         """Names of the parameters that are not a blueprint's."""
@@ -200,7 +207,8 @@ class ModelParts:
         }
         for name, by_layer in parts.items():
             members: dict[str, list[str]] = {}
-            for layer in by_layer:
+            # In the order of the stack: what was jitted has its keys sorted as text.
+            for layer in filter(by_layer.__contains__, self.beds):
                 members.setdefault(self.beds[layer].path, []).append(layer)
             for path, layers in members.items():
                 stack = self.beds[layers[0]].stack
@@ -258,7 +266,16 @@ def _stacked(layers: tuple[Array, ...], stack: tuple[int, ...]) -> Array:
 def values_of(model: nnx.Module) -> Arrays:
     """The values of all variables of a model, by name."""
     flat = nnx.to_flat_state(nnx.state(model))
-    return {_name(path): variable.get_value() for path, variable in flat}
+    return {_name(path): _value(leaf) for path, leaf in flat}
+
+
+def _value(leaf: Any) -> Any:
+    """The value of a variable; an array that is an attribute is its own."""
+    return leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
+
+
+def _with_value(leaf: Any, value: Any) -> Any:
+    return leaf.replace(value) if isinstance(leaf, nnx.Variable) else value
 
 
 def _name(path: tuple[Any, ...]) -> str:
@@ -287,16 +304,17 @@ def split_model(model: nnx.Module, axis_name: str | None = None) -> ModelParts:
     """Takes a model apart, and leaves it in training mode.
 
     Args:
-      model: is given back as it was but for its mode, and `SeedBed.axis_name`.
+      model: is left as it was but for its mode.
       axis_name: of the mapped axis that the rows are divided along, if there is one.
 
     Raises:
       ValueError: if it holds nothing that can grow.
     """
     beds, layouts, kinds = {}, {}, {}
+    nodes = []
     for path, node in nnx.iter_graph(model):
         if isinstance(node, SeedBed):
-            node.axis_name = axis_name if axis_name is not None else node.axis_name
+            nodes.append(node)
             owner = _name(path[:-1] if path and path[-1] == "bed" else path)
             for name, bed in _layers(node, _name(path), owner).items():
                 beds[name], layouts[name] = bed, node.layout
@@ -310,16 +328,29 @@ def split_model(model: nnx.Module, axis_name: str | None = None) -> ModelParts:
             "model must hold at least one ChunkedLayer or SeedBed: without one there "
             "is nothing that could grow"
         )
-    graph = {}
-    for train in (True, False):
-        (model.train if train else model.eval)()
-        graph[train], state = nnx.split(model)
     model.train()
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+    own_graph, state = nnx.split(model)
+    before = [node.axis_name for node in nodes]
+    graph = {}
+    for train in (False, True):
+        (model.train if train else model.eval)()
+        for node, own in zip(nodes, before, strict=True):
+            node.axis_name = own if axis_name is None else axis_name
+        graph[train] = nnx.graphdef(model)
+    for node, own in zip(nodes, before, strict=True):
+        node.axis_name = own
+    abstract = jax.tree.map(
+        lambda x: x if is_key(x) else jax.ShapeDtypeStruct(np.shape(x), _dtype(x)),
+        state,
+    )
     variables = {
         _name(path): (path, variable) for path, variable in nnx.to_flat_state(abstract)
     }
-    return ModelParts(graph, variables, beds, layouts, kinds)
+    return ModelParts(graph, own_graph, variables, beds, layouts, kinds)
+
+
+def _dtype(x: Any) -> Any:
+    return x.dtype if hasattr(x, "dtype") else jnp.result_type(x)
 
 
 def grow_capacity(

@@ -65,18 +65,33 @@ def make_growable(
             raise type(error)(f"layer {path!r}: {error}") from None
         new[id(layer)] = grown
     replacements = [
-        (parent, key, new[id(child)])
+        (parent, key, child)
         for _, parent in nnx.iter_graph(model)
-        if isinstance(parent, nnx.Module)
-        for key, child in list(nnx.iter_children(parent))
+        for key, child in _children(parent)
         if id(child) in new
     ]
-    for parent, key, layer in replacements:
-        if isinstance(key, int):
-            parent[key] = layer  # type: ignore[index]  # an nnx.List
+    placed = {id(child) for _, _, child in replacements}
+    for path, layer in found.items():
+        if id(layer) not in placed:
+            raise ValueError(
+                f"layer {path!r} cannot be replaced where it is; hold it in an "
+                "attribute, a list, a dictionary, nnx.List or nnx.Dict"
+            )
+    for parent, key, child in replacements:
+        if isinstance(parent, list | dict) or isinstance(key, int):
+            parent[key] = new[id(child)]
         else:
-            setattr(parent, str(key), layer)
+            setattr(parent, str(key), new[id(child)])
     return list(found)
+
+
+def _children(parent: Any) -> list[tuple[Any, Any]]:
+    """What can be replaced in a part of a model, by key."""
+    if isinstance(parent, list):
+        return list(enumerate(parent))
+    if isinstance(parent, dict):
+        return list(parent.items())
+    return list(nnx.iter_children(parent)) if isinstance(parent, nnx.Module) else []
 
 
 def _find(model: nnx.Module, where: Any) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """`ChunkedLayer`: a Flax NNX module that makes any layer able to grow."""
 
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
@@ -84,7 +85,10 @@ class SeedBed(nnx.Module):
       statistics_rows: rows that a call measures, at most; all if None. They are spread
         evenly over the flattened batch of ``N`` rows, every
         ``ceil(N / statistics_rows)``-th from the first, so that no part of it is left
-        out; batches that are no larger are measured whole.
+        out; batches that are no larger are measured whole. (A little fewer where the
+        stride would have a factor in common with inner axes, and so always meet the
+        same positions.) On several devices each takes its share; they are the rows of
+        one device where the stride divides the rows of each.
       implementation: of `blend`.
       deterministic: if True, a call collects no statistics. `nnx.Module.eval` and
         ``train`` switch it.
@@ -276,8 +280,8 @@ def _output_features(base: Any) -> int:
         value = getattr(base, name, None)
         if isinstance(value, tuple) and value:
             value = value[-1]
-        if isinstance(value, int):
-            return value
+        if isinstance(value, numbers.Integral):
+            return int(value)
     raise TypeError(
         f"features must be given: {type(base).__name__} has none of out_features, "
         "features, num_features that tells the width of its output"

@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from esper_jax.functional import count_recompiles, counted
+from esper_jax.kernels.blend import check_sharding
 
 if TYPE_CHECKING:
     from esper_jax.train import Program
@@ -37,8 +38,8 @@ def over_mesh(program: "Program", mesh: jax.sharding.Mesh) -> "Program":
       rows; the devices have to divide them. ``init`` gives a state on all devices.
 
     Raises:
-      ValueError: if the mesh has another axis than the program; by the functions, if
-        the devices do not divide the rows.
+      ValueError: if the mesh has another axis than the program, or one that is not
+        Auto; by the functions, if the devices do not divide the rows.
     """
     axis_name = program.axis_name
     if axis_name is None or mesh.axis_names != (axis_name,):
@@ -47,6 +48,7 @@ def over_mesh(program: "Program", mesh: jax.sharding.Mesh) -> "Program":
             f"{mesh.axis_names}. Give build(..., axis_name=...) the mesh's"
         )
     everywhere, rows = PartitionSpec(), PartitionSpec(axis_name)
+    check_sharding(NamedSharding(mesh, everywhere))
 
     def mapped(function: Any, *specs: PartitionSpec) -> Any:
         return jax.shard_map(
@@ -84,6 +86,9 @@ def over_mesh(program: "Program", mesh: jax.sharding.Mesh) -> "Program":
         return jax.tree.map(lambda x: _put(x, sharding), data)
 
     def init(rng: Array) -> Any:
+        if jax.process_count() == 1:
+            return jax.device_put(program.init(rng), NamedSharding(mesh, everywhere))
+
         # From the host's numbers: with several processes, an array of one of them
         # cannot be sent to the devices of another.
         @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, everywhere))

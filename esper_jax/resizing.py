@@ -61,6 +61,7 @@ def resized(leaves: Leaves, like: Any) -> tuple[Leaves, dict[str, tuple[int, int
                 if name in leaves and leaves[name].array.shape[:1] == (seeds.capacity,)
             }
             new |= _moved(leaves, slots, source)
+            new |= _probes(leaves, wanted, prefix, layer)
             new |= _as_leaves(
                 (*prefix, "seeds", layer), resize(seeds, target.capacity, source)
             )
@@ -99,10 +100,26 @@ def _has_slots(keys: tuple[str, ...], prefix: tuple[str, ...], layer: str) -> bo
     if keys[: len(prefix)] != prefix:
         return False
     field, name, *_ = (*keys[len(prefix) :], "", "")
-    if field == "rest":
-        bed = f"{layer}/" if layer else ""
-        return name in (f"{bed}bed/probe", f"{bed}probe")
     return field in ("banks", "bank_opt") and name == layer
+
+
+def _probes(
+    leaves: Leaves,
+    wanted: Mapping[str, tuple[tuple[str, ...], Any]],
+    prefix: tuple[str, ...],
+    layer: str,
+) -> Leaves:
+    """The probe of a layer, or of the stack that it is of: always 0."""
+    owner = layer.split("[")[0]
+    bed = f"{owner}/" if owner else ""
+    names = [
+        "/".join((*prefix, "rest", f"{bed}{end}")) for end in ("bed/probe", "probe")
+    ]
+    return {
+        name: _with(leaves[name], np.zeros(wanted[name][1].shape, np.float32))
+        for name in names
+        if name in leaves and name in wanted
+    }
 
 
 def _moved(leaves: Leaves, slots: Mapping[str, Any], source: np.ndarray) -> Leaves:

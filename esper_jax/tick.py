@@ -129,6 +129,7 @@ def _counterfactuals(
     held_out: Batch,
     base_loss: Array,
     at_once: int,
+    allowed: Array,
 ) -> dict[str, Float[Array, " K"]]:
     """Worth of the seed in each slot: the held-out loss with its alpha at 0, less the
     loss as it is. NaN for a slot whose alpha is 0, with nothing to take away, and for
@@ -141,7 +142,7 @@ def _counterfactuals(
     flat = jnp.concatenate(list(alphas.values()))
     on_probation = jnp.concatenate([_on_probation(s) for s in state.seeds.values()])
     ends = np.cumsum([a.size for a in alphas.values()])[:-1]
-    asked = on_probation & (flat != 0)
+    asked = on_probation & (flat != 0) & allowed
     size = min(at_once, flat.size)
     # Those that are asked for come first; the last group is filled up with others.
     order = jnp.argsort(~asked, stable=True)
@@ -285,7 +286,8 @@ def tick(
     if compare_along is not None:
         agree = collectives.replicas_agree(state, compare_along)
     loss, accuracy = evaluate(parts.values(state), held_out)
-    worth = _counterfactuals(parts, evaluate, state, held_out, loss, at_once)
+    # Where devices differ they would not all take part in the same evaluations.
+    worth = _counterfactuals(parts, evaluate, state, held_out, loss, at_once, agree)
     monitor, drift, stability, grad_norm = _measure(parts, state, loss, accuracy)
 
     costs = {

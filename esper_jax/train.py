@@ -191,13 +191,14 @@ def build(
             at_once=AT_ONCE if axis_name is None else 1,
         )
 
+    # The values are an argument: as constants of the program they would cost seconds.
+    @jax.jit
+    def init(values: Arrays, rng: Array) -> TrainState:
+        return _init(parts, optimizer, bank_optimizer, values, rng)
+
     traces: Counter[str] = Counter()
     return Program(
-        init=jax.jit(
-            lambda rng, values=initial: _init(
-                parts, optimizer, bank_optimizer, values, rng
-            )
-        ),
+        init=lambda rng, values=initial: init(values, rng),
         step=jax.jit(counted(traces, step), donate_argnums=0),
         step_from=jax.jit(
             counted(traces, step_from), donate_argnums=0, static_argnums=3
@@ -206,7 +207,7 @@ def build(
         evaluate=jax.jit(lambda state, data: measure(parts.values(state), data)),
         # Copies: the state's own arrays are gone once it is donated.
         model=lambda state: parts.merge(
-            jax.tree.map(jnp.copy, parts.values(state)), train=True
+            jax.tree.map(jnp.copy, parts.values(state)), train=True, alone=True
         ),
         grow_capacity=functools.partial(grow_capacity, parts, bank_optimizer),
         layouts=parts.layouts,
@@ -452,12 +453,26 @@ def _shared(before: Arrays, after: Arrays, axis_name: str | None) -> Arrays:
     """The other variables after a step: their mean over the devices (as of batch
     statistics). The random streams stay those that all devices share."""
 
-    def share(old: Array, new: Array) -> Array:
-        if axis_name is None or not jnp.issubdtype(old.dtype, jnp.inexact):
-            return old if axis_name is not None and is_key(old) else new
-        return collectives.mean(new, axis_name)
+    if axis_name is None:
+        return {name: after[name] for name in before}
 
-    return {name: jax.tree.map(share, old, after[name]) for name, old in before.items()}
+    def share(name: str, old: Array, new: Array) -> Array:
+        if is_key(old):
+            return old
+        if jnp.issubdtype(old.dtype, jnp.inexact):
+            return collectives.mean(new, axis_name)
+        if collectives.differs(new, axis_name):
+            raise ValueError(
+                f"variable {name!r} ({old.dtype}) must be the same on all devices, but "
+                "the model computes it from the rows that each device has. Reduce it "
+                f"over {axis_name!r} in the model, or make it floating point"
+            )
+        return new
+
+    return {
+        name: jax.tree.map(functools.partial(share, name), old, after[name])
+        for name, old in before.items()
+    }
 
 
 def _update_bank(

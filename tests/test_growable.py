@@ -11,10 +11,12 @@ import optax
 import pytest
 from flax import nnx
 
+from esper_jax.checkpoint import Checkpointer
 from esper_jax.controller import ControllerConfig
 from esper_jax.growable import make_growable
-from esper_jax.layers import ChunkedLayer, SeedVariable
+from esper_jax.layers import ChunkedLayer, SeedBed, SeedVariable
 from esper_jax.lifecycle import GraftConfig, LifecycleConfig
+from esper_jax.signals import health
 from esper_jax.stages import Stage
 from esper_jax.train import build, fit
 
@@ -332,7 +334,7 @@ def test_jax_checkpoint_around_a_layer_changes_nothing():
     assert np.any(np.asarray(bank.w2[1]))
 
 
-def test_an_existing_stack_is_made_growable(unrolled):
+def test_an_existing_stack_is_made_growable(tmp_path):
     model = Stack(nnx.Rngs(0), scan=True, growable=False)
     plain = model(X)
     found = make_growable(model, "blocks/mlp", 4, stack=3, capacity=2, rngs=nnx.Rngs(3))
@@ -343,6 +345,12 @@ def test_an_existing_stack_is_made_growable(unrolled):
     bigger = program.grow_capacity(state, 4)
     assert program.model(bigger).blocks.mlp.bed.probe.get_value().shape == (3, 4)
     same_bits(program.evaluate(bigger, DATA), program.evaluate(state, DATA))
+    with Checkpointer(tmp_path) as checkpoints:
+        checkpoints.save(1, state)
+        checkpoints.wait()
+        restored = checkpoints.restore(bigger).state
+    same_bits(restored.seeds, bigger.seeds)
+    same_bits(program.evaluate(restored, DATA), program.evaluate(state, DATA))
     with pytest.raises(ValueError, match=r"'blocks/mlp\[0\]' and .* of one stack"):
         program.grow_capacity(state, {"blocks/mlp[0]": 4})
 
@@ -395,3 +403,79 @@ def test_bfloat16_compute_keeps_float32_parameters_and_statistics():
     assert np.max(seeds.stage) >= Stage.GRAFTING
     assert all(np.isfinite(r.loss) for r in reports)
     program.tick(state, DATA)
+
+
+def test_a_deep_stack_keeps_its_order():
+    """Of eleven and more: a state that was jitted has its names sorted as text."""
+
+    class Deep(nnx.Module):
+        def __init__(self, rngs):
+            @nnx.split_rngs(splits=12)
+            @nnx.vmap(in_axes=(0,), out_axes=0)
+            def make(rngs):
+                return Block(rngs, growable=True)
+
+            self.blocks = make(rngs)
+
+        def __call__(self, x):
+            run = nnx.scan(
+                lambda block, x: block(x), in_axes=(0, nnx.Carry), out_axes=nnx.Carry
+            )
+            return run(self.blocks, x)
+
+    model = Deep(nnx.Rngs(0))
+    program = build(model, optax.sgd(0.1), optax.sgd(0.1))
+    state = program.init(jax.random.key(0))
+    same_bits(
+        program.model(state).blocks.mlp.bed.bank.get_value(),
+        model.blocks.mlp.bed.bank.get_value(),
+    )
+    same_bits(
+        state.banks["blocks/mlp[10]"].w1, model.blocks.mlp.bed.bank.get_value().w1[10]
+    )
+
+
+def test_models_with_bare_arrays_and_numbers():
+    class Odd(nnx.Module):
+        def __init__(self, rngs):
+            self.layer = ChunkedLayer(nnx.Linear(8, 3, rngs=rngs), 3, rngs=rngs)
+            self.offset = nnx.data(jnp.arange(3.0))
+            self.scale = nnx.Variable(0.5)
+
+        def __call__(self, x):
+            return self.layer(x) * self.scale[...] + self.offset
+
+    model = Odd(nnx.Rngs(0))
+    program = build(model, optax.sgd(0.1), optax.sgd(0.1))
+    state = program.step(program.init(jax.random.key(0)), DATA)
+    trained = program.model(state)
+    np.testing.assert_array_equal(trained.offset, np.arange(3.0))
+    assert trained(X).shape == (32, 3)
+
+
+def test_layers_in_plain_containers_are_replaced():
+    class Held(nnx.Module):
+        def __init__(self, rngs):
+            self.list = nnx.data([nnx.Linear(8, 8, rngs=rngs)])
+            self.dict = nnx.data({"a": nnx.Linear(8, 8, rngs=rngs)})
+
+        def __call__(self, x):
+            return self.dict["a"](self.list[0](x))
+
+    model = Held(nnx.Rngs(0))
+    plain = model(X)
+    assert make_growable(model, nnx.Linear, 2, rngs=nnx.Rngs(1)) == ["dict/a", "list/0"]
+    assert isinstance(model.list[0], ChunkedLayer)
+    assert isinstance(model.dict["a"], ChunkedLayer)
+    same_bits(model(X), plain)
+
+
+def test_the_sample_of_a_batch_of_sequences_holds_every_position():
+    """256 sequences of 256: a stride of 256 would meet the first token alone."""
+    bed = SeedBed(8, 2, rngs=nnx.Rngs(0))
+    y = jax.random.normal(jax.random.key(0), (256, 256, 8)).at[:, 0].set(0.0)
+    bed(y)
+    seen = health(bed.seeds.get_value().statistics)
+    assert np.all(seen.dead < 0.05)
+    count = bed.seeds.get_value().statistics.count
+    assert np.all((count > 200 * 4) & (count <= 256 * 4))

@@ -422,9 +422,19 @@ def test_an_axis_that_does_not_exist_is_named():
 
 def test_replicas_that_were_given_different_seeds_are_found():
     program = make("data", debug=True)
-    states = [program.init(jax.random.key(i // 3)) for i in range(DEVICES)]
+    same = program.init(jax.random.key(0))
+    seeds = same.seeds["layers/0"]
+    grown = dataclasses.replace(
+        seeds,
+        stage=seeds.stage.at[0].set(Stage.EVALUATING),
+        slot_of_seed=seeds.slot_of_seed.at[0].set(0),
+        seed_of_slot=seeds.seed_of_slot.at[0].set(0),
+    )
+    # One device would evaluate without that seed, and the others would not.
+    other = dataclasses.replace(same, seeds={"layers/0": grown})
+    states = [same, same, same, other]
     state = jax.tree.map(lambda *x: jnp.stack(x), *states)
-    with pytest.raises(ValueError, match=r"state\.rng must .*replica 3 differs"):
+    with pytest.raises(ValueError, match=r"seeds.*replica 3 differs"):
         check_replicas(state, stacked=True)
     wrap = functools.partial(split_rows, "held_out", devices=DEVICES)
     _, report = jax.pmap(program.tick, axis_name="data")(state, wrap(HELD_OUT))
@@ -457,3 +467,66 @@ def test_a_fingerprint_changes_with_any_bit(dtype):
             flipped[name].flat[i] = 1 - flipped[name].flat[i]
             got = collectives.fingerprint(jax.tree.map(jnp.asarray, flipped))
             assert got != expected
+
+
+class Noisy(nnx.Module):
+    """What a model may hold besides parameters."""
+
+    def __init__(self, count):
+        rngs = nnx.Rngs(0, dropout=1)
+        linear = nnx.Linear(6, 12, rngs=rngs)
+        self.layer = ChunkedLayer(linear, 4, capacity=2, rngs=rngs)
+        self.norm = nnx.BatchNorm(12, axis_name="data", rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        self.out = nnx.Linear(12, 3, rngs=rngs)
+        self.mask = nnx.Variable(jnp.zeros((4, 12)))
+        self.seen = nnx.Variable(jnp.zeros((), jnp.int32))
+        self.count = count
+
+    def __call__(self, x):
+        y = self.norm(self.layer(x))
+        kept = self.dropout(jnp.ones((4, 12)))
+        self.mask[...] = kept / 2 if y.shape[0] == 4 else self.mask[...]
+        if self.count:
+            self.seen[...] += jnp.sum(x > 0)
+        return self.out(y)
+
+
+@pytest.mark.parametrize("count", [False, True])
+def test_other_variables_of_a_model_stay_shared(count):
+    program = build(
+        Noisy(count), optax.sgd(0.1), optax.sgd(0.1), axis_name="data", debug=True
+    )
+    mesh = mesh_of(DEVICES)
+    # `BatchNorm` of the first values needs the axis as well.
+    spread = over_mesh(program, mesh)
+    state = spread.init(jax.random.key(0))
+    before = jax.device_get(state.rest)
+    batch = (TRAIN[0][:16], TRAIN[1][:16])
+    if count:
+        with pytest.raises(ValueError, match=r"variable 'seen/?.*' \(int32\) must"):
+            spread.step(state, batch)
+        return
+    state = spread.step(state, batch)
+    check_replicas(state)
+    # Each device drew a mask of its own: their mean has values between 0 and 1.
+    assert len(np.unique(np.asarray(state.rest["mask"]))) > 2
+    # Normalized with the rows of all devices.
+    y = TRAIN[0][:16] @ np.asarray(before_kernel(program))
+    np.testing.assert_allclose(
+        state.rest["norm/mean"], 0.01 * y.mean(axis=0), rtol=1e-4, atol=1e-6
+    )
+    assert set(before) == set(state.rest)
+
+
+def before_kernel(program):
+    return program.init(jax.random.key(0)).params["layer/base/kernel"]
+
+
+def test_a_model_is_left_as_it_was():
+    model = MLP(6, (12,), 3, num_seeds=4, rngs=nnx.Rngs(0))
+    program = build(model, optax.sgd(0.1), optax.sgd(0.1), axis_name="data")
+    model(TRAIN[0])  # in training mode, with no axis
+    program.model(program.init(jax.random.key(0)))(TRAIN[0])
+    with pytest.raises(ValueError, match="axes of the mesh must be Auto"):
+        over_mesh(program, jax.make_mesh((4,), ("data",), (AxisType.Explicit,)))

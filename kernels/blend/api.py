@@ -1,6 +1,7 @@
 """The entry point of blend: validates once, then dispatches."""
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, get_args
 
@@ -161,6 +162,7 @@ def blend(
         y, bank, alpha, beta, blueprint, seed_of_slot
     )
     flat = y.reshape(-1, layout.features)
+    statistics_rows = _spread(statistics_rows, y.shape)
     chosen = _choose(implementation, flat, alpha, layout, blueprints)
     out, statistics, reconstruction = chosen.blend(
         flat,
@@ -196,6 +198,24 @@ def check_implementation(implementation: Any) -> None:
             f"implementation must be one of {known}, a sequence of "
             f"them or None; got {implementation!r}"
         )
+
+
+def _spread(rows: int | None, shape: tuple[int, ...]) -> int | None:
+    """At most so many rows, with a stride that has no factor in common with the axes
+    between the first and the last.
+
+    With one in common the sample would hold the same few positions of every sequence
+    or image.
+    """
+    count, inner = math.prod(shape[:-1]), math.prod(shape[1:-1])
+    if not rows or rows >= count or inner == 1:
+        return rows
+    least = -(-count // rows)
+    for stride in range(least, 2 * least):
+        fewer = -(-count // stride)
+        if math.gcd(stride, inner) == 1 and -(-count // fewer) == stride:
+            return fewer
+    return rows
 
 
 def _choose(
