@@ -199,7 +199,7 @@ def numpy_step(
             }
         ),
         worth=np.where(accepted, np.float32(np.nan), state.worth),
-        worth_ticks=np.where(accepted, np.uint16(0), state.worth_ticks),
+        worth_ticks=np.where(accepted, np.uint8(0), state.worth_ticks),
         seed_of_slot=owner,
     )
     outcome = np.select(

@@ -152,7 +152,7 @@ def init_seeds(num_seeds: int, capacity: int, strategy: int = 0) -> SeedState:
         ),
         health=full(s, jnp.nan, jnp.float32),
         worth=full(s, jnp.nan, jnp.float32),
-        worth_ticks=full(s, 0, jnp.uint16),
+        worth_ticks=full(s, 0, jnp.uint8),
         statistics=Statistics(
             **{f.name: full(s, 0, jnp.float32) for f in dataclasses.fields(Statistics)}
         ),

@@ -20,11 +20,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # Four devices for the tests of several; all others use the first. JAX reads the
-    # variable when it starts.
-    flag = "--xla_force_host_platform_device_count=4"
-    if flag not in os.environ.get("XLA_FLAGS", ""):
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
+    # JAX reads the variable when it starts. Four devices are for the tests of several;
+    # all others use the first. Compiling is most of the time, and takes a third less
+    # with less optimization; tests of bits ask for all of it (FULLY_OPTIMIZED).
+    for flag in (
+        "--xla_force_host_platform_device_count=4",
+        "--xla_backend_optimization_level=0",
+    ):
+        name = flag.split("=")[0]
+        if name not in os.environ.get("XLA_FLAGS", ""):
+            os.environ["XLA_FLAGS"] = (
+                f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
+            )
     # What several tests, workers or commands under test need is compiled once. Workers
     # and commands inherit the variables; JAX reads them when it is imported.
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:

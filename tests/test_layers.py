@@ -86,7 +86,10 @@ def step(model: Any, x: Any, target: Any) -> tuple[Any, ...]:
     return _step(*nnx.split(model, HOST, BlueprintParam, GraftProbe, ...), x, target)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+FULLY_OPTIMIZED = {"xla_backend_optimization_level": 3}
+
+
+@functools.partial(jax.jit, static_argnums=0, compiler_options=FULLY_OPTIMIZED)
 def _step(
     graph: Any, host: Any, bank: Any, probe: Any, rest: Any, x: Any, target: Any
 ) -> Any:

@@ -104,7 +104,7 @@ def test_schema_2_to_3():
         "seed_of_slot": np.int32([1, 3, 4]),
         "health": np.float32([0.12, 0.875, 1.0, 1.0, 0.0]),
         "worth": np.full(5, np.nan, np.float32),
-        "worth_ticks": np.zeros(5, np.uint16),
+        "worth_ticks": np.zeros(5, np.uint8),
         "reconstruction": np.zeros(3, np.float32),
         "gain": np.zeros(3, np.float32),
         "errors": np.zeros(3, np.uint16),
