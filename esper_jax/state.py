@@ -87,7 +87,8 @@ class SeedState:
     """Mean worth over the ticks in this stage, in units of the held-out loss; NaN where
     none was measured."""
     worth_ticks: UInt[Array, "*S"]
-    """How many ticks that is the mean of, uint16, saturating."""
+    """How many ticks that is the mean of, uint8, saturating at 255: of more, the mean
+    is a running one."""
     statistics: Statistics
     seed_of_slot: Int[Array, "*K"]
     """The seed that owns each slot, or -1."""
