@@ -562,7 +562,7 @@ def test_saturating_add_of_large_numbers() -> None:
 def test_a_seed_takes_at_most_80_bytes(seeds: int) -> None:
     state = init_seeds(seeds, seeds)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-    assert size <= 80 * seeds
+    assert size <= 79 * seeds + 4  # and the layer's counter of steps
 
 
 def test_dtypes_and_shapes_never_change() -> None:
