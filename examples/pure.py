@@ -42,13 +42,14 @@ def step(params, bank, seeds, states):
     return params, bank, (first, second), value
 
 
+tick = jax.jit(lifecycle.step, static_argnums=3)
 measured = ("reconstruction_loss", "performance_delta", "total_improvement")
 signals = dict.fromkeys(("stability_score", "final_stability"), 1.0)
 signals = ej.Signals.unmeasured(**dict.fromkeys(measured, 0.01), **signals)
 wait = [None] * 10
 for goal in [*wait, *list(Stage)[1:4], *wait, *list(Stage)[4:7], *wait, Stage(7)]:
     commands = lifecycle.commands_for(4, {1: goal} if goal else {})
-    seeds["layer"], _ = lifecycle.step(seeds["layer"], commands, signals, gates)
+    seeds["layer"], _ = tick(seeds["layer"], commands, signals, gates)
     for _ in range(20):
         params, bank, states, value = step(params, bank, seeds, states)
     alpha, stage = ej.coefficients(seeds["layer"])[0][1], seeds["layer"].stage[1]

@@ -106,6 +106,7 @@ def test_growing_keeps_every_value_and_moment(program, slot):
             jax.tree.map(equal_bits, a, b)
 
 
+@pytest.mark.slow
 def test_the_output_is_the_same_and_training_goes_on(program):
     state = living(program, 1)
     grown = program.grow_capacity(state, {"layers/1": 3})

@@ -256,6 +256,7 @@ def test_what_cannot_be_saved_is_refused(tmp_path):
         assert checkpoints.steps() == []
 
 
+@pytest.mark.slow
 def test_another_number_of_devices(tmp_path):
     """One device to four, in several shardings, and back."""
     program = make_program()

@@ -42,6 +42,7 @@ def test_the_twin_is_the_narrowest_that_has_as_many_parameters():
     assert twin(CONFIG, data, 152).model.hidden == (6, 12)
 
 
+@pytest.mark.slow
 def test_the_twin_trains_and_nothing_grows():
     static = train_static(CONFIG, make_data(), 152, build_run)
     assert static["parameters"] == 152

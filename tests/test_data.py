@@ -39,6 +39,7 @@ def test_data_sets(name):
         assert not rows[0] & rows[1] | rows[0] & rows[2] | rows[1] & rows[2]
 
 
+@pytest.mark.slow
 def test_the_test_data_of_mnist1d_are_the_published_ones():
     pytest.importorskip("mnist1d")
     before = np.random.get_state()[1].copy()

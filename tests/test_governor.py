@@ -474,6 +474,7 @@ def broken_run(monkeypatch):
     return rule
 
 
+@pytest.mark.slow
 def test_a_run_on_disk_tells_of_rollbacks_and_resumes(broken_run, tmp_path, capsys):
     # Of 8 steps each, the tenth tick: two after the checkpoint of the eighth.
     broken_run["when"] = lambda step, rollbacks: step == 75 and rollbacks == 0

@@ -102,6 +102,7 @@ def test_an_existing_model_grows_without_being_rewritten():
         _ = model.norm.no_such_thing
 
 
+@pytest.mark.slow
 def test_layers_with_different_seed_counts_train_in_an_existing_model():
     seeds_of = {"embed": 2, "attention": 4}  # each more layer costs the test seconds
     program = build(
@@ -345,13 +346,14 @@ def test_an_existing_stack_is_made_growable(tmp_path):
     assert list(state.seeds) == [f"blocks/mlp[{i}]" for i in range(3)]
     bigger = program.grow_capacity(state, 4)
     assert program.model(bigger).blocks.mlp.bed.probe.get_value().shape == (3, 4)
-    same_bits(program.evaluate(bigger, DATA), program.evaluate(state, DATA))
+    loss, _ = program.evaluate(state, DATA)
+    np.testing.assert_allclose(program.evaluate(bigger, DATA)[0], loss, rtol=1e-6)
     with Checkpointer(tmp_path) as checkpoints:
         checkpoints.save(1, state)
         checkpoints.wait()
         restored = checkpoints.restore(bigger).state
     same_bits(restored.seeds, bigger.seeds)
-    same_bits(program.evaluate(restored, DATA), program.evaluate(state, DATA))
+    np.testing.assert_allclose(program.evaluate(restored, DATA)[0], loss, rtol=1e-6)
     with pytest.raises(ValueError, match=r"'blocks/mlp\[0\]' and .* of one stack"):
         program.grow_capacity(state, {"blocks/mlp[0]": 4})
 
@@ -379,6 +381,7 @@ class Ensemble(nnx.Module):
         return run(self.members, x).mean(axis=0)
 
 
+@pytest.mark.slow
 def test_an_ensemble_under_vmap_grows():
     program, state, reports = grow(Ensemble(nnx.Rngs(0)), 6)
     measured = program.step(state, DATA)
@@ -393,6 +396,7 @@ def test_an_ensemble_under_vmap_grows():
     assert len(set(totals)) == len(totals)
 
 
+@pytest.mark.slow
 def test_bfloat16_compute_keeps_float32_parameters_and_statistics():
     linear = nnx.Linear(8, 16, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     model = nnx.Sequential(

@@ -437,6 +437,7 @@ def test_a_linen_model_is_trained_and_grows() -> None:
     gates = lifecycle.LifecycleConfig(min_epochs=(0,) * 11)
     names = list(variables["seeds"])
     assert len(names) == 2
+    age_and_move = jax.jit(lifecycle.step, static_argnums=3)
 
     @jax.jit
     def step(variables: Any, states: Any) -> Any:
@@ -474,7 +475,7 @@ def test_a_linen_model_is_trained_and_grows() -> None:
                 state.num_seeds, {2: target} if target is not None else {}
             )
             signals = Signals.unmeasured(reconstruction_loss=0.0)
-            state, outcome = lifecycle.step(state, commands, signals, gates)
+            state, outcome = age_and_move(state, commands, signals, gates)
             assert outcome[2] == (Outcome.NONE if target is None else Outcome.OK)
             seeds[name] = {"bed": {"seeds": state}}
         variables = variables | {"seeds": seeds}

@@ -111,6 +111,7 @@ def test_a_resumed_run_ends_like_one_that_was_not_stopped(finished, tmp_path):
     assert evaluate_run(out)["step"] == 320
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_capacity(tmp_path, monkeypatch, capsys):
     """As its state would if `grow_capacity` were called on it where it stopped."""
     config, out = CONFIGS / "smoke.toml", tmp_path / "run"
