@@ -22,7 +22,8 @@ def make_growable(
 ) -> list[str]:
     """Puts a `ChunkedLayer` around layers of a model, in place.
 
-    The model's output stays bit-identical until a seed is grafted. Every parameter
+    The model's output stays bit-identical until a seed is grafted (inside `nnx.scan` to
+    rounding: XLA may fuse the body of a loop in another way). Every parameter
     keeps its value; ``model.layer.kernel`` can still be reached as such, and its path
     is now ``layer/base/kernel``. A layer that is used in several places is replaced in
     all of them. Layers that can grow already are left alone.

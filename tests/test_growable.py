@@ -341,7 +341,8 @@ def test_an_existing_stack_is_made_growable(tmp_path):
     plain = model(X)
     found = make_growable(model, "blocks/mlp", 4, stack=3, capacity=2, rngs=nnx.Rngs(3))
     assert found == ["blocks/mlp"]
-    same_bits(model(X), plain)
+    # XLA fuses the body of the loop in another way, so not to the last bit.
+    np.testing.assert_allclose(model(X), plain, rtol=1e-5, atol=1e-6)
     program, state, _ = grow(model, 9)
     assert list(state.seeds) == [f"blocks/mlp[{i}]" for i in range(3)]
     bigger = program.grow_capacity(state, 4)

@@ -100,6 +100,7 @@ def test_a_process_that_dies_leaves_no_half_written_step(action, newest, tmp_pat
     ]
 
 
+@pytest.mark.slow
 def test_two_processes_grow_the_same_as_one(tmp_path):
     first, second = both("train", tmp_path)
     assert first == second
