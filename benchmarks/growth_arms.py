@@ -100,7 +100,7 @@ def _hold(seeds: Any, signals: Any, memory: Any, *_: Any) -> Any:
 
 def _held(state: TrainState) -> TrainState:
     memory = _Nothing(reason=jnp.asarray(Reason.DISABLED, jnp.int8))
-    return dataclasses.replace(state, memory=memory)  # type: ignore[arg-type]
+    return dataclasses.replace(state, memory=memory)
 
 
 def _alive(state: TrainState, where: dict[str, jax.Array]) -> TrainState:
@@ -187,7 +187,7 @@ def replay(task: Task) -> Arm:
 
     def begin(state: TrainState, extra: Any) -> TrainState:
         plan = _Plan(state.memory, jnp.zeros((), jnp.int32), extra)
-        return dataclasses.replace(state, memory=plan)  # type: ignore[arg-type]
+        return dataclasses.replace(state, memory=plan)
 
     def decide(
         seeds: dict[str, SeedState],

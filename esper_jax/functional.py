@@ -21,7 +21,6 @@ from jaxtyping import Array, Float, Int, Key
 from esper_jax import blueprints
 from esper_jax.blueprints import Bank
 from esper_jax.chunks import ChunkLayout
-from esper_jax.controller import ControllerMemory
 from esper_jax.gradients import GradientSums
 from esper_jax.layers import BlueprintParam, SeedBed
 from esper_jax.optim import PerSlot
@@ -143,7 +142,8 @@ class TrainState:
     seeds: dict[str, SeedState]
     rest: Arrays
     """Every other variable of the model: batch statistics, random streams, probes."""
-    memory: ControllerMemory
+    memory: Any
+    """`ControllerMemory`, or what another policy than `controller.decide` remembers."""
     monitor: Monitor
     governor: GovernorMemory
 
