@@ -12,9 +12,12 @@ keys:
 - static, ops: the same, trained for as many epochs as take the operations that growth
   takes at most.
 - always on: all seeds learn and count from the first step to the last.
+- always on, ops: the same, for as many epochs as take the operations that growth takes
+  at most; where that is no more than always on takes anyhow, the same again.
 - retrained: each grown run's final topology, trained from scratch.
 - random: as many seeds as the paired grown run ended with, at random places and times,
   none of them removed. (A seed whose worth is not above 0 stays in the model, frozen.)
+- random places: the same, but born at the ticks at which those of the grown run were.
 
 Three-way splits: training data; held-out data, which the gates and the controller read
 and every arm is tuned on; test data, which are evaluated beside the training and read
@@ -23,7 +26,8 @@ share of that rate that blueprints learn at, with the same number of runs, whose
 seeds are none of the final ones, by the held-out accuracy at the last tick. "last" is
 the test accuracy of the model at the last tick; "stopped" is that at the tick with the
 best held-out accuracy. Intervals are 95% Student-t intervals of the paired difference
-over the random seeds of initialisation and order; the split is one and the same.
+over the random seeds of initialisation and order; the split is one and the same
+(`--split` draws another).
 
 Operations are those of a whole run: forward and backward passes of host and living
 seeds (incubation included), held-out evaluations and counterfactuals. Seconds are those
@@ -47,14 +51,16 @@ from growth_arms import (
     Runner,
     Runs,
     chosen,
+    epoch_operations,
     grown,
     most_grown,
     replay,
-    same_operations,
     static,
 )
 from growth_tasks import TASKS, Task, host_size, widen
 from scipy import stats
+
+from esper_jax.stages import Stage
 
 TUNING_SEED = 100_000
 """Random seeds of the tuning runs begin here; those of the final runs below."""
@@ -113,57 +119,83 @@ def final_topology(runs: Runs) -> dict[str, np.ndarray]:
     return {name: COUNTS[stage[:, -1]] for name, stage in runs.stages.items()}
 
 
-def random_plan(runs: Runs, task: Task) -> dict[str, np.ndarray]:
-    """As many seeds as each run ended with, anywhere, at any tick that leaves them the
-    time to be grafted: int32 (R, S) by layer, -1 for never."""
-    final = final_topology(runs)
+def birth_ticks(runs: Runs) -> dict[str, np.ndarray]:
+    """When each seed that counts in the end germinated: int (R, S) by layer, -1 for one
+    that does not count."""
+    ticks = {}
+    for name, stage in runs.stages.items():
+        dormant = stage == Stage.DORMANT
+        last = dormant.shape[1] - 1 - dormant[:, ::-1].argmax(axis=1)
+        born = np.where(dormant.any(axis=1), last + 1, 0)
+        ticks[name] = np.where(COUNTS[stage[:, -1]], born, -1)
+    return ticks
+
+
+def random_plan(runs: Runs, task: Task, times: bool) -> dict[str, np.ndarray]:
+    """As many seeds as each run ended with, anywhere: int32 (R, S) by layer, the tick
+    at which each germinates or -1 for never.
+
+    Those are the run's own ticks or, with ``times``, any that leaves a seed the time to
+    be grafted.
+    """
+    by_layer = birth_ticks(runs)
+    ends = np.cumsum([b.shape[1] for b in by_layer.values()])[:-1]
     rng = np.random.default_rng(0)
-    names = list(final)
-    ends = np.cumsum([final[n].shape[1] for n in names])[:-1]
-    plans = []
-    for counts in sum(final[n].sum(axis=1) for n in names):
-        total = sum(final[n].shape[1] for n in names)
-        plan = np.full(total, -1, np.int32)
-        places = rng.permutation(total)[:counts]
-        plan[places] = rng.integers(0, max(1, task.ticks // 2), len(places))
-        plans.append(plan)
-    return dict(zip(names, np.split(np.stack(plans), ends, axis=1), strict=True))
+    plan = np.full_like(np.concatenate(list(by_layer.values()), axis=1), -1, np.int32)
+    for row, born in zip(plan, np.concatenate(list(by_layer.values()), 1), strict=True):
+        kept = born[born >= 0]
+        places = rng.permutation(len(row))[: len(kept)]
+        drawn = rng.integers(0, max(1, task.ticks // 2), len(kept))
+        row[places] = drawn if times else kept
+    return dict(zip(by_layer, np.split(plan, ends, axis=1), strict=True))
 
 
 ARMS = (
     "grown",
     "static",
+    "static, ops",
     "always on",
+    "always on, ops",
     "retrained",
     "host",
     "random",
-    "static, ops",
+    "random places",
 )
 
 
-def runners(task: Task, count: int, names: Sequence[str]) -> dict[str, Runner]:
-    """A program for each arm; that of ``retrained`` is the one of ``always on``."""
+def runners(
+    task: Task, count: int, names: Sequence[str], split: int
+) -> dict[str, Runner]:
+    """A program for each arm; those that differ in what they are given share one."""
     parameters, operations = most_grown(task)
     wide = widen(task, parameters)
+
+    def as_long(arm: Arm) -> int:
+        return max(task.ticks, int(np.ceil(operations / epoch_operations(task, arm))))
+
     same = static(task, "static", wide)
-    each_tick = same_operations(task, wide)
-    longer = max(task.ticks, int(np.ceil(operations / each_tick)))
-    arms = [
-        grown(task),
-        static(task, "host", task.widths),
-        same,
-        static(task, "static, ops", wide, longer),
-        chosen(task, "always on"),
-        replay(task),
-    ]
-    data = task.data(0)
-    programs = {
-        arm.name: Runner(task, arm, data, count) for arm in arms if arm.name in names
+    every, again = chosen(task, "always on"), replay(task)
+    longer = as_long(every)
+    arms = {
+        "grown": grown(task),
+        "static": same,
+        "static, ops": static(task, "static, ops", wide, as_long(same)),
+        "always on": every,
+        "always on, ops": every
+        if longer == task.ticks
+        else chosen(task, "always on, ops", longer),
+        "retrained": every,
+        "host": static(task, "host", task.widths),
+        "random": again,
+        "random places": again,
     }
-    if "retrained" in names:
-        again = Runner(task, chosen(task, "always on"), data, count)
-        programs["retrained"] = programs.get("always on", again)
-    return programs
+    data = task.data(split)
+    programs: dict[Arm, Runner] = {}
+    return {
+        name: programs.setdefault(arm, Runner(task, arm, data, count))
+        for name, arm in arms.items()
+        if name in names
+    }
 
 
 def compare(
@@ -174,7 +206,10 @@ def compare(
     yield "grown", best
     extras = {
         "retrained": [final_topology(r) for r in (best.tuning, best.runs)],
-        "random": [random_plan(r, task) for r in (best.tuning, best.runs)],
+        "random": [random_plan(r, task, True) for r in (best.tuning, best.runs)],
+        "random places": [
+            random_plan(r, task, False) for r in (best.tuning, best.runs)
+        ],
     }
     for name in names:
         if name != "grown":
@@ -195,14 +230,14 @@ def stopped(runs: Runs) -> np.ndarray:
     return runs.test[np.arange(len(best)), best]
 
 
-def report(name: str, task: Task, results: dict[str, Result]) -> None:
+def report(name: str, task: Task, split: int, results: dict[str, Result]) -> None:
     """Prints the table of a task and the paired differences."""
     count = len(results["grown"].runs.test)
     lines = [
         f"\n### {name}\n",
         f"host widths {task.widths} ({host_size(task, task.widths)} parameters), "
         f"{task.num_seeds} seeds a layer, blueprint {task.blueprints[0]}, "
-        f"{task.ticks} epochs, batch {task.batch}, {count} runs\n",
+        f"{task.ticks} epochs, batch {task.batch}, {count} runs, split {split}\n",
         "| arm | rate, decay, share | test % last | stopped | held-out % | parameters "
         "| operations | seconds |",
         "|---|---|---|---|---|---|---|---|",
@@ -260,6 +295,9 @@ def main() -> None:
         "--runs", type=int, default=24, help="final runs, and tuning runs, of each arm"
     )
     parser.add_argument(
+        "--split", type=int, default=0, help="random seed of the three-way split"
+    )
+    parser.add_argument(
         "--first", type=int, default=0, help="random seed of the first final run"
     )
     parser.add_argument(
@@ -279,7 +317,9 @@ def main() -> None:
         tasks = {n: dataclasses.replace(t, ticks=12) for n, t in tasks.items()}
     count = options.runs
     arms = [a for a in ARMS if a in options.arms or a == "grown"]
-    programs = {name: runners(task, count, arms) for name, task in tasks.items()}
+    programs = {
+        name: runners(task, count, arms, options.split) for name, task in tasks.items()
+    }
     with ThreadPoolExecutor(options.threads) as pool:  # compiling is what takes time
         every = [runner for by_arm in programs.values() for runner in by_arm.values()]
         list(pool.map(Runner.compile, dict.fromkeys(every)))
@@ -291,7 +331,7 @@ def main() -> None:
             numbers[name] = _plain(results)
             if options.json:
                 options.json.write_text(json.dumps(numbers) + "\n")
-        report(name, task, results)
+        report(name, task, options.split, results)
 
 
 if __name__ == "__main__":

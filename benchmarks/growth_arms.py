@@ -24,7 +24,7 @@ from esper_jax.controller import Reason
 from esper_jax.functional import TrainState
 from esper_jax.layers import SeedBed
 from esper_jax.lifecycle import no_commands
-from esper_jax.optim import PerSlot, per_slot
+from esper_jax.optim import PerSlot, per_slot, scale_by_run_schedule
 from esper_jax.scan import scan_fit, start_from
 from esper_jax.stages import LIVING, Stage
 from esper_jax.state import SeedState
@@ -35,10 +35,10 @@ __all__ = [
     "Runner",
     "Runs",
     "chosen",
+    "epoch_operations",
     "grown",
     "most_grown",
     "replay",
-    "same_operations",
     "static",
 ]
 
@@ -160,14 +160,14 @@ def static(
     )
 
 
-def chosen(task: Task, name: str) -> Arm:
+def chosen(task: Task, name: str, ticks: int | None = None) -> Arm:
     """The seeds of ``extra`` (bool[S] by layer) learn and count from the first step to
     the last: all of them, or those of a grown run's final topology."""
 
     def begin(state: TrainState, extra: Any) -> TrainState:
         return _held(_alive(state, extra))
 
-    return Arm(name, task.widths, True, begin, _every_seed, _hold, task.ticks)
+    return Arm(name, task.widths, True, begin, _every_seed, _hold, ticks or task.ticks)
 
 
 @struct.dataclass
@@ -234,22 +234,26 @@ def replay(task: Task) -> Arm:
 
 def _optimizer(steps: int) -> optax.GradientTransformation:
     """AdamW under a cosine schedule; its rate and decay are arrays in its state."""
-    return optax.chain(
-        optax.inject_hyperparams(optax.adamw)(learning_rate=1e-3, weight_decay=0.0),
-        optax.scale_by_schedule(optax.cosine_decay_schedule(1.0, steps)),
-    )
+    schedule = optax.cosine_decay_schedule(1.0, steps)
+    return optax.chain(_adamw(), optax.scale_by_schedule(schedule))
 
 
 def _bank_optimizer(steps: int) -> PerSlot:
-    """The same in each slot. A newborn keeps the rate and the decay of its slot, which
-    fresh state would set back to where they were when the program was built."""
-    inner = per_slot(_optimizer(steps))
+    """The same in each slot, by the host's clock: all come to rest together. A newborn
+    keeps the rate and the decay of its slot, which fresh state would set back to where
+    they were when the program was built."""
+    schedule = optax.cosine_decay_schedule(1.0, steps)
+    inner = per_slot(optax.chain(_adamw(), scale_by_run_schedule(schedule)))
 
     def reset(state: Any, params: Any, born: Any) -> Any:
         injected, *rest = inner.reset(state, params, born)
         return (injected._replace(hyperparams=state[0].hyperparams), *rest)
 
     return PerSlot(inner.init, inner.update, reset)
+
+
+def _adamw() -> optax.GradientTransformation:
+    return optax.inject_hyperparams(optax.adamw)(learning_rate=1e-3, weight_decay=0.0)
 
 
 def _tuned(state: TrainState, point: jax.Array) -> TrainState:
@@ -393,27 +397,37 @@ def most_grown(task: Task) -> tuple[int, float]:
     """The parameters that a grown model comes to at most, and the operations of a run
     in which all of that lives, and is measured, from the first tick to the last."""
     host = host_size(task, task.widths)
-    names = layer_names(task)
+    room = task.budget - host if task.budget else np.inf
+    total, stages, costs = host, {}, _costs(task)
+    for name, cost in reversed(costs.items()):
+        fits = np.cumsum(cost) <= room
+        room -= (cost * fits).sum()
+        total += int((cost * fits).sum())
+        living = np.where(fits, Stage.FINE_TUNING, Stage.DORMANT)
+        stages[name] = np.broadcast_to(living, (1, task.ticks, len(living)))
+    data = task.data(0)
+    return total, float(_operations(task, grown(task), data, stages, costs)[0])
+
+
+def epoch_operations(task: Task, arm: Arm) -> float:
+    """Operations of an epoch of an arm whose seeds, if it has any, all learn; its
+    evaluation included."""
+    costs = _costs(task)
+    living = Stage.FINE_TUNING if arm.grows else Stage.DORMANT
+    stages = {name: np.full((1, 1, len(c)), living) for name, c in costs.items()}
+    return float(_operations(task, arm, task.data(0), stages, costs)[0])
+
+
+def _costs(task: Task) -> dict[str, np.ndarray]:
+    """Parameters of the first blueprint on each chunk, by layer."""
     model = nnx.eval_shape(
         lambda: task.make(nnx.Rngs(0), task.widths, **_options(task, grown(task)))
     )
     beds = [n for _, n in nnx.iter_graph(model) if isinstance(n, SeedBed)]
-    cost = {
+    return {
         name: param_counts(bed.blueprints, bed.layout.sizes)[0]
-        for name, bed in zip(names, beds, strict=True)
+        for name, bed in zip(layer_names(task), beds, strict=True)
     }
-    room = task.budget - host if task.budget else np.inf
-    stages = {}
-    for name in reversed(names):
-        fits = np.cumsum(cost[name]) <= room
-        room -= (cost[name] * fits).sum()
-        living = np.where(fits, Stage.FINE_TUNING, Stage.DORMANT)
-        stages[name] = np.broadcast_to(living, (1, task.ticks, len(living)))
-    total = host + sum(
-        int((COUNTS[s[0, 0]] * cost[n]).sum()) for n, s in stages.items()
-    )
-    data = task.data(0)
-    return total, float(_operations(task, grown(task), data, stages, cost)[0])
 
 
 def _operations(
@@ -442,15 +456,6 @@ def _operations(
     rows = len(data.train[0]) // task.batch * task.batch
     held_out = len(data.held_out[0])
     return (forward * (3 * rows + held_out * (1 + asked))).sum(axis=1)
-
-
-def same_operations(task: Task, widths: Sequence[int]) -> float:
-    """Operations of an epoch of a host of such widths, its evaluation included."""
-    arm = static(task, "", tuple(widths))
-    nothing = np.zeros((1, 1, 1), int)
-    stages = dict.fromkeys(layer_names(task), nothing)
-    costs = dict.fromkeys(stages, np.zeros(1, int))
-    return float(_operations(task, arm, task.data(0), stages, costs)[0])
 
 
 def _layer_sizes(task: Task, widths: Sequence[int]) -> list[int]:

@@ -82,9 +82,11 @@ class Task:
     gates: LifecycleConfig
 
 
-def _mlp(inputs: int, outputs: int) -> Callable[..., nnx.Module]:
+def _mlp(
+    inputs: int, outputs: int, activation: str = "relu"
+) -> Callable[..., nnx.Module]:
     def make(rngs: nnx.Rngs, widths: Sequence[int], **options: Any) -> nnx.Module:
-        return MLP(inputs, widths, outputs, rngs=rngs, **options)
+        return MLP(inputs, widths, outputs, activation=activation, rngs=rngs, **options)
 
     return make
 
@@ -114,6 +116,34 @@ def _fresh_mnist1d(seed: int) -> Dataset:
     return data.mnist1d(seed)._replace(test=test)
 
 
+def _few(
+    make: Callable[[int], Dataset], rows: int, held_out: int, wrong: float = 0.0
+) -> Callable[[int], Dataset]:
+    """So many rows to learn from, so many held out, and all others to test on.
+
+    Of the labels of the first two, a share of ``wrong`` is drawn afresh.
+    """
+
+    def few(seed: int) -> Dataset:
+        whole = make(seed)
+        x, y = (np.concatenate(part) for part in zip(*whole[:3], strict=True))
+        rng = np.random.default_rng([seed, rows])
+        order = rng.permutation(len(x))
+        known = order[: rows + held_out]
+        redrawn = known[rng.uniform(size=len(known)) < wrong]
+        told = y.copy()
+        told[redrawn] = rng.integers(0, whole.num_classes, len(redrawn))
+        train, validate, test = np.split(order, [rows, rows + held_out])
+        return Dataset(
+            (x[train], told[train]),
+            (x[validate], told[validate]),
+            (x[test], y[test]),
+            whole.num_classes,
+        )
+
+    return few
+
+
 _POLICY = ControllerConfig(
     when="period",
     period=6,
@@ -140,8 +170,8 @@ def _grid(
 TASKS: dict[str, Task] = {
     "mnist1d-mlp": Task(
         data=data.mnist1d,
-        make=_mlp(40, 10),
-        widths=(64, 64),
+        make=_mlp(40, 10, "gelu"),
+        widths=(56, 56),
         num_seeds=8,
         blueprints=("context",),
         positions=(1, 1, 1),
@@ -204,16 +234,16 @@ TASKS: dict[str, Task] = {
         budget=0,
         ticks=150,
         batch=50,
-        grid=_grid((3e-3, 1e-2), (0.0, 0.03), (0.3, 1.0)),
-        policy=_POLICY,
-        gates=lifecycle(3, 6, 30),
+        grid=_grid((1e-3, 3e-3, 1e-2), (0.0, 0.03), (0.3, 1.0)),
+        policy=_EARLY,
+        gates=lifecycle(3, 6, 100),
     ),
     "text": Task(
         data=data.text,
         make=_char,
         widths=(48, 48),
         num_seeds=6,
-        blueprints=("context",),
+        blueprints=("context_glu",),
         positions=(1, 1, 1),
         budget=0,
         ticks=30,
@@ -224,6 +254,23 @@ TASKS: dict[str, Task] = {
     ),
 }
 
+TASKS["digits-few"] = dataclasses.replace(
+    TASKS["digits"],
+    data=_few(data.digits, 200, 100),
+    batch=50,
+    grid=_grid((1e-2, 2e-2), (0.1, 0.3, 1.0), (0.1, 1.0)),
+)
+TASKS["digits-noisy"] = dataclasses.replace(
+    TASKS["digits-few"], data=_few(data.digits, 200, 100, wrong=0.2)
+)
+TASKS["mnist5k-few"] = dataclasses.replace(
+    TASKS["mnist5k"],
+    data=_few(data.mnist5k, 300, 100),
+    ticks=120,
+    batch=50,
+    grid=_grid((3e-3, 1e-2), (0.3, 1.0, 3.0), (0.1, 1.0)),
+    gates=lifecycle(3, 6, 30),
+)
 for _name in ("mnist1d-mlp", "mnist1d-conv"):
     TASKS[f"{_name}-fresh"] = dataclasses.replace(TASKS[_name], data=_fresh_mnist1d)
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool
 
-__all__ = ["PerSlot", "per_slot"]
+__all__ = ["PerSlot", "per_slot", "scale_by_run_schedule"]
 
 
 class PerSlot(NamedTuple):
@@ -32,9 +32,11 @@ def per_slot(inner: optax.GradientTransformation) -> PerSlot:
 
     A slot that is not active gets updates of 0 and keeps its state bit for bit,
     whatever its gradient is (NaN included); where ``born``, the state starts afresh
-    before the update. Schedules count a slot's own active steps, and norms (as in
-    `optax.clip_by_global_norm`) are taken over one slot. ``active`` and ``born`` are
-    run-time values: no change of them recompiles.
+    before the update. Schedules count a slot's own active steps (one by the run's is
+    `scale_by_run_schedule`), and norms (as in `optax.clip_by_global_norm`) are taken
+    over one slot. ``active`` and ``born`` are run-time values: no change of them
+    recompiles. What ``update`` gets besides is handed to ``inner``; training hands over
+    ``step``, the run's.
 
     Args:
       inner: any optax optimizer.
@@ -80,6 +82,32 @@ def per_slot(inner: optax.GradientTransformation) -> PerSlot:
         return _where(active, updates, nothing), _where(active, new, state)
 
     return PerSlot(init, update, reset)
+
+
+def scale_by_run_schedule(
+    schedule: optax.Schedule,
+) -> optax.GradientTransformationExtraArgs:
+    """Scales updates by ``schedule`` at the run's step, whenever the slot was filled.
+
+    A rate that decays to 0 brings a newborn to rest together with the host, where
+    `optax.scale_by_schedule`, which counts the slot's own steps, would still be early in
+    its decay when the run ends.
+
+    Args:
+      schedule: from the run's step to a factor.
+
+    Returns:
+      A transformation for use inside `per_slot`. Its ``update`` raises a TypeError where
+      it gets no ``step``.
+    """
+
+    def update(
+        updates: Any, state: Any, params: Any = None, *, step: Array, **_: Any
+    ) -> tuple[Any, Any]:
+        factor = schedule(step)
+        return jax.tree.map(lambda u: (factor * u).astype(u.dtype), updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
 
 
 def _where(condition: Array, new: Any, old: Any) -> Any:

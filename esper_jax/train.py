@@ -398,6 +398,7 @@ def _step(
             state.bank_opt[name],
             bank_grads[name],
             gains[name],
+            state.step,
         )
     sums = {
         name: gradients.add(
@@ -483,6 +484,7 @@ def _update_bank(
     opt_state: Any,
     grads: Bank,
     gain: Float[Array, " K"],
+    step: Int[Array, ""],
 ) -> tuple[SeedState, Bank, Any]:
     """Updates the slots that learn; one whose gradient is not finite waits a step.
 
@@ -496,7 +498,7 @@ def _update_bank(
 
     def update() -> tuple[Bank, Any]:
         updates, new = optimizer.update(
-            grads, opt_state, bank, active=learning & finite
+            grads, opt_state, bank, active=learning & finite, step=step
         )
         return optax.apply_updates(bank, updates), new
 
