@@ -258,7 +258,7 @@ TASKS["digits-few"] = dataclasses.replace(
     TASKS["digits"],
     data=_few(data.digits, 200, 100),
     batch=50,
-    grid=_grid((1e-2, 2e-2), (0.1, 0.3, 1.0), (0.1, 1.0)),
+    grid=_grid((1e-2, 2e-2), (0.1, 0.3, 1.0, 3.0), (0.01, 0.1, 1.0)),
 )
 TASKS["digits-noisy"] = dataclasses.replace(
     TASKS["digits-few"], data=_few(data.digits, 200, 100, wrong=0.2)
@@ -268,7 +268,7 @@ TASKS["mnist5k-few"] = dataclasses.replace(
     data=_few(data.mnist5k, 300, 100),
     ticks=120,
     batch=50,
-    grid=_grid((3e-3, 1e-2), (0.3, 1.0, 3.0), (0.1, 1.0)),
+    grid=_grid((3e-3, 1e-2), (0.3, 1.0, 3.0, 10.0), (0.01, 0.1, 1.0)),
     gates=lifecycle(3, 6, 30),
 )
 for _name in ("mnist1d-mlp", "mnist1d-conv"):
