@@ -89,16 +89,18 @@ def scale_by_run_schedule(
 ) -> optax.GradientTransformationExtraArgs:
     """Scales updates by ``schedule`` at the run's step, whenever the slot was filled.
 
-    A rate that decays to 0 brings a newborn to rest together with the host, where
-    `optax.scale_by_schedule`, which counts the slot's own steps, would still be early in
+    A rate that decays to 0 so brings a newborn to rest together with the host.
+    `optax.scale_by_schedule` counts the slot's own steps, and would still be early in
     its decay when the run ends.
 
     Args:
       schedule: from the run's step to a factor.
 
     Returns:
-      A transformation for use inside `per_slot`. Its ``update`` raises a TypeError where
-      it gets no ``step``.
+      A transformation for use inside `per_slot`.
+
+    Raises:
+      TypeError: by ``update``, if it gets no ``step``.
     """
 
     def update(

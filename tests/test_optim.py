@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from esper_jax.optim import per_slot
+from esper_jax.optim import per_slot, scale_by_run_schedule
 
 K, STEPS = 4, 6
 INNER = {
@@ -152,3 +152,31 @@ def test_bad_arguments_are_refused_by_name() -> None:
         optimizer.reset(state, params | {"b": jnp.float32(0)}, active)
     with pytest.raises(TypeError, match="active"):
         optimizer.update(params, state, params)
+
+
+def test_a_run_schedule_is_at_the_run_s_step_in_every_slot() -> None:
+    optimizer = per_slot(
+        optax.chain(optax.sgd(1.0), scale_by_run_schedule(lambda step: 1 / (1 + step)))
+    )
+    params = tree(np.random.default_rng(1))
+    state = optimizer.init(params)
+    grads = tree(np.random.default_rng(2))
+    active, born = np.array([True, True, False, False]), np.array([False, True] * 2)
+    for step in (0, 3, 9):
+        updates, state = optimizer.update(
+            grads, state, params, active=active, born=born, step=jnp.asarray(step)
+        )
+        for update, grad in zip(
+            jax.tree.leaves(updates), jax.tree.leaves(grads), strict=True
+        ):
+            np.testing.assert_allclose(update[:2], -grad[:2] / (1 + step), rtol=1e-6)
+            np.testing.assert_array_equal(update[2:], 0)
+
+
+def test_a_run_schedule_needs_the_step() -> None:
+    optimizer = per_slot(scale_by_run_schedule(lambda step: 1.0))
+    params = tree(np.random.default_rng(1))
+    with pytest.raises(TypeError, match="step"):
+        optimizer.update(
+            params, optimizer.init(params), params, active=np.ones(K, bool)
+        )

@@ -15,6 +15,7 @@ from esper_jax.functional import split_model, state_hash
 from esper_jax.hosts import MLP
 from esper_jax.layers import SeedBed
 from esper_jax.lifecycle import LifecycleConfig
+from esper_jax.optim import scale_by_run_schedule
 from esper_jax.signals import Signals
 from esper_jax.stages import Outcome, Stage
 from esper_jax.tick import _measure
@@ -501,3 +502,20 @@ def test_a_bare_bed_drifts_with_what_is_around_it():
         "readout/bias",
     }
     assert not parts.has_base("grown")
+
+
+def test_blueprints_can_follow_a_schedule_of_the_run() -> None:
+    late = optax.chain(optax.sgd(0.1), scale_by_run_schedule(lambda step: step >= 2))
+    model = MLP(6, (8,), 3, num_seeds=2, rngs=nnx.Rngs(0))
+    program = build(model, optax.sgd(0.1), late)
+    state = put(start(program), LAYERS[0], 1, Stage.FINE_TUNING)
+    before = random_bank(state.banks[LAYERS[0]])
+    state = put(state, LAYERS[0], 1, Stage.FINE_TUNING, bank=before)
+    held = jax.device_get(before)
+    for _ in range(2):
+        state = program.step(state, TRAIN)
+    same_bits(state.banks[LAYERS[0]], held)
+    state = program.step(state, TRAIN)
+    after = jax.device_get(state.banks[LAYERS[0]])
+    with pytest.raises(AssertionError):
+        same_bits(after, held)
