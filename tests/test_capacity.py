@@ -284,3 +284,38 @@ def test_growing_a_flax_model_in_place(program):
     assert [bed.seeds.get_value().capacity for bed in beds] == [4, 4]
     with pytest.raises(ValueError, match="must hold at least one"):
         grow_capacity(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), 4, rngs=nnx.Rngs(0))
+
+
+def test_growing_a_stack_in_place():
+    @nnx.split_rngs(splits=3)
+    @nnx.vmap(in_axes=(0,), out_axes=0)
+    def make(rngs):
+        return SeedBed(8, 4, capacity=2, rngs=rngs)
+
+    bed = make(nnx.Rngs(0))
+    seeds = bed.seeds.get_value()
+    seeds = dataclasses.replace(
+        seeds,
+        stage=seeds.stage.at[1, 3].set(Stage.FINE_TUNING),
+        slot_of_seed=seeds.slot_of_seed.at[1, 3].set(1),
+        seed_of_slot=seeds.seed_of_slot.at[1, 1].set(3),
+    )
+    bed.seeds.set_value(seeds)
+    bank = bed.bank.get_value()
+    grow_capacity(bed, 3, rngs=nnx.Rngs(7))
+    jax.tree.map(
+        lambda a, b: equal_bits(a, b[:, :2]), bank, grown := bed.bank.get_value()
+    )
+    assert grown.w1.shape[:2] == bed.probe.get_value().shape == (3, 3)
+    assert len(np.unique(grown.w1[:, 2])) == grown.w1[:, 2].size  # drawn one by one
+    owners = bed.seeds.get_value().seed_of_slot.tolist()
+    assert owners == [[-1, -1, -1], [-1, 3, -1], [-1, -1, -1]]
+    grow_capacity(bed, 1, rngs=nnx.Rngs(7))
+    assert bed.seeds.get_value().seed_of_slot.tolist() == [[-1], [3], [-1]]
+    assert bed.seeds.get_value().slot_of_seed[1].tolist() == [-1, -1, -1, 0]
+    jax.tree.map(lambda a, b: equal_bits(a[1, 1], b[1, 0]), bank, bed.bank.get_value())
+    # Stacked along another axis, it could not be told which is which.
+    turned = dataclasses.replace(seeds, stage=seeds.stage.T)
+    bed.seeds.set_value(turned)
+    with pytest.raises(ValueError, match=r"along their first axes.*shape \(4, 3\)"):
+        grow_capacity(bed, 2, rngs=nnx.Rngs(7))

@@ -359,6 +359,32 @@ def test_an_existing_stack_is_made_growable(tmp_path):
         program.grow_capacity(state, {"blocks/mlp[0]": 4})
 
 
+@pytest.mark.parametrize(
+    ("scan", "where", "stack", "message"),
+    [
+        (True, "blocks/mlp", None, r"'blocks/mlp': stack must be given.*pass stack=3"),
+        (True, "blocks/mlp", 2, r"first axis of the variables; got 2.* axes of \(3,\)"),
+        (True, "blocks", 2, r"first axis of the variables; got 2.* axes of \(3,\)"),
+        (True, "blocks/mlp", True, "stack must be an int of at least 1.*got True"),
+        (False, "blocks/1/mlp", 8, r"got 8, and they have axes of \(\)"),
+        (False, "own", 4, r"got 4, and 'weight' has shape \(8, 8\)"),
+    ],
+)
+def test_a_stack_that_does_not_fit_is_refused_before_anything_changes(
+    scan, where, stack, message
+):
+    class Own(nnx.Module):
+        def __init__(self):
+            self.weight = nnx.Param(jnp.eye(8))
+
+    model = Stack(nnx.Rngs(0), scan=scan, growable=False)
+    model.own = Own()
+    before = nnx.graphdef(model)
+    with pytest.raises(ValueError, match=message):
+        make_growable(model, where, 2, features=8, stack=stack, rngs=nnx.Rngs(1))
+    assert nnx.graphdef(model) == before
+
+
 class Ensemble(nnx.Module):
     """Two stacks of two blocks under `nnx.vmap`; the mean of their outputs."""
 

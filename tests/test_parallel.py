@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from esper_jax import collectives
 from esper_jax.controller import ControllerConfig
-from esper_jax.functional import state_hash
+from esper_jax.functional import state_hash, values_of
 from esper_jax.governor import Governor, GovernorConfig, retreat
 from esper_jax.hosts import MLP
 from esper_jax.kernels.blend import blend
@@ -48,10 +48,13 @@ def rows(count, seed):
 TRAIN, HELD_OUT = rows(64, 1), rows(40, 2)
 
 
+def host(**options):
+    return MLP(6, (12,), 3, num_seeds=4, capacity=2, rngs=nnx.Rngs(0), **options)
+
+
 def make(axis_name=None, debug=False, **options):
-    model = MLP(6, (12,), 3, num_seeds=4, capacity=2, rngs=nnx.Rngs(0), **options)
     return build(
-        model,
+        host(**options),
         optax.adam(1e-2),
         optax.adam(1e-2),
         lifecycle_config=GATES,
@@ -530,3 +533,37 @@ def test_a_model_is_left_as_it_was():
     program.model(program.init(jax.random.key(0)))(TRAIN[0])
     with pytest.raises(ValueError, match="axes of the mesh must be Auto"):
         over_mesh(program, jax.make_mesh((4,), ("data",), (AxisType.Explicit,)))
+
+
+def test_a_program_over_a_mesh_starts_from_other_values_as_any_does():
+    program, mesh = make("data"), mesh_of(DEVICES)
+    other = {name: x + 1 for name, x in values_of(host()).items() if "bed" not in name}
+    values = values_of(host()) | other
+    key = jax.random.key(3)
+    state = over_mesh(program, mesh).init(key, values)
+    assert state_hash(state) == state_hash(program.init(key, values))
+    assert state_hash(state) != state_hash(program.init(key))
+    check_replicas(state)
+    assert state.step.sharding == NamedSharding(mesh, P())
+
+
+def test_debug_compares_devices_along_an_axis_or_says_that_it_cannot():
+    with pytest.raises(ValueError, match=r"debug .* axis_name must be given.*got None"):
+        make(debug=True)
+
+
+@pytest.mark.parametrize("variable", [nnx.Variable, nnx.RngKey])
+def test_a_key_without_a_type_is_refused_where_each_device_draws_its_own(variable):
+    def held(value):
+        model = host()
+        model.noise = variable(value, tag="noise")
+        model.count = nnx.RngCount(jnp.zeros(2, jnp.uint32), tag="noise")
+        return model
+
+    legacy = jax.random.PRNGKey(0)
+    message = r"'noise' must hold a typed random key.*uint32\[2\].*wrap_key_data"
+    with pytest.raises(ValueError, match=message):
+        build(held(legacy), optax.sgd(0.1), optax.sgd(0.1), axis_name="data")
+    build(held(legacy), optax.sgd(0.1), optax.sgd(0.1))
+    typed = held(jax.random.wrap_key_data(legacy))
+    build(typed, optax.sgd(0.1), optax.sgd(0.1), axis_name="data")
