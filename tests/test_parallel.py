@@ -128,13 +128,25 @@ def assert_same(reports, state, expected, first=lambda x: x):
         )
 
 
-def test_pmap_equals_one_device(alone):
+@pytest.fixture(scope="module")
+def under_pmap():
+    """A program, a state on all devices, to be copied, and its mapped step and tick."""
     program = make("data", debug=True)
     state = jax.tree.map(
         lambda x: jnp.stack([x] * DEVICES), program.init(jax.random.key(0))
     )
     step = jax.pmap(program.step, axis_name="data")
-    tick = jax.pmap(program.tick, axis_name="data")
+    return program, state, step, jax.pmap(program.tick, axis_name="data")
+
+
+@pytest.fixture(scope="module")
+def meshed():
+    """A program over a mesh, by `jax.shard_map(check_vma=True)`."""
+    return over_mesh(make("data", debug=True), mesh_of(DEVICES))
+
+
+def test_pmap_equals_one_device(alone, under_pmap):
+    _, state, step, tick = under_pmap
     wrap = functools.partial(split_rows, "batch", devices=DEVICES)
     reports, state = run(step, tick, state, wrap)
     assert np.all([r.replicas_agree for r in reports])
@@ -142,7 +154,21 @@ def test_pmap_equals_one_device(alone):
     assert_same(reports, state, alone, first=lambda x: x[0] if np.ndim(x) else x)
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
+def test_a_mesh_equals_one_device(alone, meshed):
+    reports, state = run(
+        meshed.step,
+        meshed.tick,
+        meshed.init(jax.random.key(0)),
+        lambda x: meshed.place("batch", x, True),
+    )
+    check_replicas(state)
+    assert_same(reports, state, alone)
+
+
+# With the check it is what `over_mesh` does.
+@pytest.mark.parametrize(
+    "check_vma", [pytest.param(True, marks=pytest.mark.slow), False]
+)
 def test_shard_map_equals_one_device(alone, check_vma):
     program, mesh = make("data", debug=True), mesh_of(DEVICES)
 
@@ -177,9 +203,9 @@ def test_plain_jit_on_sharded_rows_equals_one_device(alone):
     assert_same(reports, state, alone)
 
 
-def test_replicas_never_drift_apart_over_a_mesh():
+def test_replicas_never_drift_apart_over_a_mesh(meshed):
     """50 ticks of `fit` with growth, culling and a rollback in between."""
-    program = over_mesh(make("data", debug=True), mesh_of(DEVICES))
+    program, compiled = meshed, meshed.recompiles()
     rollbacks, stages, poisoned = [], set(), []
 
     def on_tick(state, report):
@@ -214,7 +240,7 @@ def test_replicas_never_drift_apart_over_a_mesh():
     check_replicas(state)
     copies = [jax.tree.map(lambda x, i=i: _shard(x, i), state) for i in range(DEVICES)]
     assert len({state_hash(copy) for copy in copies}) == 1
-    assert program.recompiles() == 0
+    assert program.recompiles() == compiled
 
 
 def _shard(x, i):
@@ -223,13 +249,8 @@ def _shard(x, i):
     return x.addressable_shards[i].data
 
 
-def test_replicas_under_pmap_never_drift_apart():
-    program = make("data", debug=True)
-    state = jax.tree.map(
-        lambda x: jnp.stack([x] * DEVICES), program.init(jax.random.key(0))
-    )
-    step = jax.pmap(program.step, axis_name="data")
-    tick = jax.pmap(program.tick, axis_name="data")
+def test_replicas_under_pmap_never_drift_apart(under_pmap):
+    _, state, step, tick = under_pmap
     back = jax.pmap(lambda state: retreat(state, jnp.int32(1), jnp.int32(1), GATES)[0])
     wrap = functools.partial(split_rows, "batch", devices=DEVICES)
     _, state = run(step, tick, state, wrap, ticks=25)
@@ -398,8 +419,8 @@ def test_tensor_parallel_training_equals_one_device(alone):
     assert_same(reports, state, alone)
 
 
-def test_rows_that_the_devices_do_not_divide_are_refused():
-    program = over_mesh(make("data", debug=True), mesh_of(DEVICES))
+def test_rows_that_the_devices_do_not_divide_are_refused(meshed):
+    program = meshed
     state = program.init(jax.random.key(0))
     odd = (TRAIN[0][:30], TRAIN[1][:30])
     with pytest.raises(ValueError, match=r"batch must .* 4 devices divide; got 30"):
@@ -423,8 +444,8 @@ def test_an_axis_that_does_not_exist_is_named():
         over_mesh(program, mesh_of(DEVICES))
 
 
-def test_replicas_that_were_given_different_seeds_are_found():
-    program = make("data", debug=True)
+def test_replicas_that_were_given_different_seeds_are_found(under_pmap, meshed):
+    program, _, _, tick = under_pmap
     same = program.init(jax.random.key(0))
     seeds = same.seeds["layers/0"]
     grown = dataclasses.replace(
@@ -440,11 +461,10 @@ def test_replicas_that_were_given_different_seeds_are_found():
     with pytest.raises(ValueError, match=r"seeds.*replica 3 differs"):
         check_replicas(state, stacked=True)
     wrap = functools.partial(split_rows, "held_out", devices=DEVICES)
-    _, report = jax.pmap(program.tick, axis_name="data")(state, wrap(HELD_OUT))
+    _, report = tick(state, wrap(HELD_OUT))
     assert not np.any(report.replicas_agree)
 
     mesh = mesh_of(DEVICES)
-    program = over_mesh(program, mesh)
     leaves = [jax.tree.leaves(s) for s in states]
     apart = [
         jax.make_array_from_single_device_arrays(
@@ -456,7 +476,7 @@ def test_replicas_that_were_given_different_seeds_are_found():
     ]
     state = jax.tree.unflatten(jax.tree.structure(states[0]), apart)
     with pytest.raises(ValueError, match=r"state.* must be the same on all devices"):
-        fit(program, state, TRAIN, HELD_OUT, ticks=1, batch_size=BATCH)
+        fit(meshed, state, TRAIN, HELD_OUT, ticks=1, batch_size=BATCH)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.int8, np.uint16, bool, np.float64])
