@@ -134,6 +134,8 @@ def _find(model: nnx.Module, where: Any) -> dict[str, Any]:
 def _leading(layer: Any) -> tuple[int, ...] | None:
     """The axes that one of Flax's layers has before its own; None if unknown."""
     variable: Any
+    if not type(layer).__module__.startswith("flax."):  # a subclass may differ
+        return None
     match layer:
         case nnx.Linear():
             variable, own = layer.kernel, 2
@@ -142,7 +144,9 @@ def _leading(layer: Any) -> tuple[int, ...] | None:
         case nnx.Conv() | nnx.ConvTranspose():
             variable, own = layer.kernel, len(layer.kernel_shape)
         case nnx.LayerNorm() | nnx.RMSNorm() | nnx.BatchNorm() | nnx.GroupNorm():
-            variable, own = layer.scale or getattr(layer, "bias", None), 1
+            variable, own = layer.scale, 1
+            if variable is None:
+                variable = getattr(layer, "bias", None)
         case _:
             return None
     return None if variable is None else variable.shape[: len(variable.shape) - own]
