@@ -308,7 +308,8 @@ def split_model(model: nnx.Module, axis_name: str | None = None) -> ModelParts:
       axis_name: of the mapped axis that the rows are divided along, if there is one.
 
     Raises:
-      ValueError: if it holds nothing that can grow.
+      ValueError: if it holds nothing that can grow, or, with ``axis_name``, a random
+        key without a type, which could not be told from other numbers.
     """
     beds, layouts, kinds = {}, {}, {}
     nodes = []
@@ -346,7 +347,28 @@ def split_model(model: nnx.Module, axis_name: str | None = None) -> ModelParts:
     variables = {
         _name(path): (path, variable) for path, variable in nnx.to_flat_state(abstract)
     }
+    if axis_name is not None:
+        for name, (_, variable) in variables.items():
+            _check_typed(name, variable)
     return ModelParts(graph, own_graph, variables, beds, layouts, kinds)
+
+
+def _check_typed(name: str, variable: Any) -> None:
+    """Refuses a random key as `jax.random.PRNGKey` makes it, of plain integers."""
+    value = _value(variable)
+    if not isinstance(value, jax.ShapeDtypeStruct) or value.dtype != np.uint32:
+        return
+    if isinstance(variable, nnx.RngState):
+        untyped = isinstance(variable, nnx.RngKey)  # or a count
+    else:
+        untyped = value.shape[-1:] == jax.random.key_data(jax.random.key(0)).shape
+    if untyped:
+        raise ValueError(
+            f"variable {name!r} must hold a typed random key, as jax.random.key makes "
+            f"it, or each device would draw the same numbers; got uint32"
+            f"{list(value.shape)}. Wrap it with jax.random.wrap_key_data; if it is no "
+            "key, give it another dtype"
+        )
 
 
 def _dtype(x: Any) -> Any:

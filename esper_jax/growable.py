@@ -38,7 +38,8 @@ def make_growable(
       num_seeds: seeds of each, or a function ``(path, layer) -> int``.
       features: width of their outputs; by default read off each layer.
       stack: length of the stack where the layers were made by `nnx.vmap` (as for
-        `nnx.scan`), along the first axis of their variables.
+        `nnx.scan`), along the first axis of their variables. That it fits is checked
+        as far as the variables tell: of Flax's own layers; and of others, if given.
       rngs: key ``params`` draws the banks.
       **options: of `SeedBed`.
 
@@ -59,6 +60,7 @@ def make_growable(
     for path, layer in found.items():
         seeds = num_seeds(path, layer) if callable(num_seeds) else num_seeds
         try:
+            _check_stack(layer, stack)
             grown = ChunkedLayer(layer, seeds, features=features, rngs=rngs, **options)
             if stack is not None:
                 grown.bed = _stacked_bed(grown.bed, stack, options, rngs)
@@ -127,6 +129,63 @@ def _find(model: nnx.Module, where: Any) -> dict[str, Any]:
             f"has {', '.join(repr(name) for name in modules if name)}"
         )
     return found
+
+
+def _leading(layer: Any) -> tuple[int, ...] | None:
+    """The axes that one of Flax's layers has before its own; None if unknown."""
+    variable: Any
+    if not type(layer).__module__.startswith("flax."):  # a subclass may differ
+        return None
+    match layer:
+        case nnx.Linear():
+            variable, own = layer.kernel, 2
+        case nnx.Embed():
+            variable, own = layer.embedding, 2
+        case nnx.Conv() | nnx.ConvTranspose():
+            variable, own = layer.kernel, len(layer.kernel_shape)
+        case nnx.LayerNorm() | nnx.RMSNorm() | nnx.BatchNorm() | nnx.GroupNorm():
+            variable, own = layer.scale, 1
+            if variable is None:
+                variable = getattr(layer, "bias", None)
+        case _:
+            return None
+    return None if variable is None else variable.shape[: len(variable.shape) - own]
+
+
+def _check_stack(layer: Any, stack: Any) -> None:
+    """Refuses a stack that the variables of a layer do not have, or one not named."""
+    if stack is None:
+        axes = _leading(layer)
+        if axes:
+            advice = (
+                f"pass stack={axes[0]}"
+                if len(axes) == 1
+                else "of stacks within stacks, put ChunkedLayer into the function that "
+                "nnx.vmap maps"
+            )
+            raise ValueError(
+                "stack must be given for layers made by nnx.vmap; got None, and the "
+                f"variables of this one have axes of {axes} before their own. If it is "
+                f"a stack, {advice}"
+            )
+        return
+    if not isinstance(stack, int) or isinstance(stack, bool) or stack < 1:
+        raise ValueError(f"stack must be an int of at least 1, or None; got {stack!r}")
+    parts = (node for _, node in nnx.iter_graph(layer) if isinstance(node, nnx.Module))
+    for axes in map(_leading, parts):
+        if axes is not None and axes[:1] != (stack,):
+            raise ValueError(
+                f"stack must be the length of the first axis of the variables; got "
+                f"{stack}, and they have axes of {axes} before their own. Leave it out "
+                "if the layer is no stack"
+            )
+    for path, param in nnx.to_flat_state(nnx.state(layer, nnx.Param)):
+        if param.shape[:1] != (stack,):
+            raise ValueError(
+                f"stack must be the length of the first axis of the variables; got "
+                f"{stack}, and {'/'.join(map(str, path))!r} has shape {param.shape}. "
+                "Leave it out if the layer is no stack"
+            )
 
 
 def _stacked_bed(

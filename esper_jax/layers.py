@@ -1,21 +1,24 @@
 """`ChunkedLayer`: a Flax NNX module that makes any layer able to grow."""
 
+import math
 import numbers
 from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float
 
 from esper_jax import collectives
-from esper_jax.blueprints import Blueprint, init_bank, resolve
+from esper_jax.blueprints import Bank, Blueprint, init_bank, resolve
 from esper_jax.chunks import ChunkLayout
 from esper_jax.grafting import Strategy
 from esper_jax.kernels.blend import blend, check_implementation, check_sharding
 from esper_jax.stages import Incubation
 from esper_jax.state import (
+    SeedState,
     init_seeds,
     move_slots,
     record,
@@ -185,8 +188,9 @@ class SeedBed(nnx.Module):
 def grow_capacity(model: nnx.Module, capacity: int, *, rngs: nnx.Rngs) -> None:
     """Changes the number of slots of every layer of a model that can grow, in place.
 
-    Values are kept bit for bit; new slots are free and fresh. A smaller capacity moves
-    the slots of living seeds together. An optimizer state of the banks does not follow:
+    In a stack of layers (`nnx.vmap`, `nnx.scan`), of each of them. Values are kept bit
+    for bit; new slots are free and fresh. A smaller capacity moves the slots of living
+    seeds together. An optimizer state of the banks does not follow:
     `Program.grow_capacity` does this with all of a `TrainState`, or use
     `state.move_slots` on it.
 
@@ -205,15 +209,41 @@ def grow_capacity(model: nnx.Module, capacity: int, *, rngs: nnx.Rngs) -> None:
             "model must hold at least one ChunkedLayer or SeedBed: without one there "
             "is nothing that could grow"
         )
-    sources = [slot_sources(bed.seeds.get_value(), capacity) for bed in beds]
-    for bed, source in zip(beds, sources, strict=True):
-        layout = bed.layout
-        fresh = init_bank(
-            rngs.params(), capacity, bed.blueprints, layout.width, layout.features
+    layers = [_layers(bed) for bed in beds]
+    sources = [[slot_sources(seeds, capacity) for seeds, _ in each] for each in layers]
+    for bed, each, source in zip(beds, layers, sources, strict=True):
+        stack, layout = bed.seeds.get_value().stage.shape[:-1], bed.layout
+        grown = []
+        for (seeds, bank), kept in zip(each, source, strict=True):
+            fresh = init_bank(
+                rngs.params(), capacity, bed.blueprints, layout.width, layout.features
+            )
+            grown.append((resize(seeds, capacity, kept), move_slots(bank, fresh, kept)))
+        seeds, bank = jax.tree.map(
+            lambda *x, stack=stack: jnp.stack(x).reshape(*stack, *x[0].shape), *grown
         )
-        bed.seeds.set_value(resize(bed.seeds.get_value(), capacity, source))
-        bed.bank.set_value(move_slots(bed.bank.get_value(), fresh, source))
-        bed.probe.set_value(jnp.zeros(capacity, jnp.float32))
+        bed.seeds.set_value(seeds)
+        bed.bank.set_value(bank)
+        bed.probe.set_value(jnp.zeros((*stack, capacity), jnp.float32))
+
+
+def _layers(bed: SeedBed) -> list[tuple[SeedState, Bank]]:
+    """Seeds and bank of the one layer that a bed is of, or of each of a stack."""
+    seeds, bank = bed.seeds.get_value(), bed.bank.get_value()
+    stack = seeds.stage.shape[:-1]
+    if seeds.num_seeds != bed.layout.num_seeds or any(
+        leaf.shape[: len(stack)] != stack for leaf in jax.tree.leaves(bank)
+    ):
+        raise ValueError(
+            "model: the variables of a stack of layers must be stacked along their "
+            f"first axes, as nnx.vmap does by default; the stages of "
+            f"{bed.layout.num_seeds} seeds have shape {seeds.stage.shape}"
+        )
+    return [
+        jax.tree.map(lambda x, i=i: x.reshape(-1, *x.shape[len(stack) :])[i], both)
+        for both in [(seeds, bank)]
+        for i in range(math.prod(stack))
+    ]
 
 
 class ChunkedLayer(nnx.Module):
@@ -224,7 +254,8 @@ class ChunkedLayer(nnx.Module):
 
     Args:
       base: any callable module whose output has its features on the last axis. Its
-        attributes can be read off the layer.
+        attributes can be read off the layer, and set on it: ``layer.kernel = ...`` sets
+        the base's. The layer's own are ``base``, ``bed`` and ``enabled``.
       num_seeds: chunks that the features are cut into, one seed each.
       features: width of the output; by default read off the base layer
         (``out_features``, ``features`` or ``num_features``).
@@ -258,6 +289,16 @@ class ChunkedLayer(nnx.Module):
         if name.startswith("_") or name == "base":
             raise AttributeError(name)
         return getattr(self.base, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Set where it is read: what only the base layer has is the base layer's.
+        own = name in ("base", "bed", "enabled") or name in vars(self)
+        own = own or name.startswith("_") or hasattr(type(self), name)
+        base = vars(self).get("base")
+        if own or base is None or not hasattr(base, name):
+            super().__setattr__(name, value)
+        else:
+            setattr(base, name, value)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The base layer's output on the same arguments, with the seeds blended in."""

@@ -35,7 +35,8 @@ def over_mesh(program: "Program", mesh: jax.sharding.Mesh) -> "Program":
 
     Returns:
       The program: ``step`` takes a whole batch, ``tick`` and ``evaluate`` all held-out
-      rows; the devices have to divide them. ``init`` gives a state on all devices.
+      rows; the devices have to divide them. ``init`` gives a state on all devices;
+      like `Program.init`, it takes a key, and other values if wanted.
 
     Raises:
       ValueError: if the mesh has another axis than the program, or one that is not
@@ -85,16 +86,18 @@ def over_mesh(program: "Program", mesh: jax.sharding.Mesh) -> "Program":
         sharding = NamedSharding(mesh, rows if divided else everywhere)
         return jax.tree.map(lambda x: _put(x, sharding), data)
 
-    def init(rng: Array) -> Any:
+    def init(rng: Array, values: Any = None) -> Any:
+        given = () if values is None else (values,)
         if jax.process_count() == 1:
-            return jax.device_put(program.init(rng), NamedSharding(mesh, everywhere))
+            state = program.init(rng, *given)
+            return jax.device_put(state, NamedSharding(mesh, everywhere))
 
         # From the host's numbers: with several processes, an array of one of them
         # cannot be sent to the devices of another.
         @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, everywhere))
         def start(data: Array) -> Any:
             impl = jax.random.key_impl(rng)
-            return program.init(jax.random.wrap_key_data(data, impl=impl))
+            return program.init(jax.random.wrap_key_data(data, impl=impl), *given)
 
         return start(np.asarray(jax.random.key_data(rng)))
 

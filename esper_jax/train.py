@@ -135,15 +135,22 @@ def build(
         `jax.pmap` or `jax.shard_map` over it, each device with the same state and an
         equal part of the rows, or through `parallel.over_mesh`. All devices come to the
         same state. Plain `jax.jit` on arrays that are sharded needs none.
-      debug: with ``axis_name``, each tick compares the states of all devices, bit for
-        bit, and says in its report whether they agree.
+      debug: each tick compares the states of all devices along ``axis_name``, which
+        must be given, bit for bit, and says in its report whether they agree.
 
     Raises:
       ValueError: if the model holds nothing that can grow, the controller's blueprint
-        is not one of every layer's, or ``eval_batch`` is below 1.
+        is not one of every layer's, ``eval_batch`` is below 1, ``debug`` is given
+        without ``axis_name``, or, with it, the model holds an untyped random key.
     """
     if eval_batch < 1:
         raise ValueError(f"eval_batch must be at least 1, got {eval_batch}")
+    if debug and axis_name is None:
+        raise ValueError(
+            "debug compares the devices along axis_name, so axis_name must be given "
+            "with it; got None. With plain jit on sharded arrays, call "
+            "parallel.check_replicas(state) between ticks instead"
+        )
     gates = lifecycle_config or LifecycleConfig()
     policy = controller_config or ControllerConfig()
     parts = split_model(model, axis_name)

@@ -27,6 +27,8 @@ def make_data(rows, seed):
 
 
 TRAIN, HELD_OUT = make_data(32, 1), make_data(32, 2)
+# The model and the batch are those of test_train.py, whose step is the same program.
+BATCH = tuple(part[:16] for part in TRAIN)
 
 
 def make_program(capacity=2):
@@ -63,7 +65,7 @@ def living(program, slot, trained=3):
         )
     state = dataclasses.replace(state, seeds=seeds, banks=banks)
     for _ in range(trained):
-        state = program.step(state, TRAIN)
+        state = program.step(state, BATCH)
     return state
 
 
@@ -115,7 +117,7 @@ def test_the_output_is_the_same_and_training_goes_on(program):
     equal_bits(program.model(state)(x), program.model(grown)(x))
     equal_bits(program.evaluate(state, HELD_OUT), program.evaluate(grown, HELD_OUT))
     for _ in range(3):
-        state, grown = program.step(state, TRAIN), program.step(grown, TRAIN)
+        state, grown = program.step(state, BATCH), program.step(grown, BATCH)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7),
         (state.params, state.banks["layers/0"]),
@@ -284,3 +286,38 @@ def test_growing_a_flax_model_in_place(program):
     assert [bed.seeds.get_value().capacity for bed in beds] == [4, 4]
     with pytest.raises(ValueError, match="must hold at least one"):
         grow_capacity(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), 4, rngs=nnx.Rngs(0))
+
+
+def test_growing_a_stack_in_place():
+    @nnx.split_rngs(splits=3)
+    @nnx.vmap(in_axes=(0,), out_axes=0)
+    def make(rngs):
+        return SeedBed(8, 4, capacity=2, rngs=rngs)
+
+    bed = make(nnx.Rngs(0))
+    seeds = bed.seeds.get_value()
+    seeds = dataclasses.replace(
+        seeds,
+        stage=seeds.stage.at[1, 3].set(Stage.FINE_TUNING),
+        slot_of_seed=seeds.slot_of_seed.at[1, 3].set(1),
+        seed_of_slot=seeds.seed_of_slot.at[1, 1].set(3),
+    )
+    bed.seeds.set_value(seeds)
+    bank = bed.bank.get_value()
+    grow_capacity(bed, 3, rngs=nnx.Rngs(7))
+    jax.tree.map(
+        lambda a, b: equal_bits(a, b[:, :2]), bank, grown := bed.bank.get_value()
+    )
+    assert grown.w1.shape[:2] == bed.probe.get_value().shape == (3, 3)
+    assert len(np.unique(grown.w1[:, 2])) == grown.w1[:, 2].size  # drawn one by one
+    owners = bed.seeds.get_value().seed_of_slot.tolist()
+    assert owners == [[-1, -1, -1], [-1, 3, -1], [-1, -1, -1]]
+    grow_capacity(bed, 1, rngs=nnx.Rngs(7))
+    assert bed.seeds.get_value().seed_of_slot.tolist() == [[-1], [3], [-1]]
+    assert bed.seeds.get_value().slot_of_seed[1].tolist() == [-1, -1, -1, 0]
+    jax.tree.map(lambda a, b: equal_bits(a[1, 1], b[1, 0]), bank, bed.bank.get_value())
+    # Stacked along another axis, it could not be told which is which.
+    turned = dataclasses.replace(seeds, stage=seeds.stage.T)
+    bed.seeds.set_value(turned)
+    with pytest.raises(ValueError, match=r"along their first axes.*shape \(4, 3\)"):
+        grow_capacity(bed, 2, rngs=nnx.Rngs(7))

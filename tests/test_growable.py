@@ -207,10 +207,10 @@ class Block(nnx.Module):
 
 
 class Stack(nnx.Module):
-    """Three blocks run by `nnx.scan`, or the same as a list."""
+    """Two blocks run by `nnx.scan`, or the same as a list."""
 
     def __init__(self, rngs, scan, growable=True, remat=False):
-        @nnx.split_rngs(splits=3)
+        @nnx.split_rngs(splits=2)
         @nnx.vmap(in_axes=(0,), out_axes=0)
         def make(rngs):
             return Block(rngs, growable)
@@ -222,7 +222,7 @@ class Stack(nnx.Module):
             self.blocks = nnx.List(
                 [
                     nnx.merge(graph, jax.tree.map(lambda x, i=i: x[i], state))
-                    for i in range(3)
+                    for i in range(2)
                 ]
             )
         self.out = nnx.Linear(8, 3, rngs=rngs)
@@ -275,7 +275,7 @@ def assert_same_growth(got, want):
     """Of a stack and of a list of the same layers."""
     _, state, reports = got
     _, expected, expected_reports = want
-    names = {f"blocks/mlp[{i}]": f"blocks/{i}/mlp" for i in range(3)}
+    names = {f"blocks/mlp[{i}]": f"blocks/{i}/mlp" for i in range(2)}
     assert list(state.seeds) == list(names)
     for report, other in zip(reports, expected_reports, strict=True):
         np.testing.assert_allclose(report.loss, other.loss, rtol=1e-4)
@@ -339,14 +339,14 @@ def test_jax_checkpoint_around_a_layer_changes_nothing():
 def test_an_existing_stack_is_made_growable(tmp_path):
     model = Stack(nnx.Rngs(0), scan=True, growable=False)
     plain = model(X)
-    found = make_growable(model, "blocks/mlp", 4, stack=3, capacity=2, rngs=nnx.Rngs(3))
+    found = make_growable(model, "blocks/mlp", 4, stack=2, capacity=2, rngs=nnx.Rngs(3))
     assert found == ["blocks/mlp"]
     # XLA fuses the body of the loop in another way, so not to the last bit.
     np.testing.assert_allclose(model(X), plain, rtol=1e-5, atol=1e-6)
     program, state, _ = grow(model, 9)
-    assert list(state.seeds) == [f"blocks/mlp[{i}]" for i in range(3)]
+    assert list(state.seeds) == [f"blocks/mlp[{i}]" for i in range(2)]
     bigger = program.grow_capacity(state, 4)
-    assert program.model(bigger).blocks.mlp.bed.probe.get_value().shape == (3, 4)
+    assert program.model(bigger).blocks.mlp.bed.probe.get_value().shape == (2, 4)
     loss, _ = program.evaluate(state, DATA)
     np.testing.assert_allclose(program.evaluate(bigger, DATA)[0], loss, rtol=1e-6)
     with Checkpointer(tmp_path) as checkpoints:
@@ -357,6 +357,32 @@ def test_an_existing_stack_is_made_growable(tmp_path):
     np.testing.assert_allclose(program.evaluate(restored, DATA)[0], loss, rtol=1e-6)
     with pytest.raises(ValueError, match=r"'blocks/mlp\[0\]' and .* of one stack"):
         program.grow_capacity(state, {"blocks/mlp[0]": 4})
+
+
+@pytest.mark.parametrize(
+    ("scan", "where", "stack", "message"),
+    [
+        (True, "blocks/mlp", None, r"'blocks/mlp': stack must be given.*pass stack=2"),
+        (True, "blocks/mlp", 3, r"first axis of the variables; got 3.* axes of \(2,\)"),
+        (True, "blocks", 3, r"first axis of the variables; got 3.* axes of \(2,\)"),
+        (True, "blocks/mlp", True, "stack must be an int of at least 1.*got True"),
+        (False, "blocks/1/mlp", 8, r"got 8, and they have axes of \(\)"),
+        (False, "own", 4, r"got 4, and 'weight' has shape \(8, 8\)"),
+    ],
+)
+def test_a_stack_that_does_not_fit_is_refused_before_anything_changes(
+    scan, where, stack, message
+):
+    class Own(nnx.Module):
+        def __init__(self):
+            self.weight = nnx.Param(jnp.eye(8))
+
+    model = Stack(nnx.Rngs(0), scan=scan, growable=False)
+    model.own = Own()
+    before = nnx.graphdef(model)
+    with pytest.raises(ValueError, match=message):
+        make_growable(model, where, 2, features=8, stack=stack, rngs=nnx.Rngs(1))
+    assert nnx.graphdef(model) == before
 
 
 class Ensemble(nnx.Module):

@@ -242,6 +242,28 @@ def test_arguments_reach_the_base_layer_and_capacity_its_default() -> None:
     assert small.bed.seeds.get_value().capacity == 3
 
 
+def test_what_is_set_on_a_layer_is_set_where_it_is_read() -> None:
+    x, linear = jnp.ones((2, 5)), nnx.Linear(5, 6, rngs=nnx.Rngs(0))
+    layer = ChunkedLayer(linear, 3, rngs=nnx.Rngs(1))
+    layer.kernel = nnx.Param(jnp.zeros((5, 6)))
+    layer.bias = nnx.Param(jnp.arange(6.0))
+    np.testing.assert_array_equal(layer(x), [range(6)] * 2)
+    assert layer.kernel is linear.kernel
+    layer.set_attributes(dtype=jnp.bfloat16)
+    assert layer(x).dtype == linear.dtype == jnp.bfloat16
+    assert not {"kernel", "bias", "dtype"} & set(vars(layer))
+    # What is the layer's own stays its own, and so does what is new.
+    outer = ChunkedLayer(layer, 2, features=6, rngs=nnx.Rngs(2))
+    outer.enabled = False
+    outer.note = "mine"
+    assert layer.enabled
+    assert layer.bed is not outer.bed
+    assert outer.note == "mine"
+    assert not hasattr(linear, "note")
+    outer.base = linear
+    assert layer.base is outer.base
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "match"),
     [

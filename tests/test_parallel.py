@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from esper_jax import collectives
 from esper_jax.controller import ControllerConfig
-from esper_jax.functional import state_hash
+from esper_jax.functional import state_hash, values_of
 from esper_jax.governor import Governor, GovernorConfig, retreat
 from esper_jax.hosts import MLP
 from esper_jax.kernels.blend import blend
@@ -48,10 +48,13 @@ def rows(count, seed):
 TRAIN, HELD_OUT = rows(64, 1), rows(40, 2)
 
 
+def host(**options):
+    return MLP(6, (12,), 3, num_seeds=4, capacity=2, rngs=nnx.Rngs(0), **options)
+
+
 def make(axis_name=None, debug=False, **options):
-    model = MLP(6, (12,), 3, num_seeds=4, capacity=2, rngs=nnx.Rngs(0), **options)
     return build(
-        model,
+        host(**options),
         optax.adam(1e-2),
         optax.adam(1e-2),
         lifecycle_config=GATES,
@@ -125,13 +128,25 @@ def assert_same(reports, state, expected, first=lambda x: x):
         )
 
 
-def test_pmap_equals_one_device(alone):
+@pytest.fixture(scope="module")
+def under_pmap():
+    """A program, a state on all devices, to be copied, and its mapped step and tick."""
     program = make("data", debug=True)
     state = jax.tree.map(
         lambda x: jnp.stack([x] * DEVICES), program.init(jax.random.key(0))
     )
     step = jax.pmap(program.step, axis_name="data")
-    tick = jax.pmap(program.tick, axis_name="data")
+    return program, state, step, jax.pmap(program.tick, axis_name="data")
+
+
+@pytest.fixture(scope="module")
+def meshed():
+    """A program over a mesh, by `jax.shard_map(check_vma=True)`."""
+    return over_mesh(make("data", debug=True), mesh_of(DEVICES))
+
+
+def test_pmap_equals_one_device(alone, under_pmap):
+    _, state, step, tick = under_pmap
     wrap = functools.partial(split_rows, "batch", devices=DEVICES)
     reports, state = run(step, tick, state, wrap)
     assert np.all([r.replicas_agree for r in reports])
@@ -139,7 +154,21 @@ def test_pmap_equals_one_device(alone):
     assert_same(reports, state, alone, first=lambda x: x[0] if np.ndim(x) else x)
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
+def test_a_mesh_equals_one_device(alone, meshed):
+    reports, state = run(
+        meshed.step,
+        meshed.tick,
+        meshed.init(jax.random.key(0)),
+        lambda x: meshed.place("batch", x, True),
+    )
+    check_replicas(state)
+    assert_same(reports, state, alone)
+
+
+# With the check it is what `over_mesh` does.
+@pytest.mark.parametrize(
+    "check_vma", [pytest.param(True, marks=pytest.mark.slow), False]
+)
 def test_shard_map_equals_one_device(alone, check_vma):
     program, mesh = make("data", debug=True), mesh_of(DEVICES)
 
@@ -174,9 +203,9 @@ def test_plain_jit_on_sharded_rows_equals_one_device(alone):
     assert_same(reports, state, alone)
 
 
-def test_replicas_never_drift_apart_over_a_mesh():
+def test_replicas_never_drift_apart_over_a_mesh(meshed):
     """50 ticks of `fit` with growth, culling and a rollback in between."""
-    program = over_mesh(make("data", debug=True), mesh_of(DEVICES))
+    program, compiled = meshed, meshed.recompiles()
     rollbacks, stages, poisoned = [], set(), []
 
     def on_tick(state, report):
@@ -211,7 +240,7 @@ def test_replicas_never_drift_apart_over_a_mesh():
     check_replicas(state)
     copies = [jax.tree.map(lambda x, i=i: _shard(x, i), state) for i in range(DEVICES)]
     assert len({state_hash(copy) for copy in copies}) == 1
-    assert program.recompiles() == 0
+    assert program.recompiles() == compiled
 
 
 def _shard(x, i):
@@ -220,13 +249,8 @@ def _shard(x, i):
     return x.addressable_shards[i].data
 
 
-def test_replicas_under_pmap_never_drift_apart():
-    program = make("data", debug=True)
-    state = jax.tree.map(
-        lambda x: jnp.stack([x] * DEVICES), program.init(jax.random.key(0))
-    )
-    step = jax.pmap(program.step, axis_name="data")
-    tick = jax.pmap(program.tick, axis_name="data")
+def test_replicas_under_pmap_never_drift_apart(under_pmap):
+    _, state, step, tick = under_pmap
     back = jax.pmap(lambda state: retreat(state, jnp.int32(1), jnp.int32(1), GATES)[0])
     wrap = functools.partial(split_rows, "batch", devices=DEVICES)
     _, state = run(step, tick, state, wrap, ticks=25)
@@ -395,8 +419,8 @@ def test_tensor_parallel_training_equals_one_device(alone):
     assert_same(reports, state, alone)
 
 
-def test_rows_that_the_devices_do_not_divide_are_refused():
-    program = over_mesh(make("data", debug=True), mesh_of(DEVICES))
+def test_rows_that_the_devices_do_not_divide_are_refused(meshed):
+    program = meshed
     state = program.init(jax.random.key(0))
     odd = (TRAIN[0][:30], TRAIN[1][:30])
     with pytest.raises(ValueError, match=r"batch must .* 4 devices divide; got 30"):
@@ -420,8 +444,8 @@ def test_an_axis_that_does_not_exist_is_named():
         over_mesh(program, mesh_of(DEVICES))
 
 
-def test_replicas_that_were_given_different_seeds_are_found():
-    program = make("data", debug=True)
+def test_replicas_that_were_given_different_seeds_are_found(under_pmap, meshed):
+    program, _, _, tick = under_pmap
     same = program.init(jax.random.key(0))
     seeds = same.seeds["layers/0"]
     grown = dataclasses.replace(
@@ -437,11 +461,10 @@ def test_replicas_that_were_given_different_seeds_are_found():
     with pytest.raises(ValueError, match=r"seeds.*replica 3 differs"):
         check_replicas(state, stacked=True)
     wrap = functools.partial(split_rows, "held_out", devices=DEVICES)
-    _, report = jax.pmap(program.tick, axis_name="data")(state, wrap(HELD_OUT))
+    _, report = tick(state, wrap(HELD_OUT))
     assert not np.any(report.replicas_agree)
 
     mesh = mesh_of(DEVICES)
-    program = over_mesh(program, mesh)
     leaves = [jax.tree.leaves(s) for s in states]
     apart = [
         jax.make_array_from_single_device_arrays(
@@ -453,7 +476,7 @@ def test_replicas_that_were_given_different_seeds_are_found():
     ]
     state = jax.tree.unflatten(jax.tree.structure(states[0]), apart)
     with pytest.raises(ValueError, match=r"state.* must be the same on all devices"):
-        fit(program, state, TRAIN, HELD_OUT, ticks=1, batch_size=BATCH)
+        fit(meshed, state, TRAIN, HELD_OUT, ticks=1, batch_size=BATCH)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.int8, np.uint16, bool, np.float64])
@@ -530,3 +553,37 @@ def test_a_model_is_left_as_it_was():
     program.model(program.init(jax.random.key(0)))(TRAIN[0])
     with pytest.raises(ValueError, match="axes of the mesh must be Auto"):
         over_mesh(program, jax.make_mesh((4,), ("data",), (AxisType.Explicit,)))
+
+
+def test_a_program_over_a_mesh_starts_from_other_values_as_any_does():
+    program, mesh = make("data"), mesh_of(DEVICES)
+    other = {name: x + 1 for name, x in values_of(host()).items() if "bed" not in name}
+    values = values_of(host()) | other
+    key = jax.random.key(3)
+    state = over_mesh(program, mesh).init(key, values)
+    assert state_hash(state) == state_hash(program.init(key, values))
+    assert state_hash(state) != state_hash(program.init(key))
+    check_replicas(state)
+    assert state.step.sharding == NamedSharding(mesh, P())
+
+
+def test_debug_compares_devices_along_an_axis_or_says_that_it_cannot():
+    with pytest.raises(ValueError, match=r"debug .* axis_name must be given.*got None"):
+        make(debug=True)
+
+
+@pytest.mark.parametrize("variable", [nnx.Variable, nnx.RngKey])
+def test_a_key_without_a_type_is_refused_where_each_device_draws_its_own(variable):
+    def held(value):
+        model = host()
+        model.noise = variable(value, tag="noise")
+        model.count = nnx.RngCount(jnp.zeros(2, jnp.uint32), tag="noise")
+        return model
+
+    legacy = jax.random.PRNGKey(0)
+    message = r"'noise' must hold a typed random key.*uint32\[2\].*wrap_key_data"
+    with pytest.raises(ValueError, match=message):
+        build(held(legacy), optax.sgd(0.1), optax.sgd(0.1), axis_name="data")
+    build(held(legacy), optax.sgd(0.1), optax.sgd(0.1))
+    typed = held(jax.random.wrap_key_data(legacy))
+    build(typed, optax.sgd(0.1), optax.sgd(0.1), axis_name="data")

@@ -26,14 +26,15 @@ def both(action, directory):
         probe.bind(("localhost", 0))
         port = str(probe.getsockname()[1])
     script = str(HERE / "two_processes.py")
+    # One device each.
+    flags = os.environ["XLA_FLAGS"].replace("device_count=4", "device_count=1")
     sides = [
         subprocess.Popen(
             [sys.executable, script, port, str(index), action, str(directory)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            # One device each.
-            env={**os.environ, "PYTHONPATH": str(HERE.parent), "XLA_FLAGS": ""},
+            env={**os.environ, "PYTHONPATH": str(HERE.parent), "XLA_FLAGS": flags},
         )
         for index in (0, 1)
     ]

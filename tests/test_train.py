@@ -1,6 +1,7 @@
 """Step, tick and fit on a small model: the maths of growth inside training."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -91,8 +92,15 @@ def same_bits(a, b):
         )
 
 
-def plain_training(steps):
-    """The same model trained without any seed, as a Flax user would write it."""
+def rows_of(step):
+    rows = slice(16 * (step % 4), 16 * (step % 4) + 16)
+    return TRAIN[0][rows], TRAIN[1][rows]
+
+
+@functools.cache
+def plain_training(most=6):
+    """Parameters after each number of steps of the same model without any seed, as a
+    Flax user would train it."""
     model = make_model()
     for layer in model.layers:
         layer.enabled = False
@@ -109,32 +117,34 @@ def plain_training(steps):
         updates, opt_state = optimizer.update(jax.grad(objective)(host), opt_state)
         return optax.apply_updates(host, updates), opt_state
 
+    def by_name(host):
+        flat = nnx.to_flat_state(host)
+        return {"/".join(map(str, path)): v.get_value() for path, v in flat}
+
     opt_state = optimizer.init(host)
-    for i in range(steps):
-        rows = slice(16 * (i % 4), 16 * (i % 4) + 16)
-        host, opt_state = step(host, opt_state, TRAIN[0][rows], TRAIN[1][rows])
-    return {
-        "/".join(map(str, path)): v.get_value() for path, v in nnx.to_flat_state(host)
-    }
+    after = [by_name(host)]
+    for i in range(most):
+        host, opt_state = step(host, opt_state, *rows_of(i))
+        after.append(by_name(host))
+    return after
 
 
 def train_steps(program, state, steps):
     for i in range(steps):
-        rows = slice(16 * (i % 4), 16 * (i % 4) + 16)
-        state = program.step(state, (TRAIN[0][rows], TRAIN[1][rows]))
+        state = program.step(state, rows_of(i))
     return state
 
 
 def test_dormant_seeds_leave_training_bit_identical(program):
     state = train_steps(program, start(program), 6)
-    same_bits(state.params, plain_training(6))
+    same_bits(state.params, plain_training()[6])
 
 
 def test_a_seed_in_training_leaves_the_host_bit_identical_and_learns(program):
     state = put(start(program), "layers/0", 2, Stage.TRAINING)
     before = jax.device_get(state.banks["layers/0"])
     state = train_steps(program, state, 6)
-    same_bits(state.params, plain_training(6))
+    same_bits(state.params, plain_training()[6])
     moved = np.abs(np.asarray(state.banks["layers/0"].w2) - before.w2).max(axis=(1, 2))
     assert moved[0] > 1e-4
     assert moved[1] == 0
@@ -158,7 +168,7 @@ def test_what_each_stage_trains(program, stage, learns, counts):
     state = train_steps(program, put(state, "layers/1", 1, stage, bank=bank), 2)
     moved = not np.array_equal(state.banks["layers/1"].w1[0], before.w1[0])
     assert moved == learns
-    plain = plain_training(2)
+    plain = plain_training()[2]
     differs = any(not np.array_equal(v, plain[k]) for k, v in state.params.items())
     assert differs == counts
 
@@ -274,7 +284,7 @@ def test_a_gradient_that_is_not_finite_stops_its_slot_alone(program):
     ):
         np.testing.assert_array_equal(new[0], old[0])
     assert state.seeds["layers/0"].errors.tolist() == [3, 0]
-    same_bits(state.params, plain_training(3))
+    same_bits(state.params, plain_training()[3])
     state, report = program.tick(state, HELD_OUT)
     signals = report.layers["layers/0"].signals
     assert signals.error_rate.tolist() == [1.0, 0.0, 0.0, 0.0]
@@ -330,7 +340,7 @@ def test_a_model_outlives_the_state_it_came_from(program):
     state = start(program)
     model = program.model(state)
     before = np.asarray(model(HELD_OUT[0]))
-    program.step(state, TRAIN)
+    train_steps(program, state, 1)
     np.testing.assert_array_equal(model(HELD_OUT[0]), before)
 
 
@@ -404,9 +414,8 @@ def test_gradients_of_hosts_chunks_and_seeds(program):
     )
     batch = tuple(a[:16] for a in TRAIN)
     model = program.model(state)
-    grads = nnx.to_pure_dict(
-        nnx.grad(lambda m: jnp.mean(classification(m(batch[0]), batch[1])[0]))(model)
-    )["layers"][0]
+    loss = nnx.grad(lambda m: jnp.mean(classification(m(batch[0]), batch[1])[0]))
+    grads = nnx.to_pure_dict(nnx.jit(loss)(model))["layers"][0]
     kernel, bias = grads["base"]["linear"]["kernel"], grads["base"]["linear"]["bias"]
     columns = np.asarray(jnp.sum(kernel**2, axis=0) + bias**2)
     chunks = np.sqrt(columns.reshape(4, 2).sum(axis=1))

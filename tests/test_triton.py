@@ -99,7 +99,7 @@ SMALL = {
         dtype="float32",
     ),
     "one feature": ArgSpec(
-        name="one", rows=5, features=3, num_seeds=3, dtype="float32"
+        name="one", rows=7, features=3, num_seeds=3, dtype="float32"
     ),
 }
 
