@@ -27,11 +27,19 @@ seeds are none of the final ones, by the held-out accuracy at the last tick. "la
 the test accuracy of the model at the last tick; "stopped" is that at the tick with the
 best held-out accuracy. Intervals are 95% Student-t intervals of the paired difference
 over the random seeds of initialisation and order; the split is one and the same
-(`--split` draws another).
+(`--split` draws another, but not other test data of
+MNIST-1D), the grid point is the one that was chosen, and what the choice could have
+been is not in them.
+
+For a static arm, grid points that differ in the blueprints' share alone are the same
+runs.
 
 Operations are those of a whole run: forward and backward passes of host and living
-seeds (incubation included), held-out evaluations and counterfactuals. Seconds are those
-of all final runs of an arm together, without compilation.
+seeds (incubation included), held-out evaluations, and counterfactuals in the arms that
+decide by them. Seconds are those of all final runs of an arm together, without
+compilation; they hold counterfactuals in every arm with seeds, and a dormant seed costs
+in them what a living one does. Parameters are those after the last tick, accuracies
+those before its transitions.
 """
 
 import argparse
@@ -292,7 +300,10 @@ def main() -> None:
     )
     parser.add_argument("--task", nargs="*", choices=list(TASKS), default=list(TASKS))
     parser.add_argument(
-        "--runs", type=int, default=24, help="final runs, and tuning runs, of each arm"
+        "--runs",
+        type=int,
+        default=96,
+        help="final runs, and tuning runs, of each arm; a multiple of the grid points",
     )
     parser.add_argument(
         "--split", type=int, default=0, help="random seed of the three-way split"
@@ -307,6 +318,18 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few ticks, to try it out")
     parser.add_argument("--threads", type=int, default=2, help="compilations at a time")
     options = parser.parse_args()
+    for name in options.task:
+        points = len(TASKS[name].grid)
+        if options.runs < 2 or options.runs % points:
+            parser.error(
+                f"--runs must be a multiple of the {points} grid points of {name}, "
+                f"got {options.runs}"
+            )
+    if not 0 <= options.first <= TUNING_SEED - options.runs:
+        parser.error(
+            f"--first must be from 0 to {TUNING_SEED - options.runs}, below the tuning "
+            f"runs' random seeds; got {options.first}"
+        )
     device = jax.devices()[0]
     print(
         f"device {device.device_kind} ({platform.processor() or platform.machine()}), "

@@ -23,7 +23,7 @@ from esper_jax.blueprints import operations, param_counts
 from esper_jax.controller import Reason
 from esper_jax.functional import TrainState
 from esper_jax.layers import SeedBed
-from esper_jax.lifecycle import no_commands
+from esper_jax.lifecycle import LifecycleConfig, no_commands
 from esper_jax.optim import PerSlot, per_slot, scale_by_run_schedule
 from esper_jax.scan import scan_fit, start_from
 from esper_jax.stages import LIVING, Stage
@@ -58,6 +58,8 @@ class Arm:
       extra: ``extra(task, count) -> extra`` for each run where nobody gives another.
       decide: the policy.
       ticks: epochs.
+      judged: whether its seeds are judged by counterfactuals.
+      gates: of the lifecycle; None for the task's.
     """
 
     name: str
@@ -67,6 +69,8 @@ class Arm:
     extra: Callable[[Task, int], Any]
     decide: Callable[..., Any]
     ticks: int
+    judged: bool = False
+    gates: LifecycleConfig | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +89,7 @@ class Runs:
     stages: dict[str, np.ndarray]
     """By layer, (R, T, S)."""
     seconds: float
-    """Wall time of all runs together, compilation included."""
+    """Wall time of all runs together, without compilation."""
 
 
 @struct.dataclass
@@ -142,6 +146,7 @@ def grown(task: Task) -> Arm:
         _no_extra,
         controller.decide,
         task.ticks,
+        judged=True,
     )
 
 
@@ -206,7 +211,8 @@ def replay(task: Task) -> Arm:
             evaluation_limit=65535,
             tuning_limit=65535,
         )
-        # Whatever it is worth: every gate is open.
+        # The controller asks for what it would ask for of a seed that is worth keeping.
+        # One that is not is refused by the lifecycle's gate, and stays as it is.
         calm = {
             name: dataclasses.replace(
                 s,
@@ -229,7 +235,10 @@ def replay(task: Task) -> Arm:
         }
         return commands, _Plan(memory, plan.tick + 1, plan.born)
 
-    return Arm("random", task.widths, True, begin, _never, decide, task.ticks)
+    gates = dataclasses.replace(task.gates, min_improvement=-1e9)
+    return Arm(
+        "random", task.widths, True, begin, _never, decide, task.ticks, True, gates
+    )
 
 
 def _optimizer(steps: int) -> optax.GradientTransformation:
@@ -351,15 +360,12 @@ def _options(task: Task, arm: Arm) -> dict[str, Any]:
 
 def _program(task: Task, arm: Arm, model: nnx.Module, rows: int) -> Program:
     budget = max(0, task.budget - host_size(task, arm.widths)) if task.budget else -1
-    gates = task.gates
-    if arm.name == "random":  # no seed is turned away
-        gates = dataclasses.replace(gates, min_improvement=-1e9)
     steps = arm.ticks * (rows // task.batch)
     return build(
         model,
         _optimizer(steps),
         _bank_optimizer(steps),
-        lifecycle_config=gates,
+        lifecycle_config=arm.gates or task.gates,
         controller_config=dataclasses.replace(task.policy, budget=budget),
         decide=arm.decide,
         eval_batch=10_000,
@@ -450,7 +456,7 @@ def _operations(
         sorted(stages.items()), task.positions, strict=False
     ):
         forward += operations(LIVING[stage] @ costs[name]) * places
-        if arm.name in ("grown", "random"):
+        if arm.judged:
             probation = COUNTS[stage] & (stage != Stage.FOSSILIZED)
             asked += probation.sum(axis=-1)
     rows = len(data.train[0]) // task.batch * task.batch

@@ -1,8 +1,11 @@
 """An existing Flax NNX model made able to grow, without rewriting it."""
 
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
+import numpy as np
 from flax import nnx
 
 from esper_jax.layers import ChunkedLayer, SeedBed
@@ -169,7 +172,7 @@ def _check_stack(layer: Any, stack: Any) -> None:
                 f"a stack, {advice}"
             )
         return
-    if not isinstance(stack, int) or isinstance(stack, bool) or stack < 1:
+    if not isinstance(stack, numbers.Integral) or stack is True or stack < 1:
         raise ValueError(f"stack must be an int of at least 1, or None; got {stack!r}")
     parts = (node for _, node in nnx.iter_graph(layer) if isinstance(node, nnx.Module))
     for axes in map(_leading, parts):
@@ -180,12 +183,13 @@ def _check_stack(layer: Any, stack: Any) -> None:
                 "if the layer is no stack"
             )
     for path, param in nnx.to_flat_state(nnx.state(layer, nnx.Param)):
-        if param.shape[:1] != (stack,):
-            raise ValueError(
-                f"stack must be the length of the first axis of the variables; got "
-                f"{stack}, and {'/'.join(map(str, path))!r} has shape {param.shape}. "
-                "Leave it out if the layer is no stack"
-            )
+        for shape in map(np.shape, jax.tree.leaves(param.get_value())):
+            if shape[:1] != (stack,):
+                raise ValueError(
+                    f"stack must be the length of the first axis of the variables; got "
+                    f"{stack}, and {'/'.join(map(str, path))!r} has shape {shape}. "
+                    "Leave it out if the layer is no stack"
+                )
 
 
 def _stacked_bed(

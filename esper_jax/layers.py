@@ -1,12 +1,12 @@
 """`ChunkedLayer`: a Flax NNX module that makes any layer able to grow."""
 
-import math
 import numbers
 from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float
@@ -240,9 +240,8 @@ def _layers(bed: SeedBed) -> list[tuple[SeedState, Bank]]:
             f"{bed.layout.num_seeds} seeds have shape {seeds.stage.shape}"
         )
     return [
-        jax.tree.map(lambda x, i=i: x.reshape(-1, *x.shape[len(stack) :])[i], both)
-        for both in [(seeds, bank)]
-        for i in range(math.prod(stack))
+        jax.tree.map(lambda x, at=index: x[at], (seeds, bank))
+        for index in np.ndindex(stack)
     ]
 
 
@@ -255,7 +254,8 @@ class ChunkedLayer(nnx.Module):
     Args:
       base: any callable module whose output has its features on the last axis. Its
         attributes can be read off the layer, and set on it: ``layer.kernel = ...`` sets
-        the base's. The layer's own are ``base``, ``bed`` and ``enabled``.
+        the base's, in a subclass, too. The layer's own are ``base``, ``bed`` and
+        ``enabled``.
       num_seeds: chunks that the features are cut into, one seed each.
       features: width of the output; by default read off the base layer
         (``out_features``, ``features`` or ``num_features``).

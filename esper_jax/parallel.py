@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from esper_jax.functional import count_recompiles, counted
+from esper_jax.functional import count_recompiles, counted, is_key
 from esper_jax.kernels.blend import check_sharding
 
 if TYPE_CHECKING:
@@ -94,6 +94,8 @@ def over_mesh(program: "Program", mesh: jax.sharding.Mesh) -> "Program":
 
         # From the host's numbers: with several processes, an array of one of them
         # cannot be sent to the devices of another.
+        given = jax.tree.map(lambda x: x if is_key(x) else np.asarray(x), given)
+
         @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, everywhere))
         def start(data: Array) -> Any:
             impl = jax.random.key_impl(rng)

@@ -327,6 +327,11 @@ def _checked(program: Program, name: str, data: Batch, divided: bool) -> Batch:
     return program.place(name, data, divided)
 
 
+_CONTROLLER = 0x5EED
+"""Folded into the run's key for the controller's; not 0 or 1, which fold as splitting
+does."""
+
+
 def _init(
     parts: ModelParts,
     optimizer: optax.GradientTransformation,
@@ -355,7 +360,7 @@ def _init(
         rest=values,
         memory=controller.init_memory(
             num_seeds,
-            key=jax.random.fold_in(rng, 1),
+            key=jax.random.fold_in(rng, _CONTROLLER),
             blueprints=min(len(kinds) for kinds in parts.kinds.values()),
         ),
         monitor=Monitor.start(jax.tree.map(jnp.array, host_mean), num_seeds),
