@@ -1,8 +1,9 @@
-"""A picture of a run: accuracy over time, with what happened to the seeds on it.
+"""A picture of a run: accuracy over time, and below it what happened to the seeds.
 
 Needs matplotlib, the extra ``plot``.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,12 @@ from typing import Any
 __all__ = ["accuracy"]
 
 _MARKS = {
-    "GERMINATED": ("o", "tab:olive", "germinates"),
-    "GRAFTING": ("^", "tab:blue", "is grafted"),
-    "FOSSILIZED": ("*", "tab:green", "is kept"),
-    "CULLED": ("x", "tab:red", "is culled"),
-    "ROLLED_BACK": ("x", "tab:red", "is culled"),
+    "germinate": ("o", "tab:olive", ("GERMINATED",)),
+    "are grafted": ("^", "tab:blue", ("GRAFTING",)),
+    "are kept": ("*", "tab:green", ("FOSSILIZED",)),
+    "are culled": ("x", "tab:red", ("CULLED", "ROLLED_BACK")),
 }
+"""What seeds do: marker, colour, and the stages that they come to."""
 
 
 def accuracy(
@@ -34,11 +35,10 @@ def accuracy(
     """
     from matplotlib.figure import Figure  # slow to import
 
-    figure = Figure(figsize=(9, 5), layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    axes, strip = figure.subplots(2, 1, sharex=True, height_ratios=(5, 1))
     when = [t["tick"] for t in ticks]
     measured = [float("nan") if t["accuracy"] is None else t["accuracy"] for t in ticks]
-    height = dict(zip(when, measured, strict=True))
     axes.plot(when, measured, color="black", linewidth=1.2, label="grown")
     if static is not None:
         history = static["history"]
@@ -49,36 +49,27 @@ def accuracy(
             linewidth=1.2,
             label=f"static, {static['parameters']} parameters",
         )
-    labelled: set[str] = set()
-    for stage, (mark, colour, label) in _MARKS.items():
-        at = [
-            e["tick"]
-            for e in events
-            if e["to"] == stage and e["outcome"] == "OK" and e["tick"] in height
-        ]
-        if at:
-            places = sorted(set(at))
-            axes.scatter(
-                places,
-                [height[tick] for tick in places],
-                marker=mark,
-                s=130 if mark == "*" else 60,
-                color=colour,
-                zorder=3,
-                label=None if label in labelled else f"a seed {label}",
-            )
-            for tick in places:
-                if at.count(tick) > 1:
-                    axes.annotate(
-                        f"{at.count(tick)}",
-                        (tick, height[tick]),
-                        textcoords="offset points",
-                        xytext=(6, 6),
-                        color=colour,
-                    )
-            labelled.add(label)
-    axes.set_xlabel("tick (epoch)")
     axes.set_ylabel("accuracy on held-out data")
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
+    for row, (mark, colour, stages) in enumerate(_MARKS.values()):
+        count = Counter(
+            e["tick"]
+            for e in events
+            if e["to"] in stages and e["outcome"] == "OK" and e["tick"] in when
+        )
+        strip.scatter(list(count), [row] * len(count), marker=mark, color=colour)
+        for tick, seeds in count.items():
+            axes.axvline(tick, color=colour, alpha=0.25, linewidth=1)
+            if seeds > 1:
+                strip.annotate(
+                    f"{seeds}",
+                    (tick, row),
+                    textcoords="offset points",
+                    xytext=(5, -3),
+                    fontsize="x-small",
+                )
+    strip.set_yticks(range(len(_MARKS)), [f"seeds {label}" for label in _MARKS])
+    strip.set_ylim(len(_MARKS) - 0.5, -0.5)
+    strip.set_xlabel("tick (epoch)")
     figure.savefig(path, dpi=120)
