@@ -26,10 +26,9 @@ share of that rate that blueprints learn at, with the same number of runs, whose
 seeds are none of the final ones, by the held-out accuracy at the last tick. "last" is
 the test accuracy of the model at the last tick; "stopped" is that at the tick with the
 best held-out accuracy. Intervals are 95% Student-t intervals of the paired difference
-over the random seeds of initialisation and order; the split is one and the same
-(`--split` draws another, but not other test data of
-MNIST-1D), the grid point is the one that was chosen, and what the choice could have
-been is not in them.
+over the random seeds of initialisation and order. The split is one and the same
+(`--split` draws another, but not other test data of MNIST-1D), and so is the grid
+point: that tuning could have chosen another is not in the intervals.
 
 For a static arm, grid points that differ in the blueprints' share alone are the same
 runs.
@@ -139,22 +138,23 @@ def birth_ticks(runs: Runs) -> dict[str, np.ndarray]:
     return ticks
 
 
-def random_plan(runs: Runs, task: Task, times: bool) -> dict[str, np.ndarray]:
+def random_plan(runs: Runs, task: Task, anytime: bool) -> dict[str, np.ndarray]:
     """As many seeds as each run ended with, anywhere: int32 (R, S) by layer, the tick
     at which each germinates or -1 for never.
 
-    Those are the run's own ticks or, with ``times``, any that leaves a seed the time to
-    be grafted.
+    Those are the run's own ticks or, with ``anytime``, any that leaves a seed the time
+    to be grafted.
     """
     by_layer = birth_ticks(runs)
     ends = np.cumsum([b.shape[1] for b in by_layer.values()])[:-1]
     rng = np.random.default_rng(0)
-    plan = np.full_like(np.concatenate(list(by_layer.values()), axis=1), -1, np.int32)
-    for row, born in zip(plan, np.concatenate(list(by_layer.values()), 1), strict=True):
+    births = np.concatenate(list(by_layer.values()), axis=1)
+    plan = np.full(births.shape, -1, np.int32)
+    for row, born in zip(plan, births, strict=True):
         kept = born[born >= 0]
         places = rng.permutation(len(row))[: len(kept)]
         drawn = rng.integers(0, max(1, task.ticks // 2), len(kept))
-        row[places] = drawn if times else kept
+        row[places] = drawn if anytime else kept
     return dict(zip(by_layer, np.split(plan, ends, axis=1), strict=True))
 
 
@@ -175,11 +175,13 @@ def runners(
     task: Task, count: int, names: Sequence[str], split: int
 ) -> dict[str, Runner]:
     """A program for each arm; those that differ in what they are given share one."""
-    parameters, operations = most_grown(task)
+    data = task.data(split)
+    parameters, operations = most_grown(task, data)
     wide = widen(task, parameters)
 
     def as_long(arm: Arm) -> int:
-        return max(task.ticks, int(np.ceil(operations / epoch_operations(task, arm))))
+        each = epoch_operations(task, arm, data)
+        return max(task.ticks, int(np.ceil(operations / each)))
 
     same = static(task, "static", wide)
     every, again = chosen(task, "always on"), replay(task)
@@ -197,7 +199,6 @@ def runners(
         "random": again,
         "random places": again,
     }
-    data = task.data(split)
     programs: dict[Arm, Runner] = {}
     return {
         name: programs.setdefault(arm, Runner(task, arm, data, count))

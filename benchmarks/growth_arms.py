@@ -399,7 +399,7 @@ def _one_run(
     return ticks.accuracy, ticks.loss, report.watched[:, 1], stages
 
 
-def most_grown(task: Task) -> tuple[int, float]:
+def most_grown(task: Task, data: Any) -> tuple[int, float]:
     """The parameters that a grown model comes to at most, and the operations of a run
     in which all of that lives, and is measured, from the first tick to the last."""
     host = host_size(task, task.widths)
@@ -411,17 +411,16 @@ def most_grown(task: Task) -> tuple[int, float]:
         total += int((cost * fits).sum())
         living = np.where(fits, Stage.FINE_TUNING, Stage.DORMANT)
         stages[name] = np.broadcast_to(living, (1, task.ticks, len(living)))
-    data = task.data(0)
     return total, float(_operations(task, grown(task), data, stages, costs)[0])
 
 
-def epoch_operations(task: Task, arm: Arm) -> float:
+def epoch_operations(task: Task, arm: Arm, data: Any) -> float:
     """Operations of an epoch of an arm whose seeds, if it has any, all learn; its
     evaluation included."""
     costs = _costs(task)
     living = Stage.FINE_TUNING if arm.grows else Stage.DORMANT
     stages = {name: np.full((1, 1, len(c)), living) for name, c in costs.items()}
-    return float(_operations(task, arm, task.data(0), stages, costs)[0])
+    return float(_operations(task, arm, data, stages, costs)[0])
 
 
 def _costs(task: Task) -> dict[str, np.ndarray]:

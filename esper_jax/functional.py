@@ -22,7 +22,7 @@ from esper_jax import blueprints
 from esper_jax.blueprints import Bank
 from esper_jax.chunks import ChunkLayout
 from esper_jax.gradients import GradientSums
-from esper_jax.layers import BlueprintParam, SeedBed
+from esper_jax.layers import BlueprintParam, SeedBed, stack_of
 from esper_jax.optim import PerSlot
 from esper_jax.state import SeedState, move_slots, resize, slot_sources
 
@@ -284,14 +284,7 @@ def _name(path: tuple[Any, ...]) -> str:
 
 def _layers(node: SeedBed, path: str, owner: str) -> dict[str, Bed]:
     """The layers that share a `SeedBed`: one, or each of a stack."""
-    stack = node.seeds.get_value().stage.shape[:-1]
-    for leaf in jax.tree.leaves((node.bank.get_value(), node.probe.get_value())):
-        if leaf.shape[: len(stack)] != stack:
-            raise ValueError(
-                f"the variables of {path!r} must be stacked along their first axes, as "
-                f"nnx.scan and nnx.vmap do by default: its seeds have {stack} there, "
-                f"another variable has shape {leaf.shape}"
-            )
+    stack = stack_of(node, path)
     if not stack:
         return {owner: Bed(path, owner)}
     return {

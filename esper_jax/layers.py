@@ -36,6 +36,7 @@ __all__ = [
     "SeedBed",
     "SeedVariable",
     "grow_capacity",
+    "stack_of",
 ]
 
 DEFAULT_CAPACITY = 8
@@ -201,7 +202,8 @@ def grow_capacity(model: nnx.Module, capacity: int, *, rngs: nnx.Rngs) -> None:
 
     Raises:
       ValueError: if the model holds nothing that can grow, or the capacity is out of a
-        layer's range, or too small for its living seeds. Nothing has been changed then.
+        layer's range, or too small for its living seeds, or layers are stacked along
+        another axis than the first. Nothing has been changed then.
     """
     beds = [node for _, node in nnx.iter_graph(model) if isinstance(node, SeedBed)]
     if not beds:
@@ -229,20 +231,31 @@ def grow_capacity(model: nnx.Module, capacity: int, *, rngs: nnx.Rngs) -> None:
 
 def _layers(bed: SeedBed) -> list[tuple[SeedState, Bank]]:
     """Seeds and bank of the one layer that a bed is of, or of each of a stack."""
-    seeds, bank = bed.seeds.get_value(), bed.bank.get_value()
-    stack = seeds.stage.shape[:-1]
-    if seeds.num_seeds != bed.layout.num_seeds or any(
-        leaf.shape[: len(stack)] != stack for leaf in jax.tree.leaves(bank)
-    ):
-        raise ValueError(
-            "model: the variables of a stack of layers must be stacked along their "
-            f"first axes, as nnx.vmap does by default; the stages of "
-            f"{bed.layout.num_seeds} seeds have shape {seeds.stage.shape}"
-        )
+    both = bed.seeds.get_value(), bed.bank.get_value()
     return [
-        jax.tree.map(lambda x, at=index: x[at], (seeds, bank))
-        for index in np.ndindex(stack)
+        jax.tree.map(lambda x, at=index: x[at], both)
+        for index in np.ndindex(stack_of(bed, "model"))
     ]
+
+
+def stack_of(bed: SeedBed, name: str) -> tuple[int, ...]:
+    """Leading axes of the variables of a stack of layers; () for a single one.
+
+    Raises:
+      ValueError: with ``name``, if they are not stacked along their first axes.
+    """
+    seeds = bed.seeds.get_value()
+    stack = seeds.stage.shape[:-1]
+    others = jax.tree.leaves((bed.bank.get_value(), bed.probe.get_value()))
+    shapes = [leaf.shape for leaf in others if leaf.shape[: len(stack)] != stack]
+    if shapes or seeds.num_seeds != bed.layout.num_seeds:
+        raise ValueError(
+            f"{name}: the variables of a stack must be stacked along their first axes, "
+            "as nnx.scan and nnx.vmap do by default; the stages of "
+            f"{bed.layout.num_seeds} seeds have shape {seeds.stage.shape}"
+            + "".join(f", another variable has {shape}" for shape in shapes[:1])
+        )
+    return stack
 
 
 class ChunkedLayer(nnx.Module):

@@ -297,6 +297,35 @@ def _first_set(
     return jnp.where(rank < ends[-1], block * 1024 + word * 32 + place, n), ends[-1]
 
 
+def _judge(
+    state: SeedState, commands: Commands, signals: Signals, config: LifecycleConfig
+) -> tuple[Int[Array, " S"], Int[Array, " S"], Int[Array, " S"]]:
+    """The `Outcome` of each seed's request as far as it hangs on the seed alone, the
+    stage that it asks for, and both stages as the history has them."""
+    requested = commands.target != NO_REQUEST
+    known = (commands.target >= 0) & (commands.target < NUM_STAGES)
+    target = jnp.where(known, commands.target, 0).astype(jnp.uint8)
+    pair = state.stage.astype(jnp.uint8) << 4 | target
+
+    legal = known & functools.reduce(
+        operator.or_, [pair == legal for legal in _LEGAL_PAIRS]
+    )
+    exempt = (target == Stage.CANCELLED) | (target == Stage.ROLLED_BACK)
+    late_enough = exempt | (state.epochs_in_stage >= _minimum(state.stage, config))
+    passed = gates_pass(state, target, signals, config)
+    verdict = jnp.select(
+        [~requested, ~legal, ~late_enough, ~passed],
+        [
+            jnp.int8(Outcome.NONE),
+            jnp.int8(Outcome.ILLEGAL),
+            jnp.int8(Outcome.TOO_EARLY),
+            jnp.int8(Outcome.GATE),
+        ],
+        jnp.int8(Outcome.OK),
+    )
+    return verdict, target, pair
+
+
 def transition(
     state: SeedState, commands: Commands, signals: Signals, config: LifecycleConfig
 ) -> tuple[SeedState, Int[Array, " S"]]:
@@ -326,30 +355,10 @@ def transition(
                 f"{state.num_seeds} seeds, shape {state.stage.shape}; got {shape}. "
                 "commands_for(num_seeds, ...) builds and checks them"
             )
-    requested = commands.target != NO_REQUEST
-    known = (commands.target >= 0) & (commands.target < NUM_STAGES)
-    target = jnp.where(known, commands.target, 0).astype(jnp.uint8)
-    pair = state.stage.astype(jnp.uint8) << 4 | target
-
-    legal = known & functools.reduce(
-        operator.or_, [pair == legal for legal in _LEGAL_PAIRS]
-    )
-    exempt = (target == Stage.CANCELLED) | (target == Stage.ROLLED_BACK)
-    late_enough = exempt | (state.epochs_in_stage >= _minimum(state.stage, config))
-    passed = gates_pass(state, target, signals, config)
-    verdict = jnp.select(
-        [~requested, ~legal, ~late_enough, ~passed],
-        [
-            jnp.int8(Outcome.NONE),
-            jnp.int8(Outcome.ILLEGAL),
-            jnp.int8(Outcome.TOO_EARLY),
-            jnp.int8(Outcome.GATE),
-        ],
-        jnp.int8(Outcome.OK),
-    )
+    verdict, target, pair = _judge(state, commands, signals, config)
     # Computed once, and not again for each field that depends on it.
     verdict = jax.lax.optimization_barrier(verdict)
-    allowed = verdict == Outcome.OK
+    allowed, idle = verdict == Outcome.OK, verdict == Outcome.NONE
 
     freed = allowed & (target >= Stage.CULLED)
     owner = state.seed_of_slot
@@ -377,9 +386,7 @@ def transition(
         blueprint=put(
             born & (commands.blueprint >= 0), commands.blueprint, state.blueprint
         ),
-        strategy=put(
-            restyled & (accepted | ~requested), commands.strategy, state.strategy
-        ),
+        strategy=put(restyled & (accepted | idle), commands.strategy, state.strategy),
         epochs_in_stage=put(accepted, 0, state.epochs_in_stage),
         error_count=put(born, 0, state.error_count),
         history=jax.tree.map(

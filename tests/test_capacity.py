@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from esper_jax.checkpoint import Checkpointer, CheckpointError
-from esper_jax.functional import is_key, state_hash
+from esper_jax.functional import is_key, split_model, state_hash
 from esper_jax.hosts import MLP
 from esper_jax.layers import SeedBed, grow_capacity
 from esper_jax.stages import Stage
@@ -319,5 +319,8 @@ def test_growing_a_stack_in_place():
     # Stacked along another axis, it could not be told which is which.
     turned = dataclasses.replace(seeds, stage=seeds.stage.T)
     bed.seeds.set_value(turned)
-    with pytest.raises(ValueError, match=r"along their first axes.*shape \(4, 3\)"):
+    wrong = pytest.raises(ValueError, match=r"along their first axes.*shape \(4, 3\)")
+    with wrong:
         grow_capacity(bed, 2, rngs=nnx.Rngs(7))
+    with wrong:
+        split_model(nnx.Sequential(bed))

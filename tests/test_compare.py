@@ -73,8 +73,8 @@ def test_metrics_are_cut_where_a_run_goes_on(tmp_path):
     assert lines[0] == {"tick": 1, "train_loss": 1.0, "loss": None, "accuracy": 0.5}
 
 
-def test_a_picture_is_drawn(tmp_path):
-    pytest.importorskip("matplotlib")
+def test_a_picture_is_drawn(tmp_path, monkeypatch):
+    Figure = pytest.importorskip("matplotlib.figure").Figure
     from esper_jax.monitor import plot
 
     ticks = [{"tick": t, "accuracy": a} for t, a in ((1, 0.1), (2, None), (3, 0.6))]
@@ -86,8 +86,23 @@ def test_a_picture_is_drawn(tmp_path):
     ]
     static = {"history": [0.2, 0.3, 0.4], "parameters": 7, "accuracy": 0.4}
     path = tmp_path / "accuracy.png"
+    drawn = []
+    save = Figure.savefig
+    monkeypatch.setattr(
+        Figure,
+        "savefig",
+        lambda figure, *args, **kw: (drawn.append(figure), save(figure, *args, **kw)),
+    )
     plot.accuracy(path, ticks, events, static)
     assert path.read_bytes().startswith(b"\x89PNG")
+    top, strip = drawn[0].axes
+    grown, twin = top.get_lines()[:2]
+    np.testing.assert_array_equal(grown.get_ydata(), [0.1, np.nan, 0.6])
+    np.testing.assert_array_equal(twin.get_ydata(), [0.2, 0.3, 0.4])
+    # Rows: germinated, grafted, kept, culled; what was refused did not happen.
+    marks = [rows.get_offsets().tolist() for rows in strip.collections]
+    assert marks == [[[1, 0]], [], [[3, 2]], []]
+    assert [text.get_text() for text in strip.texts] == ["2"]
 
 
 def test_every_reason_has_words():
