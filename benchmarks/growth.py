@@ -14,6 +14,8 @@ keys:
 - always on: all seeds learn and count from the first step to the last.
 - always on, ops: the same, for as many epochs as take the operations that growth takes
   at most; where that is no more than always on takes anyhow, the same again.
+- renewed: the same as always on, but whenever the data change all blueprints are drawn
+  afresh.
 - retrained: each grown run's final topology, trained from scratch.
 - random: as many seeds as the paired grown run ended with, at random places and times,
   none of them removed. (A seed whose worth is not above 0 stays in the model, frozen.)
@@ -61,6 +63,7 @@ from growth_arms import (
     epoch_operations,
     grown,
     most_grown,
+    renewed,
     replay,
     static,
 )
@@ -94,18 +97,21 @@ def tune_and_run(runner: Runner, first: int, extras: Any = (None, None)) -> Resu
       extras: the arm's extra for the tuning runs and for the final ones.
     """
     task, count = runner.task, runner.count
-    each = count // len(task.grid)
-    grid = np.repeat(np.array(task.grid, np.float32), each, axis=0)
-    seeds = TUNING_SEED + np.tile(np.arange(each), len(task.grid))
+    points = task.grid
+    if not runner.arm.grows:  # the blueprints' share is nothing to it
+        points = tuple(dict.fromkeys((rate, decay, 1.0) for rate, decay, _ in points))
+    each = count // len(points)
+    grid = np.repeat(np.array(points, np.float32), each, axis=0)
+    seeds = TUNING_SEED + np.tile(np.arange(each), len(points))
     tuning_extra, final_extra = extras
     if tuning_extra is not None:
         tuning_extra = jax.tree.map(
-            lambda x: np.concatenate([x[:each]] * len(task.grid)), tuning_extra
+            lambda x: np.concatenate([x[:each]] * len(points)), tuning_extra
         )
     tried = runner(seeds, grid, tuning_extra)
-    score = tried.accuracy[:, -1].reshape(len(task.grid), each).mean(axis=1)
+    score = last(tried.accuracy, task).reshape(len(points), each).mean(axis=1)
     best = int(np.argmax(score))
-    point = task.grid[best]
+    point = points[best]
     runs = runner(first + np.arange(count), point, final_extra)
     return Result(runner.arm, point, runs, _part(tried, best * each, each))
 
@@ -138,7 +144,7 @@ def birth_ticks(runs: Runs) -> dict[str, np.ndarray]:
     return ticks
 
 
-def random_plan(runs: Runs, task: Task, anytime: bool) -> dict[str, np.ndarray]:
+def random_plan(runs: Runs, anytime: bool) -> dict[str, np.ndarray]:
     """As many seeds as each run ended with, anywhere: int32 (R, S) by layer, the tick
     at which each germinates or -1 for never.
 
@@ -146,6 +152,7 @@ def random_plan(runs: Runs, task: Task, anytime: bool) -> dict[str, np.ndarray]:
     to be grafted.
     """
     by_layer = birth_ticks(runs)
+    ticks = runs.accuracy.shape[1]
     ends = np.cumsum([b.shape[1] for b in by_layer.values()])[:-1]
     rng = np.random.default_rng(0)
     births = np.concatenate(list(by_layer.values()), axis=1)
@@ -153,7 +160,7 @@ def random_plan(runs: Runs, task: Task, anytime: bool) -> dict[str, np.ndarray]:
     for row, born in zip(plan, births, strict=True):
         kept = born[born >= 0]
         places = rng.permutation(len(row))[: len(kept)]
-        drawn = rng.integers(0, max(1, task.ticks // 2), len(kept))
+        drawn = rng.integers(0, max(1, ticks // 2), len(kept))
         row[places] = drawn if anytime else kept
     return dict(zip(by_layer, np.split(plan, ends, axis=1), strict=True))
 
@@ -164,6 +171,7 @@ ARMS = (
     "static, ops",
     "always on",
     "always on, ops",
+    "renewed",
     "retrained",
     "host",
     "random",
@@ -181,7 +189,7 @@ def runners(
 
     def as_long(arm: Arm) -> int:
         each = epoch_operations(task, arm, data)
-        return max(task.ticks, int(np.ceil(operations / each)))
+        return max(task.epochs, int(np.ceil(operations / each)))
 
     same = static(task, "static", wide)
     every, again = chosen(task, "always on"), replay(task)
@@ -192,8 +200,9 @@ def runners(
         "static, ops": static(task, "static, ops", wide, as_long(same)),
         "always on": every,
         "always on, ops": every
-        if longer == task.ticks
+        if longer == task.epochs
         else chosen(task, "always on, ops", longer),
+        "renewed": renewed(task) if task.change is not None else every,
         "retrained": every,
         "host": static(task, "host", task.widths),
         "random": again,
@@ -215,10 +224,8 @@ def compare(
     yield "grown", best
     extras = {
         "retrained": [final_topology(r) for r in (best.tuning, best.runs)],
-        "random": [random_plan(r, task, True) for r in (best.tuning, best.runs)],
-        "random places": [
-            random_plan(r, task, False) for r in (best.tuning, best.runs)
-        ],
+        "random": [random_plan(r, True) for r in (best.tuning, best.runs)],
+        "random places": [random_plan(r, False) for r in (best.tuning, best.runs)],
     }
     for name in names:
         if name != "grown":
@@ -233,10 +240,18 @@ def interval(differences: np.ndarray) -> tuple[float, float, float]:
     return 100 * mean, 100 * (mean - half), 100 * (mean + half)
 
 
-def stopped(runs: Runs) -> np.ndarray:
-    """Test accuracy at each run's tick of best held-out accuracy."""
-    best = runs.accuracy.argmax(axis=1)
-    return runs.test[np.arange(len(best)), best]
+def last(of: np.ndarray, task: Task) -> np.ndarray:
+    """``of`` (R, T) at the last tick of a run, or of each phase and their mean."""
+    return of.reshape(len(of), task.phases, -1)[:, :, -1].mean(axis=1)
+
+
+def stopped(runs: Runs, task: Task) -> np.ndarray:
+    """Test accuracy at each run's tick of best held-out accuracy; the mean of those of
+    its phases."""
+    by_phase = (len(runs.test), task.phases, -1)
+    best = runs.accuracy.reshape(by_phase).argmax(axis=2)[..., None]
+    picked = np.take_along_axis(runs.test.reshape(by_phase), best, axis=2)
+    return picked[..., 0].mean(axis=1)
 
 
 def report(name: str, task: Task, split: int, results: dict[str, Result]) -> None:
@@ -246,29 +261,37 @@ def report(name: str, task: Task, split: int, results: dict[str, Result]) -> Non
         f"\n### {name}\n",
         f"host widths {task.widths} ({host_size(task, task.widths)} parameters), "
         f"{task.num_seeds} seeds a layer, blueprint {task.blueprints[0]}, "
-        f"{task.ticks} epochs, batch {task.batch}, {count} runs, split {split}\n",
+        f"{task.phases} x {task.epochs} epochs, batch {task.batch}, {count} runs, "
+        f"split {split}\n",
         "| arm | rate, decay, share | test % last | stopped | held-out % | parameters "
         "| operations | seconds |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for key, r in results.items():
-        mean, low, _ = interval(r.runs.test[:, -1])
+        mean, low, _ = interval(last(r.runs.test, task))
         point = ", ".join(f"{x:g}" for x in r.point)
         lines.append(
             f"| {key} | {point} | {mean:.2f} ± {mean - low:.2f} "
-            f"| {100 * stopped(r.runs).mean():.2f} "
-            f"| {100 * r.runs.accuracy[:, -1].mean():.2f} "
+            f"| {100 * stopped(r.runs, task).mean():.2f} "
+            f"| {100 * last(r.runs.accuracy, task).mean():.2f} "
             f"| {r.runs.parameters[:, -1].mean():.0f} "
             f"| {r.runs.operations.mean():.3g} | {r.runs.seconds:.0f} |"
         )
+    if task.phases > 1:
+        lines += ["", "Test % at the last tick of each phase:", ""]
+        for key, r in results.items():
+            by_phase = r.runs.test.reshape(count, task.phases, -1)[:, :, -1]
+            lines.append(
+                f"- {key}: " + " ".join(f"{100 * x:.1f}" for x in by_phase.mean(axis=0))
+            )
     lines += ["", "| grown minus | last, 95% interval | stopped, 95% interval |"]
     lines.append("|---|---|---|")
     ours = results["grown"].runs
     for key, r in results.items():
         if key != "grown":
-            last = interval(ours.test[:, -1] - r.runs.test[:, -1])
-            early = interval(stopped(ours) - stopped(r.runs))
-            lines.append(f"| {key} | {_cell(last)} | {_cell(early)} |")
+            late = interval(last(ours.test, task) - last(r.runs.test, task))
+            early = interval(stopped(ours, task) - stopped(r.runs, task))
+            lines.append(f"| {key} | {_cell(late)} | {_cell(early)} |")
     print("\n".join(lines), flush=True)
 
 
@@ -277,16 +300,16 @@ def _cell(values: tuple[float, float, float]) -> str:
     return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
-def _plain(results: dict[str, Result]) -> dict[str, Any]:
+def _plain(results: dict[str, Result], task: Task) -> dict[str, Any]:
     """What the table was made of, as JSON holds it."""
     return {
         key: {
             "point": r.point,
             "widths": r.arm.widths,
-            "ticks": r.arm.ticks,
-            "test": r.runs.test[:, -1].tolist(),
-            "stopped": stopped(r.runs).tolist(),
-            "held_out": r.runs.accuracy[:, -1].tolist(),
+            "epochs": r.arm.epochs,
+            "test": last(r.runs.test, task).tolist(),
+            "stopped": stopped(r.runs, task).tolist(),
+            "held_out": last(r.runs.accuracy, task).tolist(),
             "parameters": r.runs.parameters[:, -1].tolist(),
             "operations": r.runs.operations.tolist(),
             "seconds": r.runs.seconds,
@@ -316,7 +339,7 @@ def main() -> None:
         "--arms", nargs="*", choices=ARMS, default=ARMS, help="grown is always run"
     )
     parser.add_argument("--json", type=Path, help="file to write every number to")
-    parser.add_argument("--quick", action="store_true", help="few ticks, to try it out")
+    parser.add_argument("--quick", action="store_true", help="6 epochs, to try it out")
     parser.add_argument("--threads", type=int, default=2, help="compilations at a time")
     options = parser.parse_args()
     for name in options.task:
@@ -338,7 +361,7 @@ def main() -> None:
     )
     tasks = {name: TASKS[name] for name in options.task}
     if options.quick:
-        tasks = {n: dataclasses.replace(t, ticks=12) for n, t in tasks.items()}
+        tasks = {n: dataclasses.replace(t, epochs=6) for n, t in tasks.items()}
     count = options.runs
     arms = [a for a in ARMS if a in options.arms or a == "grown"]
     programs = {
@@ -352,7 +375,7 @@ def main() -> None:
         results = {}
         for arm, result in compare(task, programs[name], arms, options.first):
             results[arm] = result
-            numbers[name] = _plain(results)
+            numbers[name] = _plain(results, task)
             if options.json:
                 options.json.write_text(json.dumps(numbers) + "\n")
         report(name, task, options.split, results)

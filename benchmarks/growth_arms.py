@@ -25,7 +25,7 @@ from esper_jax.functional import TrainState
 from esper_jax.layers import SeedBed
 from esper_jax.lifecycle import LifecycleConfig, no_commands
 from esper_jax.optim import PerSlot, per_slot, scale_by_run_schedule
-from esper_jax.scan import scan_fit, start_from
+from esper_jax.scan import ScanReport, scan_fit, start_from
 from esper_jax.stages import LIVING, Stage
 from esper_jax.state import SeedState
 from esper_jax.train import Program, build
@@ -38,6 +38,7 @@ __all__ = [
     "epoch_operations",
     "grown",
     "most_grown",
+    "renewed",
     "replay",
     "static",
 ]
@@ -57,9 +58,10 @@ class Arm:
       begin: ``begin(state, extra) -> state`` before the first step.
       extra: ``extra(task, count) -> extra`` for each run where nobody gives another.
       decide: the policy.
-      ticks: epochs.
+      epochs: in each phase.
       judged: whether its seeds are judged by counterfactuals.
       gates: of the lifecycle; None for the task's.
+      renews: whether its blueprints are drawn afresh when the data change.
     """
 
     name: str
@@ -68,9 +70,10 @@ class Arm:
     begin: Callable[[TrainState, Any], TrainState]
     extra: Callable[[Task, int], Any]
     decide: Callable[..., Any]
-    ticks: int
+    epochs: int
     judged: bool = False
     gates: LifecycleConfig | None = None
+    renews: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,13 +148,13 @@ def grown(task: Task) -> Arm:
         lambda state, _: state,
         _no_extra,
         controller.decide,
-        task.ticks,
+        task.epochs,
         judged=True,
     )
 
 
 def static(
-    task: Task, name: str, widths: tuple[int, ...], ticks: int | None = None
+    task: Task, name: str, widths: tuple[int, ...], epochs: int | None = None
 ) -> Arm:
     """A host in which nothing grows."""
     return Arm(
@@ -161,18 +164,25 @@ def static(
         lambda s, _: _held(s),
         _no_extra,
         _hold,
-        ticks or task.ticks,
+        epochs or task.epochs,
     )
 
 
-def chosen(task: Task, name: str, ticks: int | None = None) -> Arm:
+def chosen(task: Task, name: str, epochs: int | None = None) -> Arm:
     """The seeds of ``extra`` (bool[S] by layer) learn and count from the first step to
     the last: all of them, or those of a grown run's final topology."""
 
     def begin(state: TrainState, extra: Any) -> TrainState:
         return _held(_alive(state, extra))
 
-    return Arm(name, task.widths, True, begin, _every_seed, _hold, ticks or task.ticks)
+    return Arm(
+        name, task.widths, True, begin, _every_seed, _hold, epochs or task.epochs
+    )
+
+
+def renewed(task: Task) -> Arm:
+    """All seeds learn and count throughout, and begin afresh when the data change."""
+    return dataclasses.replace(chosen(task, "renewed"), renews=True)
 
 
 @struct.dataclass
@@ -207,6 +217,7 @@ def replay(task: Task) -> Arm:
             enabled=False,
             max_training=10**6,
             keep_tolerance=1e9,
+            shift_tolerance=-1.0,
             training_limit=65535,
             evaluation_limit=65535,
             tuning_limit=65535,
@@ -237,22 +248,26 @@ def replay(task: Task) -> Arm:
 
     gates = dataclasses.replace(task.gates, min_improvement=-1e9)
     return Arm(
-        "random", task.widths, True, begin, _never, decide, task.ticks, True, gates
+        "random", task.widths, True, begin, _never, decide, task.epochs, True, gates
     )
+
+
+def _cosine(steps: int) -> optax.Schedule:
+    """From 1 to 0 over so many steps, and again."""
+    once = optax.cosine_decay_schedule(1.0, steps)
+    return lambda step: once(step % steps)
 
 
 def _optimizer(steps: int) -> optax.GradientTransformation:
     """AdamW under a cosine schedule; its rate and decay are arrays in its state."""
-    schedule = optax.cosine_decay_schedule(1.0, steps)
-    return optax.chain(_adamw(), optax.scale_by_schedule(schedule))
+    return optax.chain(_adamw(), optax.scale_by_schedule(_cosine(steps)))
 
 
 def _bank_optimizer(steps: int) -> PerSlot:
     """The same in each slot, by the host's clock: all come to rest together. A newborn
     keeps the rate and the decay of its slot, which fresh state would set back to where
     they were when the program was built."""
-    schedule = optax.cosine_decay_schedule(1.0, steps)
-    inner = per_slot(optax.chain(_adamw(), scale_by_run_schedule(schedule)))
+    inner = per_slot(optax.chain(_adamw(), scale_by_run_schedule(_cosine(steps))))
 
     def reset(state: Any, params: Any, born: Any) -> Any:
         injected, *rest = inner.reset(state, params, born)
@@ -281,6 +296,21 @@ def _tuned(state: TrainState, point: jax.Array) -> TrainState:
         state,
         opt_state=put(state.opt_state, rate),
         bank_opt={name: put(o, share * rate) for name, o in state.bank_opt.items()},
+    )
+
+
+def _rested(state: TrainState) -> TrainState:
+    """A state whose optimizers have forgotten the gradients that they have seen."""
+
+    def rest(opt_state: Any) -> Any:
+        inner, *others = opt_state
+        moments = jax.tree.map(jnp.zeros_like, inner.inner_state)
+        return (inner._replace(inner_state=moments), *others)
+
+    return dataclasses.replace(
+        state,
+        opt_state=rest(state.opt_state),
+        bank_opt={name: rest(o) for name, o in state.bank_opt.items()},
     )
 
 
@@ -360,7 +390,7 @@ def _options(task: Task, arm: Arm) -> dict[str, Any]:
 
 def _program(task: Task, arm: Arm, model: nnx.Module, rows: int) -> Program:
     budget = max(0, task.budget - host_size(task, arm.widths)) if task.budget else -1
-    steps = arm.ticks * (rows // task.batch)
+    steps = arm.epochs * task.ticks_per_epoch * _steps_per_tick(task, rows)
     return build(
         model,
         _optimizer(steps),
@@ -384,19 +414,75 @@ def _one_run(
 ) -> Any:
     """A whole run: held-out accuracy and loss, test accuracy, stages, at each tick."""
     state = arm.begin(_tuned(start(jax.random.key(seed)), point), extra)
-    _, report = scan_fit(
-        program,
-        state,
-        parts[0],
-        parts[1],
-        ticks=arm.ticks,
-        batch_size=task.batch,
-        seed=seed,
-        watched=parts[2],
-    )
+    drawn = jax.random.key(seed ^ 0x5EED)  # of the data, apart from the model's
+    learned, held_out = _split(task, parts, drawn)
+    rows = len(learned[1])
+    each = _steps_per_tick(task, rows) * task.batch
+
+    def phase(state: TrainState, number: jax.Array) -> tuple[TrainState, ScanReport]:
+        now = [learned, held_out, parts[2]]
+        key = jax.random.fold_in(drawn, number)
+        before = []
+        if task.change is not None:
+            now = [task.change(key, part) for part in now]
+            if arm.renews:
+                state = dataclasses.replace(state, banks=start(key).banks)
+            # What comes is looked at before anything is learned from it.
+            seen = jnp.stack(program.evaluate(state, now[2])).astype(jnp.float32)
+            state, report = program.tick(_rested(state), now[1])
+            before = [ScanReport(ticks=report, watched=seen)]
+
+        def tick(state: TrainState, at: jax.Array) -> tuple[TrainState, ScanReport]:
+            epoch, place = jnp.divmod(at, task.ticks_per_epoch)
+            order = jax.random.permutation(jax.random.fold_in(key, epoch), rows)
+            some = jax.lax.dynamic_slice(order, (place * each,), (each,))
+            part = jax.tree.map(lambda a: a[some], now[0])
+            state, report = scan_fit(
+                program,
+                state,
+                part,
+                now[1],
+                ticks=1,
+                batch_size=task.batch,
+                watched=now[2],
+            )
+            return state, jax.tree.map(lambda a: a[0], report)
+
+        ticks = jnp.arange(arm.epochs * task.ticks_per_epoch)
+        state, report = jax.lax.scan(tick, state, ticks)
+        for first in before:
+            report = jax.tree.map(
+                lambda a, b: jnp.concatenate([a[None], b]), first, report
+            )
+        return state, report
+
+    _, report = jax.lax.scan(phase, state, jnp.arange(task.phases))
+    report = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), report)
     ticks = report.ticks
     stages = {name: layer.stage for name, layer in ticks.layers.items()}
     return ticks.accuracy, ticks.loss, report.watched[:, 1], stages
+
+
+def _num_ticks(task: Task, epochs: int) -> int:
+    first = 0 if task.change is None else 1
+    return task.phases * (epochs * task.ticks_per_epoch + first)
+
+
+def _steps_per_tick(task: Task, rows: int) -> int:
+    return rows // task.ticks_per_epoch // task.batch
+
+
+def _split(task: Task, parts: Any, key: jax.Array) -> tuple[Any, Any]:
+    """Training and held-out data of a run, drawn from both together."""
+    if not task.pooled:
+        return parts[0], parts[1]
+    rows = len(parts[0][1])
+    pool = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), parts[0], parts[1])
+    order = jax.random.permutation(key, len(pool[1]))
+    return (
+        jax.tree.map(lambda a: a[order[:rows]], pool),
+        jax.tree.map(lambda a: a[order[rows:]], pool),
+    )
 
 
 def most_grown(task: Task, data: Any) -> tuple[int, float]:
@@ -410,16 +496,18 @@ def most_grown(task: Task, data: Any) -> tuple[int, float]:
         room -= (cost * fits).sum()
         total += int((cost * fits).sum())
         living = np.where(fits, Stage.FINE_TUNING, Stage.DORMANT)
-        stages[name] = np.broadcast_to(living, (1, task.ticks, len(living)))
+        shape = (1, _num_ticks(task, task.epochs), len(living))
+        stages[name] = np.broadcast_to(living, shape)
     return total, float(_operations(task, grown(task), data, stages, costs)[0])
 
 
 def epoch_operations(task: Task, arm: Arm, data: Any) -> float:
-    """Operations of an epoch of an arm whose seeds, if it has any, all learn; its
-    evaluation included."""
+    """Operations of an epoch, in every phase, of an arm whose seeds, if it has any, all
+    learn, and that decides nothing."""
     costs = _costs(task)
     living = Stage.FINE_TUNING if arm.grows else Stage.DORMANT
-    stages = {name: np.full((1, 1, len(c)), living) for name, c in costs.items()}
+    shape = (1, _num_ticks(task, 1))
+    stages = {name: np.full((*shape, len(c)), living) for name, c in costs.items()}
     return float(_operations(task, arm, data, stages, costs)[0])
 
 
@@ -442,11 +530,13 @@ def _operations(
     stages: dict[str, np.ndarray],
     costs: dict[str, np.ndarray],
 ) -> np.ndarray:
-    """Floating-point operations of each run: training, evaluations, counterfactuals.
+    """Floating-point operations of each run: training and, in arms that decide by them,
+    evaluations of held-out data and counterfactuals.
 
     A backward pass counts as two forward ones. A living seed counts in full, whether it
     incubates, learns or is frozen.
     """
+    gates = arm.gates or task.gates
     sizes = _layer_sizes(task, arm.widths)
     row = sum(operations(p) * n for p, n in zip(sizes, task.positions, strict=True))
     forward = np.full(next(iter(stages.values())).shape[:2], float(row))
@@ -455,12 +545,28 @@ def _operations(
         sorted(stages.items()), task.positions, strict=False
     ):
         forward += operations(LIVING[stage] @ costs[name]) * places
-        if arm.judged:
-            probation = COUNTS[stage] & (stage != Stage.FOSSILIZED)
-            asked += probation.sum(axis=-1)
-    rows = len(data.train[0]) // task.batch * task.batch
-    held_out = len(data.held_out[0])
-    return (forward * (3 * rows + held_out * (1 + asked))).sum(axis=1)
+        tuned = stage == Stage.FINE_TUNING
+        early = _ages(tuned) + gates.worth_window < gates.min_epochs[Stage.FINE_TUNING]
+        asked += (COUNTS[stage] & (stage != Stage.FOSSILIZED) & ~(tuned & early)).sum(
+            axis=-1
+        )
+    rows = np.full(forward.shape[1], _steps_per_tick(task, len(data.train[0])))
+    if task.change is not None:  # looked at before anything is learned from it
+        rows[:: len(rows) // task.phases] = 0
+    spent = 3 * task.batch * rows * forward
+    if arm.judged:
+        spent += len(data.held_out[0]) * forward * (1 + asked)
+    return spent.sum(axis=1)
+
+
+def _ages(flags: np.ndarray) -> np.ndarray:
+    """For how many ticks, this one included, each of ``flags`` (R, T, S) has been set;
+    0 where it is not."""
+    ages = np.zeros(flags.shape, int)
+    for tick in range(flags.shape[1]):
+        before = ages[:, tick - 1] if tick else 0
+        ages[:, tick] = np.where(flags[:, tick], before + 1, 0)
+    return ages
 
 
 def _layer_sizes(task: Task, widths: Sequence[int]) -> list[int]:

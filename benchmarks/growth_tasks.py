@@ -24,25 +24,35 @@ __all__ = ["TASKS", "Task", "lifecycle"]
 
 
 def lifecycle(
-    training: int, grafting: int, fine_tuning: int, improvement: float = 0.0
+    training: int,
+    grafting: int,
+    fine_tuning: int,
+    *,
+    evaluating: int = 3,
+    embargo: int = 3,
+    min_alpha: float = 0.0,
 ) -> LifecycleConfig:
-    """Short lives; a seed is judged by its worth, and not by how calm the loss is."""
+    """Short lives; a seed is judged by its worth, and not by how calm the loss is.
+
+    That is measured when something is decided by it, and not throughout.
+    """
     epochs = dict.fromkeys(Stage, 0) | {
         Stage.TRAINING: training,
         Stage.GRAFTING: grafting,
         Stage.STABILIZATION: 1,
-        Stage.EVALUATING: 3,
+        Stage.EVALUATING: evaluating,
         Stage.FINE_TUNING: fine_tuning,
-        Stage.CULLED: 3,
-        Stage.ROLLED_BACK: 3,
+        Stage.CULLED: embargo,
+        Stage.ROLLED_BACK: embargo,
     }
     return LifecycleConfig(
         min_epochs=tuple(epochs[s] for s in Stage),
         reconstruction_threshold=1e9,
         min_stability=-1e9,
-        min_improvement=improvement,
+        min_improvement=0.0,
         min_final_stability=-1e9,
-        grafting=GraftConfig(ramp_duration=grafting),
+        worth_window=5,
+        grafting=GraftConfig(ramp_duration=grafting, min_alpha=min_alpha),
     )
 
 
@@ -52,6 +62,8 @@ class Task:
 
     Args:
       data: makes the three-way split.
+      pooled: whether each run draws anew which rows of the training and held-out data
+        are the one and which the other.
       make: ``make(rngs, widths, **options) -> model``; the options are those of the
         layers' `SeedBed`, with ``num_seeds``.
       widths: of the host's layers.
@@ -59,8 +71,11 @@ class Task:
       blueprints: what may grow.
       positions: places that each layer is applied at for one row.
       budget: parameters that a grown model may have, host included; 0 for no limit.
-      ticks: epochs.
+      epochs: passes over the training data; in each phase.
+      ticks_per_epoch: how often the model is measured, and may grow.
       batch: rows a step.
+      phases: how often the data are changed, and learned anew.
+      change: ``change(key, rows) -> rows`` as they are in a phase.
       grid: ``(learning rate, weight decay, blueprints' rate over the host's)`` that
         every arm is tuned over.
       policy: of the controller; its ``budget`` is filled in.
@@ -74,11 +89,15 @@ class Task:
     blueprints: tuple[str, ...]
     positions: tuple[int, ...]
     budget: int
-    ticks: int
+    epochs: int
     batch: int
     grid: tuple[tuple[float, float, float], ...]
     policy: ControllerConfig
     gates: LifecycleConfig
+    pooled: bool = True
+    ticks_per_epoch: int = 1
+    phases: int = 1
+    change: Callable[[Any, Any], Any] | None = None
 
 
 def _mlp(
@@ -115,34 +134,6 @@ def _fresh_mnist1d(seed: int) -> Dataset:
     return data.mnist1d(seed)._replace(test=test)
 
 
-def _few(
-    make: Callable[[int], Dataset], rows: int, held_out: int, wrong: float = 0.0
-) -> Callable[[int], Dataset]:
-    """So many rows to learn from, so many held out, and all others to test on.
-
-    Of the labels of the first two, a share of ``wrong`` is drawn afresh.
-    """
-
-    def few(seed: int) -> Dataset:
-        whole = make(seed)
-        x, y = (np.concatenate(part) for part in zip(*whole[:3], strict=True))
-        rng = np.random.default_rng([seed, rows])
-        order = rng.permutation(len(x))
-        known = order[: rows + held_out]
-        redrawn = known[rng.uniform(size=len(known)) < wrong]
-        told = y.copy()
-        told[redrawn] = rng.integers(0, whole.num_classes, len(redrawn))
-        train, validate, test = np.split(order, [rows, rows + held_out])
-        return Dataset(
-            (x[train], told[train]),
-            (x[validate], told[validate]),
-            (x[test], y[test]),
-            whole.num_classes,
-        )
-
-    return few
-
-
 _POLICY = ControllerConfig(
     when="period",
     period=6,
@@ -160,10 +151,32 @@ _EARLY = dataclasses.replace(
 """All that the budget allows within a few ticks, and a long time to learn together."""
 
 
+_AT_ONCE = dataclasses.replace(
+    _EARLY, period=1, births=16, max_training=16, shift_tolerance=0.5
+)
+"""All that there is, as soon as it may be; and again when the data have changed."""
+
+
 def _grid(
     rates: Sequence[float], decays: Sequence[float], shares: Sequence[float]
 ) -> tuple[tuple[float, float, float], ...]:
     return tuple(itertools.product(rates, decays, shares))
+
+
+def _other_labels(key: Any, rows: Any) -> Any:
+    """The ten classes under other names."""
+    import jax
+
+    x, y = rows
+    return x, jax.random.permutation(key, 10)[y]
+
+
+def _other_inputs(key: Any, rows: Any) -> Any:
+    """The inputs in another order."""
+    import jax
+
+    x, y = rows
+    return x[:, jax.random.permutation(key, x.shape[1])], y
 
 
 TASKS: dict[str, Task] = {
@@ -175,11 +188,11 @@ TASKS: dict[str, Task] = {
         blueprints=("context",),
         positions=(1, 1, 1),
         budget=15_210,
-        ticks=120,
+        epochs=120,
         batch=100,
-        grid=_grid((1e-2, 2e-2), (0.3, 0.6), (0.3, 1.0)),
+        grid=_grid((1e-2, 2e-2), (0.3, 0.6, 1.0), (0.3, 1.0)),
         policy=_EARLY,
-        gates=lifecycle(2, 4, 90),
+        gates=lifecycle(1, 4, 90, min_alpha=0.2),
     ),
     "mnist1d-conv": Task(
         data=data.mnist1d,
@@ -189,11 +202,11 @@ TASKS: dict[str, Task] = {
         blueprints=("context",),
         positions=(40, 20, 10, 1),
         budget=5_210,
-        ticks=100,
+        epochs=100,
         batch=100,
-        grid=_grid((1e-2, 2e-2), (0.05, 0.2), (0.3, 1.0)),
+        grid=_grid((1e-2, 2e-2), (0.02, 0.05, 0.2), (0.3, 1.0)),
         policy=_EARLY,
-        gates=lifecycle(2, 4, 75),
+        gates=lifecycle(1, 4, 75, min_alpha=0.2),
     ),
     "mnist5k": Task(
         data=data.mnist5k,
@@ -203,9 +216,9 @@ TASKS: dict[str, Task] = {
         blueprints=("context",),
         positions=(1, 1, 1),
         budget=0,
-        ticks=50,
+        epochs=50,
         batch=100,
-        grid=_grid((3e-3, 1e-2), (0.3, 1.0), (0.1, 1.0)),
+        grid=_grid((3e-3, 1e-2, 2e-2), (0.3, 1.0), (0.1, 1.0)),
         policy=_POLICY,
         gates=lifecycle(2, 4, 15),
     ),
@@ -217,9 +230,9 @@ TASKS: dict[str, Task] = {
         blueprints=("context",),
         positions=(1, 1, 1),
         budget=0,
-        ticks=120,
+        epochs=120,
         batch=49,
-        grid=_grid((1e-2, 2e-2), (0.1, 0.3), (0.1, 1.0)),
+        grid=_grid((1e-2, 2e-2, 4e-2), (0.1, 0.3), (0.1, 1.0)),
         policy=_POLICY,
         gates=lifecycle(3, 6, 30),
     ),
@@ -231,9 +244,9 @@ TASKS: dict[str, Task] = {
         blueprints=("context",),
         positions=(1, 1, 1),
         budget=0,
-        ticks=150,
+        epochs=150,
         batch=50,
-        grid=_grid((1e-3, 3e-3, 1e-2), (0.0, 0.03), (0.3, 1.0)),
+        grid=_grid((3e-3, 1e-2, 3e-2), (0.0, 0.03), (0.3, 1.0)),
         policy=_EARLY,
         gates=lifecycle(3, 6, 100),
     ),
@@ -245,29 +258,40 @@ TASKS: dict[str, Task] = {
         blueprints=("context_glu",),
         positions=(1, 1, 1),
         budget=0,
-        ticks=30,
+        epochs=30,
         batch=200,
-        grid=_grid((3e-3, 1e-2), (0.1, 0.5), (0.3, 1.0)),
+        grid=_grid((1e-2, 2e-2), (0.2, 0.5, 1.0), (0.3, 1.0)),
+        pooled=False,
         policy=_EARLY,
         gates=lifecycle(1, 2, 20),
     ),
 }
 
-TASKS["digits-noisy"] = dataclasses.replace(
-    TASKS["digits"],
-    data=_few(data.digits, 200, 100, wrong=0.2),
-    batch=50,
-    grid=_grid((1e-2, 2e-2), (0.1, 0.3, 1.0, 3.0), (0.01, 0.1, 1.0)),
+_stream = dataclasses.replace(
+    TASKS["mnist1d-mlp"],
+    widths=(32, 32),
+    num_seeds=4,
+    budget=0,
+    epochs=30,
+    ticks_per_epoch=10,
+    batch=85,
+    phases=6,
+    grid=_grid((1e-2, 2e-2), (0.1, 0.3, 0.6), (0.3, 1.0)),
+    policy=_AT_ONCE,
+    gates=lifecycle(1, 1, 65535, evaluating=1, embargo=0, min_alpha=0.5),
 )
-TASKS["mnist5k-few"] = dataclasses.replace(
-    TASKS["mnist5k"],
-    data=_few(data.mnist5k, 300, 100),
-    ticks=120,
-    batch=50,
-    grid=_grid((3e-3, 1e-2), (0.3, 1.0, 3.0, 10.0), (0.01, 0.1, 1.0)),
-    gates=lifecycle(3, 6, 30),
+TASKS["mnist1d-labels"] = dataclasses.replace(_stream, change=_other_labels)
+TASKS["mnist1d-inputs"] = dataclasses.replace(_stream, change=_other_inputs)
+TASKS["digits-labels"] = dataclasses.replace(
+    _stream,
+    data=data.digits,
+    make=_mlp(64, 10, "gelu"),
+    widths=(16, 16),
+    ticks_per_epoch=2,
+    batch=49,
+    change=_other_labels,
 )
-for _name in ("mnist1d-mlp", "mnist1d-conv"):
+for _name in [name for name in TASKS if name.startswith("mnist1d")]:
     TASKS[f"{_name}-fresh"] = dataclasses.replace(TASKS[_name], data=_fresh_mnist1d)
 
 

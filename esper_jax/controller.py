@@ -90,6 +90,14 @@ class ControllerConfig:
         loss is above the one when its grafting began by more than this share of it: a
         host that has come to lean on a seed makes it costly to remove, and may still be
         worse than it was.
+      shift_tolerance: what the model has grown and not yet kept for good is rolled back
+        at a tick at which the held-out loss is above its running mean by more than this
+        share of it; -1 for never. The data have changed then, and a network that has
+        learned the old ones learns the new ones worse than a fresh one (E. Nikishin et
+        al., The primacy bias in deep reinforcement learning, ICML 2022; S. Dohare et
+        al., Loss of plasticity in deep continual learning, Nature 632, 2024). Chunks
+        are free for fresh seeds when their embargo is over. A `Governor` takes such a
+        rise for breakage where its own limit is lower.
       require_gain: whether a seed is grafted only while its first-order gain is above
         0.
       waiting_limit: ticks in GERMINATED after which a seed whose turn has not come is
@@ -123,6 +131,7 @@ class ControllerConfig:
     rent_per_parameter: float = 0.0
     rent_per_operation: float = 0.0
     keep_tolerance: float = 0.02
+    shift_tolerance: float = -1.0
     require_gain: bool = False
     waiting_limit: int = 200
     training_limit: int = 200
@@ -170,11 +179,12 @@ class ControllerConfig:
                 raise ValueError(
                     f"{name} must be at least 0 and finite, got {getattr(self, name)}"
                 )
-        if not (self.target_accuracy >= 0 or self.target_accuracy == -1):
-            raise ValueError(
-                f"target_accuracy must be at least 0, or -1 for none; "
-                f"got {self.target_accuracy}"
-            )
+        for name in ("target_accuracy", "shift_tolerance"):
+            value = getattr(self, name)
+            if not (value >= 0 or value == -1):
+                raise ValueError(
+                    f"{name} must be at least 0, or -1 for none; got {value}"
+                )
 
 
 @struct.dataclass
@@ -298,7 +308,7 @@ def decide(
         size = memory.tried.shape[0]
         costs = {name: np.zeros((size, s.num_seeds), int) for name, s in seeds.items()}
     measured = next(iter(signals.values()))
-    memory = _watch(memory, measured.held_out_loss, config)
+    memory, shifted = _watch(memory, measured, config)
     before = {
         name: memory.before.get(name, jnp.full(s.num_seeds, jnp.nan, jnp.float32))
         for name, s in seeds.items()
@@ -312,6 +322,10 @@ def decide(
             lifecycle,
         )
         for name, state in seeds.items()
+    }
+    targets = {
+        name: jnp.where(shifted & _removable(seeds[name]), Stage.ROLLED_BACK, target)
+        for name, target in targets.items()
     }
     targets = _take_turns(seeds, targets, config)
     grafted = {
@@ -343,9 +357,22 @@ def decide(
 
 
 def _watch(
-    memory: ControllerMemory, loss: Array, config: ControllerConfig
-) -> ControllerMemory:
-    """Plateau detection; a loss that was not measured counts as no improvement."""
+    memory: ControllerMemory, measured: Signals, config: ControllerConfig
+) -> tuple[ControllerMemory, Bool[Array, ""]]:
+    """Plateau detection, and whether the data have changed; a loss that was not
+    measured counts as no improvement, and as no change. After one, both begin afresh.
+    """
+    loss = measured.held_out_loss
+    if config.shift_tolerance >= 0:
+        usual = memory.loss_mean + config.shift_tolerance * jnp.abs(memory.loss_mean)
+        shifted = loss > usual
+        memory = dataclasses.replace(
+            memory,
+            best_loss=jnp.where(shifted, jnp.inf, memory.best_loss),
+            loss_mean=jnp.where(shifted, jnp.nan, memory.loss_mean),
+        )
+    else:
+        shifted = jnp.asarray(False)
     better = loss < memory.best_loss - config.threshold * jnp.abs(memory.best_loss)
     better |= jnp.isinf(memory.best_loss) & jnp.isfinite(loss)
     mean = jnp.where(
@@ -353,13 +380,19 @@ def _watch(
         loss,
         _DECAY * memory.loss_mean + (1 - _DECAY) * loss,
     )
-    return dataclasses.replace(
+    memory = dataclasses.replace(
         memory,
         best_loss=jnp.where(better, loss, memory.best_loss),
         stale=jnp.where(better, 0, memory.stale + 1),
         loss_mean=jnp.where(jnp.isfinite(loss), mean, memory.loss_mean),
         since=memory.since + 1,
     )
+    return memory, shifted
+
+
+def _removable(state: SeedState) -> Bool[Array, " S"]:
+    """Seeds that are part of the model, but not for good."""
+    return (state.stage >= Stage.GRAFTING) & (state.stage <= Stage.FINE_TUNING)
 
 
 def _may_be_kept(

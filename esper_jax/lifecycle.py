@@ -63,6 +63,9 @@ class LifecycleConfig:
         it off.
       min_improvement: total improvement needed for FOSSILIZED,
       min_final_stability: and the stability.
+      worth_window: at how many ticks the worth of a seed in FINE_TUNING is measured up
+        to the first at which it may be kept; it is at all later ones. Each measurement
+        costs an evaluation of the held-out data. The default measures it throughout.
       grafting: numbers of the grafting strategies.
 
     Raises:
@@ -78,6 +81,7 @@ class LifecycleConfig:
     cull_error_count: int = 5
     min_improvement: float = 0.01
     min_final_stability: float = 0.95
+    worth_window: int = 65535
     grafting: GraftConfig = dataclasses.field(default_factory=GraftConfig)
 
     def __post_init__(self) -> None:
@@ -88,14 +92,15 @@ class LifecycleConfig:
                 f"got {self.min_epochs!r}"
             )
         # A number that the counter's type cannot hold would wrap in the comparison.
-        for name, value, most in [
-            *((f"min_epochs[{s.name}]", self.min_epochs[s], 65535) for s in Stage),
-            ("max_epochs", self.max_epochs, 65535),
-            ("cull_error_count", self.cull_error_count, 255),
+        for name, value, least, most in [
+            *((f"min_epochs[{s.name}]", self.min_epochs[s], 0, 65535) for s in Stage),
+            ("max_epochs", self.max_epochs, 0, 65535),
+            ("cull_error_count", self.cull_error_count, 0, 255),
+            ("worth_window", self.worth_window, 1, 65535),
         ]:
-            if not (isinstance(value, numbers.Integral) and 0 <= value <= most):
+            if not (isinstance(value, numbers.Integral) and least <= value <= most):
                 raise ValueError(
-                    f"{name} must be an integer from 0 to {most}, got {value!r}"
+                    f"{name} must be an integer from {least} to {most}, got {value!r}"
                 )
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)

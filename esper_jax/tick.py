@@ -126,6 +126,7 @@ def _counterfactuals(
     parts: ModelParts,
     evaluate: Callable[..., tuple[Array, Array]],
     state: TrainState,
+    gates: LifecycleConfig,
     held_out: Batch,
     base_loss: Array,
     at_once: int,
@@ -133,14 +134,17 @@ def _counterfactuals(
 ) -> dict[str, Float[Array, " K"]]:
     """Worth of the seed in each slot: the held-out loss with its alpha at 0, less the
     loss as it is. NaN for a slot whose alpha is 0, with nothing to take away, and for
-    a fossil, about which nothing is left to decide.
+    a seed about which nothing is to be decided: a fossil, or one that has not been in
+    FINE_TUNING for long enough.
 
     The losses without each of the seeds are vmapped, ``at_once`` of them at a time; the
     cost follows the number of seeds on probation, and is none where there is none.
     """
     alphas = {name: slot_coefficients(s)[0] for name, s in state.seeds.items()}
     flat = jnp.concatenate(list(alphas.values()))
-    on_probation = jnp.concatenate([_on_probation(s) for s in state.seeds.values()])
+    on_probation = jnp.concatenate(
+        [_on_probation(s, gates) for s in state.seeds.values()]
+    )
     ends = np.cumsum([a.size for a in alphas.values()])[:-1]
     asked = on_probation & (flat != 0) & allowed
     size = min(at_once, flat.size)
@@ -165,10 +169,15 @@ def _counterfactuals(
     return dict(zip(alphas, jnp.split(worth, ends), strict=True))
 
 
-def _on_probation(state: SeedState) -> Bool[Array, " K"]:
-    """Slots whose seed may still be removed; what is kept for good is not asked."""
+def _on_probation(state: SeedState, gates: LifecycleConfig) -> Bool[Array, " K"]:
+    """Slots whose seed's worth may decide something; not what is kept for good, nor
+    what is tuned and outside of the window of measurement."""
     owner = jnp.maximum(state.seed_of_slot, 0)
-    return (state.seed_of_slot >= 0) & (state.stage[owner] != Stage.FOSSILIZED)
+    stage = state.stage[owner]
+    age = state.epochs_in_stage[owner].astype(jnp.int32)
+    soon = age + gates.worth_window >= gates.min_epochs[Stage.FINE_TUNING]
+    asked = (stage != Stage.FOSSILIZED) & ((stage != Stage.FINE_TUNING) | soon)
+    return (state.seed_of_slot >= 0) & asked
 
 
 def _running(mean: Array, variance: Array, value: Array) -> tuple[Array, Array]:
@@ -287,7 +296,9 @@ def tick(
         agree = collectives.replicas_agree(state, compare_along)
     loss, accuracy = evaluate(parts.values(state), held_out)
     # Where devices differ they would not all take part in the same evaluations.
-    worth = _counterfactuals(parts, evaluate, state, held_out, loss, at_once, agree)
+    worth = _counterfactuals(
+        parts, evaluate, state, gates, held_out, loss, at_once, agree
+    )
     monitor, drift, stability, grad_norm = _measure(parts, state, loss, accuracy)
 
     costs = {

@@ -478,6 +478,36 @@ def test_what_the_host_was_before_grafting_is_remembered_until_the_seed_is_gone(
     assert jnp.isnan(memory.before["a"][1])
 
 
+def test_what_has_grown_is_rolled_back_when_the_data_have_changed():
+    names = ("TRAINING", "GRAFTING", "EVALUATING", "FINE_TUNING", "FOSSILIZED")
+    layers = {"a": seeds(8, 8, **{f"seed_{i}": n for i, n in enumerate(names)})}
+    slow = LifecycleConfig()  # a rollback waits for no minimum
+    config = dataclasses.replace(CONFIG, shift_tolerance=0.5)
+    back = Stage.ROLLED_BACK
+    changed = [-1, back, back, back, -1, -1, -1, -1]
+    for losses, expected in (
+        ([1.0, 1.0, 1.6], changed),
+        ([1.0, 1.0, 1.4], [-1] * 8),
+        ([1.0, 1.0, jnp.nan], [-1] * 8),
+        ([1.6], [-1] * 8),  # nothing to compare it with
+        ([1.0, 1.0, 1.6, 1.6], [-1] * 8),  # which is the usual loss from then on
+    ):
+        targets, _, _ = run(layers, losses, config, slow)
+        assert targets["a"] == expected, losses
+    targets, _, _ = run(layers, [1.0, 100.0], CONFIG, slow)  # unless asked for
+    assert targets["a"] == [-1] * 8
+
+
+def test_after_a_change_of_data_a_plateau_is_measured_afresh():
+    config = dataclasses.replace(CONFIG, shift_tolerance=0.5)
+    layers = {"a": seeds(health=[0.1] * 4)}
+    worse, better = [1.0, 0.5, 3.0], [2.5, 2.0, 1.6]  # above the best of before
+    targets, _, memory = run(layers, worse + better, config)
+    assert targets["a"] == [-1] * 4
+    assert memory.stale == 0
+    assert Stage.GERMINATED in run(layers, worse + better[:2])[0]["a"]  # without it
+
+
 def test_grafting_can_wait_for_a_gain():
     config = dataclasses.replace(CONFIG, require_gain=True, training_limit=9)
     layers = {"a": seeds(seed_1="TRAINING")}
@@ -497,6 +527,8 @@ def test_grafting_can_wait_for_a_gain():
         ("births", 0),
         ("budget", -2),
         ("target_accuracy", -0.5),
+        ("shift_tolerance", -0.5),
+        ("shift_tolerance", float("nan")),
         ("rent_per_parameter", -1.0),
         ("keep_tolerance", float("nan")),
     ],

@@ -678,6 +678,8 @@ def test_an_unknown_signal_is_named() -> None:
         ("cull_error_count", math.nan),
         ("cull_error_count", 256),
         ("cull_error_count", -1),
+        ("worth_window", 0),
+        ("worth_window", 65536),
         ("min_improvement", math.nan),
         ("min_final_stability", None),
         ("grafting", 3),

@@ -19,7 +19,8 @@ from esper_jax.lifecycle import LifecycleConfig
 from esper_jax.optim import scale_by_run_schedule
 from esper_jax.signals import Signals
 from esper_jax.stages import Outcome, Stage
-from esper_jax.tick import _measure
+from esper_jax.state import init_seeds
+from esper_jax.tick import _measure, _on_probation
 from esper_jax.train import build, classification, fit
 
 LAYERS = ("layers/0", "layers/1")
@@ -467,6 +468,21 @@ def test_every_seed_on_probation_has_its_own_counterfactual(program):
     for layer, expected in want.items():
         worth = report.layers[layer].signals.performance_delta
         np.testing.assert_allclose(worth, expected, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(("age", "measured"), [(46, False), (47, True), (60, True)])
+def test_a_seed_that_is_tuned_is_measured_only_when_it_may_be_kept_soon(age, measured):
+    gates = LifecycleConfig(worth_window=3)  # of at least 50 ticks
+    state = init_seeds(2, 2)
+    state = dataclasses.replace(
+        state,
+        stage=jnp.array([Stage.FINE_TUNING, Stage.EVALUATING], jnp.int8),
+        slot_of_seed=jnp.array([1, 0], jnp.int32),
+        seed_of_slot=jnp.array([1, 0], jnp.int32),
+        epochs_in_stage=jnp.array([age, 0], jnp.uint16),
+    )
+    assert _on_probation(state, gates).tolist() == [True, measured]  # by slot
+    assert _on_probation(state, LifecycleConfig()).tolist() == [True, True]
 
 
 def test_worth_is_the_mean_of_the_ticks_that_measured_it(program):
