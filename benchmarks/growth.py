@@ -3,44 +3,55 @@
     python benchmarks/growth.py [--task digits ...] [--runs 24] [--json FILE] [--quick]
 
 Arms, each trained on the same rows in the same order from hosts drawn from the same
-keys:
+keys (those that train for longer, in other batches from the second phase on):
 
 - grown: the controller decides when, where and what.
 - host: the host that growth starts from, and nothing else.
 - static: a wider host of the same shape, with at least the parameters that a grown
   model comes to at most.
-- static, ops: the same, trained for as many epochs as take the operations that growth
-  takes at most.
+- static, ops: the same, trained for as many epochs as take the operations of growth if
+  all that may grow lived from the first tick to the last.
 - always on: all seeds learn and count from the first step to the last.
-- always on, ops: the same, for as many epochs as take the operations that growth takes
-  at most; where that is no more than always on takes anyhow, the same again.
-- renewed: the same as always on, but whenever the data change all blueprints are drawn
-  afresh.
+- always on, ops: the same, for as many epochs as take those operations; where that is
+  no more than always on takes anyhow, the same again.
+- renewed, only where the data change: the same as always on, but at the beginning of
+  each phase all blueprints are drawn afresh.
 - retrained: each grown run's final topology, trained from scratch.
 - random: as many seeds as the paired grown run ended with, at random places and times,
   none of them removed. (A seed whose worth is not above 0 stays in the model, frozen.)
-- random places: the same, but born at the ticks at which those of the grown run were.
+  Times are of the first half of the run.
+- random places: the same, but born at the ticks at which those of the grown run were;
+  where the data change and seeds are renewed, those are of the last phase.
 
 Three-way splits: training data; held-out data, which the gates and the controller read
 and every arm is tuned on; test data, which are evaluated beside the training and read
-by nothing. Every arm is tuned over the same grid of learning rate, weight decay and the
-share of that rate that blueprints learn at, with the same number of runs, whose random
-seeds are none of the final ones, by the held-out accuracy at the last tick. "last" is
-the test accuracy of the model at the last tick; "stopped" is that at the tick with the
-best held-out accuracy. Intervals are 95% Student-t intervals of the paired difference
-over the random seeds of initialisation and order. The split is one and the same
-(`--split` draws another, but not other test data of MNIST-1D), and so is the grid
-point: that tuning could have chosen another is not in the intervals.
+by nothing. Each run draws for itself which of the rows that are no test data it learns
+from, and which are held out (not of `text`, whose windows overlap); `--split` draws the
+test data, where they are not published ones as those of MNIST-1D.
 
-For a static arm, grid points that differ in the blueprints' share alone are the same
-runs.
+Every arm is tuned over the same grid of learning rate, weight decay and, where there
+are seeds, the share of that rate that blueprints learn at, with the same number of
+runs, whose random seeds are none of the final ones, by the held-out accuracy at the
+last tick. (Arms without seeds have fewer grid points, and so more runs at each.) "last"
+is the test accuracy of the model at the last tick; "stopped" is that at the tick with
+the best held-out accuracy. Intervals are 95% Student-t intervals of the paired
+difference over the random seeds of initialisation, order and rows; most of the rows
+that two runs learn from are the same, since there are no others. The test data are one
+and the same, and so is the grid point: that tuning could have chosen another is not in
+the intervals.
+
+In tasks whose data change, all three parts do so at the beginning of each phase, in a
+way that each run draws for itself. Then every arm's optimizers start afresh, with the
+schedule of the rate; the model is looked at as it is, on the new held-out data; and it
+learns on. Every figure of accuracy is the mean over the phases, each at its own last
+tick (or the one that is best on held-out data).
 
 Operations are those of a whole run: forward and backward passes of host and living
-seeds (incubation included), held-out evaluations, and counterfactuals in the arms that
-decide by them. Seconds are those of all final runs of an arm together, without
-compilation; they hold counterfactuals in every arm with seeds, and a dormant seed costs
-in them what a living one does. Parameters are those after the last tick, accuracies
-those before its transitions.
+seeds (incubation included) and, in the arms that decide by them, evaluations of
+held-out data and counterfactuals. Seconds are those of all final runs of an arm
+together, without compilation, beside the other programs of that time; all arms are
+evaluated in them at every tick, and a dormant seed costs what a living one does.
+Parameters are those after the last tick, accuracies those before its transitions.
 """
 
 import argparse
@@ -202,7 +213,7 @@ def runners(
         "always on, ops": every
         if longer == task.epochs
         else chosen(task, "always on, ops", longer),
-        "renewed": renewed(task) if task.change is not None else every,
+        "renewed": renewed(task),
         "retrained": every,
         "host": static(task, "host", task.widths),
         "random": again,
@@ -318,6 +329,11 @@ def _plain(results: dict[str, Result], task: Task) -> dict[str, Any]:
     }
 
 
+def _arms_of(task: Task, asked: Sequence[str]) -> list[str]:
+    possible = [a for a in ARMS if a != "renewed" or task.change is not None]
+    return [a for a in possible if a in asked or a == "grown"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -339,7 +355,7 @@ def main() -> None:
         "--arms", nargs="*", choices=ARMS, default=ARMS, help="grown is always run"
     )
     parser.add_argument("--json", type=Path, help="file to write every number to")
-    parser.add_argument("--quick", action="store_true", help="6 epochs, to try it out")
+    parser.add_argument("--quick", action="store_true", help="6 epochs a phase")
     parser.add_argument("--threads", type=int, default=2, help="compilations at a time")
     options = parser.parse_args()
     for name in options.task:
@@ -363,9 +379,10 @@ def main() -> None:
     if options.quick:
         tasks = {n: dataclasses.replace(t, epochs=6) for n, t in tasks.items()}
     count = options.runs
-    arms = [a for a in ARMS if a in options.arms or a == "grown"]
+    arms = {name: _arms_of(task, options.arms) for name, task in tasks.items()}
     programs = {
-        name: runners(task, count, arms, options.split) for name, task in tasks.items()
+        name: runners(task, count, arms[name], options.split)
+        for name, task in tasks.items()
     }
     with ThreadPoolExecutor(options.threads) as pool:  # compiling is what takes time
         every = [runner for by_arm in programs.values() for runner in by_arm.values()]
@@ -373,7 +390,7 @@ def main() -> None:
     numbers = {}
     for name, task in tasks.items():
         results = {}
-        for arm, result in compare(task, programs[name], arms, options.first):
+        for arm, result in compare(task, programs[name], arms[name], options.first):
             results[arm] = result
             numbers[name] = _plain(results, task)
             if options.json:

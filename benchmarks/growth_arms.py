@@ -487,7 +487,8 @@ def _split(task: Task, parts: Any, key: jax.Array) -> tuple[Any, Any]:
 
 def most_grown(task: Task, data: Any) -> tuple[int, float]:
     """The parameters that a grown model comes to at most, and the operations of a run
-    in which all of that lives, and is measured, from the first tick to the last."""
+    in which all of that lives from the first tick to the last and the gates and the
+    controller read held-out data at each."""
     host = host_size(task, task.widths)
     room = task.budget - host if task.budget else np.inf
     total, stages, costs = host, {}, _costs(task)
@@ -546,7 +547,9 @@ def _operations(
     ):
         forward += operations(LIVING[stage] @ costs[name]) * places
         tuned = stage == Stage.FINE_TUNING
-        early = _ages(tuned) + gates.worth_window < gates.min_epochs[Stage.FINE_TUNING]
+        # A tick measures what was there before its transitions, one tick younger.
+        age = _ages(tuned) - 1
+        early = age + gates.worth_window < gates.min_epochs[Stage.FINE_TUNING]
         asked += (COUNTS[stage] & (stage != Stage.FOSSILIZED) & ~(tuned & early)).sum(
             axis=-1
         )

@@ -90,14 +90,14 @@ class ControllerConfig:
         loss is above the one when its grafting began by more than this share of it: a
         host that has come to lean on a seed makes it costly to remove, and may still be
         worse than it was.
-      shift_tolerance: what the model has grown and not yet kept for good is rolled back
-        at a tick at which the held-out loss is above its running mean by more than this
-        share of it; -1 for never. The data have changed then, and a network that has
-        learned the old ones learns the new ones worse than a fresh one (E. Nikishin et
-        al., The primacy bias in deep reinforcement learning, ICML 2022; S. Dohare et
-        al., Loss of plasticity in deep continual learning, Nature 632, 2024). Chunks
-        are free for fresh seeds when their embargo is over. A `Governor` takes such a
-        rise for breakage where its own limit is lower.
+      shift_tolerance: seeds that have learned anything, and are not kept for good, are
+        rolled back at a tick at which the held-out loss is above its running mean by
+        more than this share of it; -1 for never. The data have changed then, and a
+        network that has learned the old ones learns the new ones worse than a fresh one
+        (E. Nikishin et al., The primacy bias in deep reinforcement learning, ICML 2022;
+        S. Dohare et al., Loss of plasticity in deep continual learning, Nature 632,
+        2024). Chunks are free for fresh seeds when their embargo is over. A `Governor`
+        takes such a rise for breakage where its own limit is lower.
       require_gain: whether a seed is grafted only while its first-order gain is above
         0.
       waiting_limit: ticks in GERMINATED after which a seed whose turn has not come is
@@ -324,7 +324,7 @@ def decide(
         for name, state in seeds.items()
     }
     targets = {
-        name: jnp.where(shifted & _removable(seeds[name]), Stage.ROLLED_BACK, target)
+        name: jnp.where(shifted & _has_learned(seeds[name]), Stage.ROLLED_BACK, target)
         for name, target in targets.items()
     }
     targets = _take_turns(seeds, targets, config)
@@ -365,7 +365,7 @@ def _watch(
     loss = measured.held_out_loss
     if config.shift_tolerance >= 0:
         usual = memory.loss_mean + config.shift_tolerance * jnp.abs(memory.loss_mean)
-        shifted = loss > usual
+        shifted = jnp.isfinite(loss) & (loss > usual)
         memory = dataclasses.replace(
             memory,
             best_loss=jnp.where(shifted, jnp.inf, memory.best_loss),
@@ -390,9 +390,9 @@ def _watch(
     return memory, shifted
 
 
-def _removable(state: SeedState) -> Bool[Array, " S"]:
-    """Seeds that are part of the model, but not for good."""
-    return (state.stage >= Stage.GRAFTING) & (state.stage <= Stage.FINE_TUNING)
+def _has_learned(state: SeedState) -> Bool[Array, " S"]:
+    """Seeds that have learned something, and are not kept for good."""
+    return (state.stage >= Stage.TRAINING) & (state.stage <= Stage.FINE_TUNING)
 
 
 def _may_be_kept(

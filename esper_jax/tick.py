@@ -133,9 +133,9 @@ def _counterfactuals(
     allowed: Array,
 ) -> dict[str, Float[Array, " K"]]:
     """Worth of the seed in each slot: the held-out loss with its alpha at 0, less the
-    loss as it is. NaN for a slot whose alpha is 0, with nothing to take away, and for
-    a seed about which nothing is to be decided: a fossil, or one that has not been in
-    FINE_TUNING for long enough.
+    loss as it is. NaN for a slot whose alpha is 0, with nothing to take away, for a
+    fossil, about which nothing is left to decide, and for a seed in FINE_TUNING about
+    which nothing is to be decided soon.
 
     The losses without each of the seeds are vmapped, ``at_once`` of them at a time; the
     cost follows the number of seeds on probation, and is none where there is none.
@@ -170,8 +170,8 @@ def _counterfactuals(
 
 
 def _on_probation(state: SeedState, gates: LifecycleConfig) -> Bool[Array, " K"]:
-    """Slots whose seed's worth may decide something; not what is kept for good, nor
-    what is tuned and outside of the window of measurement."""
+    """Slots whose seed is asked for its worth: not one that is kept for good, and one
+    in FINE_TUNING only from the window of measurement on."""
     owner = jnp.maximum(state.seed_of_slot, 0)
     stage = state.stage[owner]
     age = state.epochs_in_stage[owner].astype(jnp.int32)

@@ -481,14 +481,19 @@ def test_what_the_host_was_before_grafting_is_remembered_until_the_seed_is_gone(
 def test_what_has_grown_is_rolled_back_when_the_data_have_changed():
     names = ("TRAINING", "GRAFTING", "EVALUATING", "FINE_TUNING", "FOSSILIZED")
     layers = {"a": seeds(8, 8, **{f"seed_{i}": n for i, n in enumerate(names)})}
+    layers["a"] = dataclasses.replace(
+        layers["a"], stage=layers["a"].stage.at[5].set(Stage.GERMINATED)
+    )
     slow = LifecycleConfig()  # a rollback waits for no minimum
     config = dataclasses.replace(CONFIG, shift_tolerance=0.5)
     back = Stage.ROLLED_BACK
-    changed = [-1, back, back, back, -1, -1, -1, -1]
+    changed = [back, back, back, back, -1, -1, -1, -1]
     for losses, expected in (
         ([1.0, 1.0, 1.6], changed),
         ([1.0, 1.0, 1.4], [-1] * 8),
         ([1.0, 1.0, jnp.nan], [-1] * 8),
+        ([1.0, 1.0, jnp.inf], [-1] * 8),
+        ([1.0, 1.0, jnp.inf, 1.6], changed),
         ([1.6], [-1] * 8),  # nothing to compare it with
         ([1.0, 1.0, 1.6, 1.6], [-1] * 8),  # which is the usual loss from then on
     ):

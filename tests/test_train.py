@@ -544,3 +544,49 @@ def test_blueprints_can_follow_a_schedule_of_the_run() -> None:
     after = jax.device_get(state.banks[LAYERS[0]])
     with pytest.raises(AssertionError):
         same_bits(after, held)
+
+
+def test_what_has_grown_makes_room_for_fresh_seeds_when_the_data_have_changed():
+    kept_long = (*QUICK.min_epochs[:6], 65535, *QUICK.min_epochs[7:])  # not for good
+    program = build(
+        make_model(),
+        optax.adam(3e-2),
+        optax.adam(1e-3),
+        lifecycle_config=dataclasses.replace(QUICK, min_epochs=kept_long),
+        controller_config=ControllerConfig(
+            when="period", period=1, births=4, max_training=4, shift_tolerance=0.5
+        ),
+    )
+    watched = []
+
+    def watch(state, report):
+        watched.append(report)
+
+    def grown(state):
+        layers = jax.device_get([s.stage for s in state.seeds.values()])
+        return sum(
+            np.sum((x >= Stage.GRAFTING) & (x <= Stage.FINE_TUNING)) for x in layers
+        )
+
+    ways = dict(batch_size=16, on_tick=watch)
+    state = fit(program, start(program), TRAIN, TRAIN, ticks=20, **ways)
+    assert grown(state) > 0
+    assert not any(  # the data have not changed yet
+        np.any(layer.stage == Stage.ROLLED_BACK)
+        for report in watched
+        for layer in report.layers.values()
+    )
+    before = jax.device_get(state.banks)
+    other = TRAIN[0], (TRAIN[1] + 1) % 3
+    state, report = program.tick(state, other)
+    assert grown(state) == 0
+    assert report.loss > 1.5 * watched[-1].loss
+    for layer in report.layers.values():
+        counted = (layer.source >= Stage.GRAFTING) & (layer.source <= Stage.FINE_TUNING)
+        np.testing.assert_array_equal(layer.stage == Stage.ROLLED_BACK, counted)
+    state = fit(program, state, other, other, ticks=31, **ways)
+    assert grown(state) > 0
+    weights = [
+        jax.tree.leaves(b)[0] for b in (before["layers/0"], state.banks["layers/0"])
+    ]
+    assert not np.any(weights[0] == weights[1])
