@@ -422,7 +422,7 @@ def _one_run(
     def phase(state: TrainState, number: jax.Array) -> tuple[TrainState, ScanReport]:
         now = [learned, held_out, parts[2]]
         key = jax.random.fold_in(drawn, number)
-        before = []
+        first = None
         if task.change is not None:
             now = [task.change(key, part) for part in now]
             if arm.renews:
@@ -430,7 +430,7 @@ def _one_run(
             # What comes is looked at before anything is learned from it.
             seen = jnp.stack(program.evaluate(state, now[2])).astype(jnp.float32)
             state, report = program.tick(_rested(state), now[1])
-            before = [ScanReport(ticks=report, watched=seen)]
+            first = ScanReport(ticks=report, watched=seen)
 
         def tick(state: TrainState, at: jax.Array) -> tuple[TrainState, ScanReport]:
             epoch, place = jnp.divmod(at, task.ticks_per_epoch)
@@ -450,7 +450,7 @@ def _one_run(
 
         ticks = jnp.arange(arm.epochs * task.ticks_per_epoch)
         state, report = jax.lax.scan(tick, state, ticks)
-        for first in before:
+        if first is not None:
             report = jax.tree.map(
                 lambda a, b: jnp.concatenate([a[None], b]), first, report
             )

@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from flax import nnx
 
@@ -165,16 +166,12 @@ def _grid(
 
 def _other_labels(key: Any, rows: Any) -> Any:
     """The ten classes under other names."""
-    import jax
-
     x, y = rows
     return x, jax.random.permutation(key, 10)[y]
 
 
 def _other_inputs(key: Any, rows: Any) -> Any:
     """The inputs in another order."""
-    import jax
-
     x, y = rows
     return x[:, jax.random.permutation(key, x.shape[1])], y
 
@@ -297,7 +294,6 @@ for _name in [name for name in TASKS if name.startswith("mnist1d")]:
 
 def host_size(task: Task, widths: Sequence[int]) -> int:
     """Parameters of the host with the given widths, counted on the model itself."""
-    import jax
 
     def values() -> Any:
         model = task.make(

@@ -308,7 +308,7 @@ def decide(
         size = memory.tried.shape[0]
         costs = {name: np.zeros((size, s.num_seeds), int) for name, s in seeds.items()}
     measured = next(iter(signals.values()))
-    memory, shifted = _watch(memory, measured, config)
+    memory, shifted = _watch(memory, measured.held_out_loss, config)
     before = {
         name: memory.before.get(name, jnp.full(s.num_seeds, jnp.nan, jnp.float32))
         for name, s in seeds.items()
@@ -357,12 +357,11 @@ def decide(
 
 
 def _watch(
-    memory: ControllerMemory, measured: Signals, config: ControllerConfig
+    memory: ControllerMemory, loss: Array, config: ControllerConfig
 ) -> tuple[ControllerMemory, Bool[Array, ""]]:
     """Plateau detection, and whether the data have changed; a loss that was not
     measured counts as no improvement, and as no change. After one, both begin afresh.
     """
-    loss = measured.held_out_loss
     if config.shift_tolerance >= 0:
         usual = memory.loss_mean + config.shift_tolerance * jnp.abs(memory.loss_mean)
         shifted = jnp.isfinite(loss) & (loss > usual)
