@@ -37,12 +37,12 @@ import numpy as np
 import orbax.checkpoint
 from orbax.checkpoint import v1 as ocp
 
-from esper_jax.checkpoint import Checkpointer
-from esper_jax.config import load_config
+from esper_jax.checkpoint.checkpointer import Checkpointer
+from esper_jax.checkpoint.host_leaves import to_host
 from esper_jax.data import DATASETS
-from esper_jax.functional import is_key
-from esper_jax.host_leaves import to_host
-from esper_jax.run import build_run
+from esper_jax.run.config import load_config
+from esper_jax.run.run import build_run
+from esper_jax.trees import is_key
 
 CONFIG = Path(__file__).parents[1] / "configs" / "digits.toml"
 

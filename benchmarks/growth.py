@@ -81,7 +81,7 @@ from growth_arms import (
 from growth_tasks import TASKS, Task, host_size, widen
 from scipy import stats
 
-from esper_jax.stages import Stage
+from esper_jax.lifecycle.stages import Stage
 
 TUNING_SEED = 100_000
 """Random seeds of the tuning runs begin here; those of the final runs below."""

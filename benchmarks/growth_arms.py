@@ -18,17 +18,18 @@ import optax
 from flax import nnx, struct
 from growth_tasks import Task, host_size, layer_names
 
-from esper_jax import controller
-from esper_jax.blueprints import operations, param_counts
-from esper_jax.controller import Reason
-from esper_jax.functional import TrainState
-from esper_jax.layers import SeedBed
-from esper_jax.lifecycle import LifecycleConfig, no_commands
+from esper_jax import policy
+from esper_jax.blueprints.costs import operations, param_counts
+from esper_jax.growth.state import TrainState
+from esper_jax.layers.bed import SeedBed
+from esper_jax.lifecycle.commands import no_commands
+from esper_jax.lifecycle.rules import LifecycleConfig
+from esper_jax.lifecycle.stages import LIVING, Stage
+from esper_jax.lifecycle.state import SeedState
 from esper_jax.optim import PerSlot, per_slot, scale_by_run_schedule
-from esper_jax.scan import ScanReport, scan_fit, start_from
-from esper_jax.stages import LIVING, Stage
-from esper_jax.state import SeedState
-from esper_jax.train import Program, build
+from esper_jax.policy.memory import Reason
+from esper_jax.train.program import Program, build
+from esper_jax.train.scan import ScanReport, scan_fit, start_from
 
 __all__ = [
     "Arm",
@@ -147,7 +148,7 @@ def grown(task: Task) -> Arm:
         True,
         lambda state, _: state,
         _no_extra,
-        controller.decide,
+        policy.decide,
         task.epochs,
         judged=True,
     )
@@ -232,9 +233,7 @@ def replay(task: Task) -> Arm:
             )
             for name, s in signals.items()
         }
-        commands, memory = controller.decide(
-            seeds, calm, plan.memory, keep, gates, costs
-        )
+        commands, memory = policy.decide(seeds, calm, plan.memory, keep, gates, costs)
         commands = {
             name: dataclasses.replace(
                 c,

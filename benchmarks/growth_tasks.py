@@ -14,12 +14,12 @@ import numpy as np
 from flax import nnx
 
 from esper_jax import data
-from esper_jax.controller import ControllerConfig
 from esper_jax.data import Dataset
-from esper_jax.grafting import GraftConfig
 from esper_jax.hosts import MLP, CharMLP, ConvNet
-from esper_jax.lifecycle import LifecycleConfig
-from esper_jax.stages import Stage
+from esper_jax.lifecycle.grafting import GraftConfig
+from esper_jax.lifecycle.rules import LifecycleConfig
+from esper_jax.lifecycle.stages import Stage
+from esper_jax.policy.config import ControllerConfig
 
 __all__ = ["TASKS", "Task", "lifecycle"]
 

@@ -36,11 +36,13 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests"))
 import lifecycle_oracle as oracle
 
 from esper_jax import lifecycle
-from esper_jax.grafting import GraftMemory, Strategy
-from esper_jax.lifecycle import Commands, LifecycleConfig, gates
-from esper_jax.signals import Signals
-from esper_jax.stages import LEGAL, NUM_STAGES, Outcome, Stage
-from esper_jax.state import SeedState, init_seeds, pack_history, unpack_history
+from esper_jax.lifecycle.commands import Commands
+from esper_jax.lifecycle.grafting import GraftMemory, Strategy
+from esper_jax.lifecycle.history import pack_history, unpack_history
+from esper_jax.lifecycle.rules import LifecycleConfig, gates
+from esper_jax.lifecycle.signals import Signals
+from esper_jax.lifecycle.stages import LEGAL, NUM_STAGES, Outcome, Stage
+from esper_jax.lifecycle.state import SeedState, init_seeds
 
 CONFIG = LifecycleConfig(max_epochs=500)
 CAPACITY = 1024

@@ -26,12 +26,14 @@ import optax
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from esper_jax.controller import ControllerConfig
-from esper_jax.layers import ChunkedLayer
-from esper_jax.lifecycle import GraftConfig, LifecycleConfig
-from esper_jax.parallel import check_replicas, over_mesh, split_rows
-from esper_jax.stages import Stage
-from esper_jax.train import build, classification
+from esper_jax.layers.chunked import ChunkedLayer
+from esper_jax.lifecycle import GraftConfig
+from esper_jax.lifecycle.rules import LifecycleConfig
+from esper_jax.lifecycle.stages import Stage
+from esper_jax.parallel.replicas import check_replicas, split_rows
+from esper_jax.policy.config import ControllerConfig
+from esper_jax.train.mesh import over_mesh
+from esper_jax.train.program import build, classification
 
 GATES = LifecycleConfig(
     min_epochs=(0, 0, 1, 1, 1, 1, 2, 0, 1, 0, 1),

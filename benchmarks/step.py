@@ -25,10 +25,11 @@ import numpy as np
 import optax
 from flax import nnx
 
-from esper_jax.layers import BlueprintParam, ChunkedLayer, GraftProbe, SeedVariable
+from esper_jax.layers.bed import BlueprintParam, GraftProbe, SeedVariable
+from esper_jax.layers.chunked import ChunkedLayer
+from esper_jax.lifecycle.stages import Stage
+from esper_jax.lifecycle.state import SeedState, slot_coefficients
 from esper_jax.optim import per_slot
-from esper_jax.stages import Stage
-from esper_jax.state import SeedState, slot_coefficients
 
 SEEDS = 64
 LIVING = (1, 4, 16, 64)

@@ -4,30 +4,28 @@
 some. `blend`, `lifecycle` and `per_slot` work on plain arrays, without Flax.
 """
 
-from esper_jax import lifecycle
+from esper_jax import _old_paths, lifecycle
 from esper_jax.chunks import ChunkLayout
-from esper_jax.controller import ControllerConfig
-from esper_jax.governor import Governor, GovernorConfig
-from esper_jax.grafting import GraftConfig, Strategy
-from esper_jax.growable import make_growable
 from esper_jax.kernels.blend import blend
-from esper_jax.layers import (
-    BlueprintParam,
-    ChunkedLayer,
-    GraftProbe,
-    SeedBed,
-    SeedVariable,
-    grow_capacity,
-)
-from esper_jax.lifecycle import Commands, LifecycleConfig
+from esper_jax.layers.bed import BlueprintParam, GraftProbe, SeedBed, SeedVariable
+from esper_jax.layers.capacity import grow_capacity
+from esper_jax.layers.chunked import ChunkedLayer
+from esper_jax.layers.growable import make_growable
+from esper_jax.lifecycle.commands import Commands
+from esper_jax.lifecycle.grafting import GraftConfig, Strategy
+from esper_jax.lifecycle.rules import LifecycleConfig
+from esper_jax.lifecycle.signals import Signals
+from esper_jax.lifecycle.stages import Outcome, Stage
+from esper_jax.lifecycle.state import SeedState, coefficients, init_seeds
 from esper_jax.optim import per_slot
-from esper_jax.parallel import over_mesh
-from esper_jax.signals import Signals
-from esper_jax.stages import Outcome, Stage
-from esper_jax.state import SeedState, coefficients, init_seeds
-from esper_jax.train import build, fit
+from esper_jax.policy.config import ControllerConfig
+from esper_jax.train.faults import GovernorConfig
+from esper_jax.train.governor import Governor
+from esper_jax.train.loop import fit
+from esper_jax.train.mesh import over_mesh
+from esper_jax.train.program import build
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "BlueprintParam",
@@ -58,3 +56,5 @@ __all__ = [
     "over_mesh",
     "per_slot",
 ]
+
+_old_paths.install()

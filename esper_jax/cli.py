@@ -68,8 +68,8 @@ def main() -> None:
     )
     # Imported late, so that --help and mistyped options answer at once.
     from esper_jax.checkpoint import CheckpointError
-    from esper_jax.config import ConfigError
-    from esper_jax.run import RunError
+    from esper_jax.run.config import ConfigError
+    from esper_jax.run.folder import RunError
 
     try:
         with _log_on_stderr():
@@ -103,8 +103,8 @@ def _log_on_stderr() -> Iterator[None]:
 
 
 def _train(command: Train) -> None:
-    from esper_jax.config import ConfigError, load_config
-    from esper_jax.run import train_run
+    from esper_jax.run.config import ConfigError, load_config
+    from esper_jax.run.run import train_run
 
     config = load_config(command.config, list(itertools.chain(*command.set)))
     if command.resume and command.out is None:
@@ -130,13 +130,14 @@ def _train(command: Train) -> None:
 
 
 def _evaluate(command: Evaluate) -> None:
-    from esper_jax.run import evaluate_run
+    from esper_jax.run.run import evaluate_run
 
     print(json.dumps(evaluate_run(command.dir)))
 
 
 def _checkpoint(command: Checkpoint) -> None:
-    from esper_jax.checkpoint import Checkpointer, CheckpointError
+    from esper_jax.checkpoint import CheckpointError
+    from esper_jax.checkpoint.checkpointer import Checkpointer
 
     inner = command.dir / "checkpoints"
     with Checkpointer(inner if inner.is_dir() else command.dir) as checkpoints:

@@ -9,8 +9,9 @@ import optax
 
 import esper_jax as ej
 from esper_jax import Stage, lifecycle
-from esper_jax.blueprints import init_bank, resolve
-from esper_jax.state import slot_coefficients
+from esper_jax.blueprints.bank import init_bank
+from esper_jax.blueprints.registry import resolve
+from esper_jax.lifecycle.state import slot_coefficients
 
 layout, kinds = ej.ChunkLayout(features=8, num_seeds=4), resolve(["residual_mlp"])
 ramp = ej.GraftConfig(ramp_duration=5)

@@ -11,7 +11,7 @@ from jax.sharding import AxisType
 from esper_jax import ControllerConfig, build, fit, over_mesh
 from esper_jax.data import digits
 from esper_jax.hosts import MLP
-from esper_jax.parallel import check_replicas
+from esper_jax.parallel.replicas import check_replicas
 
 devices = jax.device_count()
 mesh = jax.make_mesh((devices,), ("data",), (AxisType.Auto,))

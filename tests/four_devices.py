@@ -11,8 +11,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from test_capacity import make_program
 
-from esper_jax.checkpoint import Checkpointer
-from esper_jax.functional import is_key, state_hash
+from esper_jax.checkpoint.checkpointer import Checkpointer
+from esper_jax.trees import is_key, state_hash
 
 source, target, expected = sys.argv[1:]
 assert len(jax.devices()) == 4

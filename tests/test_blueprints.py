@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from esper_jax import blueprints as bp
+from esper_jax.blueprints import registry as names
 from esper_jax.chunks import ChunkLayout
 from esper_jax.kernels.blend import blend
 
@@ -175,7 +176,7 @@ def test_slots_are_float32_and_differ_by_key_and_kind(newborn: bp.Bank) -> None:
 
 @pytest.fixture
 def registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bp, "_REGISTRY", dict(bp._REGISTRY))
+    monkeypatch.setattr(names, "_REGISTRY", dict(names._REGISTRY))
 
 
 @pytest.mark.usefixtures("registry")

@@ -9,13 +9,18 @@ import optax
 import pytest
 from flax import nnx
 
-from esper_jax.checkpoint import Checkpointer, CheckpointError
-from esper_jax.functional import is_key, split_model, state_hash
+from esper_jax.checkpoint import CheckpointError
+from esper_jax.checkpoint.checkpointer import Checkpointer
+from esper_jax.growth.parts import split_model
 from esper_jax.hosts import MLP
-from esper_jax.layers import SeedBed, grow_capacity
-from esper_jax.stages import Stage
-from esper_jax.state import init_seeds, resize, slot_sources
-from esper_jax.train import build, fit
+from esper_jax.layers.bed import SeedBed
+from esper_jax.layers.capacity import grow_capacity
+from esper_jax.lifecycle.slots import resize, slot_sources
+from esper_jax.lifecycle.stages import Stage
+from esper_jax.lifecycle.state import init_seeds
+from esper_jax.train.loop import fit
+from esper_jax.train.program import build
+from esper_jax.trees import is_key, state_hash
 
 LAYERS = ("layers/0", "layers/1")
 

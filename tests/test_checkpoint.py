@@ -20,13 +20,13 @@ import numpy as np
 import pytest
 from test_capacity import living, make_program
 
-from esper_jax import step_folder
-from esper_jax.checkpoint import Checkpointer, CheckpointError, Retention
+from esper_jax.checkpoint import CheckpointError, Retention, step_folder
+from esper_jax.checkpoint.checkpointer import Checkpointer
+from esper_jax.checkpoint.host_leaves import to_host
 from esper_jax.cli import main
-from esper_jax.functional import state_hash
-from esper_jax.host_leaves import to_host
-from esper_jax.migrations import CURRENT, from_tree, migrate
-from esper_jax.state import SeedState, init_seeds
+from esper_jax.lifecycle.state import SeedState, init_seeds
+from esper_jax.migrations.chain import CURRENT, from_tree, migrate
+from esper_jax.trees import state_hash
 
 ROOT = Path(__file__).parents[1]
 FIXTURES = ROOT / "tests" / "fixtures"

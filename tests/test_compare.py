@@ -6,13 +6,14 @@ import jax
 import numpy as np
 import pytest
 
-from esper_jax.compare import train_static, twin
-from esper_jax.config import parse_config
 from esper_jax.data import Dataset
-from esper_jax.events import why
-from esper_jax.run import Metrics, build_run
-from esper_jax.stages import Stage
-from esper_jax.tick import TickReport
+from esper_jax.growth.reports import TickReport
+from esper_jax.lifecycle.stages import Stage
+from esper_jax.monitor.words import why
+from esper_jax.run.compare import train_static, twin
+from esper_jax.run.config import parse_config
+from esper_jax.run.folder import Metrics
+from esper_jax.run.run import build_run
 
 
 def make_data():
@@ -106,7 +107,7 @@ def test_a_picture_is_drawn(tmp_path, monkeypatch):
 
 
 def test_every_reason_has_words():
-    from esper_jax.controller import Reason
+    from esper_jax.policy.memory import Reason
 
     assert len({why(reason) for reason in Reason}) == len(Reason)
     assert why(jax.numpy.int8(Reason.BUSY)) == why(Reason.BUSY)

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from esper_jax.config import ConfigError, load_config, parse_config, to_dict
-from esper_jax.lifecycle import LifecycleConfig
-from esper_jax.stages import Stage
+from esper_jax.lifecycle.rules import LifecycleConfig
+from esper_jax.lifecycle.stages import Stage
+from esper_jax.run.config import ConfigError, load_config, parse_config, to_dict
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))
 

@@ -7,13 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from esper_jax.controller import ControllerConfig, Reason, decide, init_memory
-from esper_jax.events import why
-from esper_jax.grafting import Strategy
-from esper_jax.lifecycle import LifecycleConfig
-from esper_jax.signals import Signals
-from esper_jax.stages import NO_REQUEST, NUM_STAGES, Stage
-from esper_jax.state import init_seeds
+from esper_jax.lifecycle.grafting import Strategy
+from esper_jax.lifecycle.rules import LifecycleConfig
+from esper_jax.lifecycle.signals import Signals
+from esper_jax.lifecycle.stages import NO_REQUEST, NUM_STAGES, Stage
+from esper_jax.lifecycle.state import init_seeds
+from esper_jax.monitor.words import why
+from esper_jax.policy.config import ControllerConfig
+from esper_jax.policy.heuristic import decide
+from esper_jax.policy.memory import Reason, init_memory
 
 CONFIG = ControllerConfig(patience=3, threshold=0.1)
 FREE = LifecycleConfig(min_epochs=(0,) * NUM_STAGES)

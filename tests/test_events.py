@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from esper_jax import events, lifecycle
-from esper_jax.grafting import Strategy
-from esper_jax.lifecycle import Commands, LifecycleConfig
-from esper_jax.signals import Signals
-from esper_jax.stages import Outcome, Stage
-from esper_jax.state import SeedState, init_seeds
+from esper_jax.lifecycle.commands import Commands
+from esper_jax.lifecycle.grafting import Strategy
+from esper_jax.lifecycle.rules import LifecycleConfig
+from esper_jax.lifecycle.signals import Signals
+from esper_jax.lifecycle.stages import Outcome, Stage
+from esper_jax.lifecycle.state import SeedState, init_seeds
 
 CONFIG = LifecycleConfig(max_epochs=60)
 

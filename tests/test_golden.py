@@ -17,13 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from esper_jax import grafting, lifecycle
+from esper_jax import lifecycle
 from esper_jax.chunks import ChunkLayout
-from esper_jax.grafting import GraftConfig, Strategy
-from esper_jax.lifecycle import Commands, LifecycleConfig
-from esper_jax.signals import Signals
-from esper_jax.stages import LEGAL, LIVING, Outcome, Stage
-from esper_jax.state import init_seeds
+from esper_jax.lifecycle import grafting
+from esper_jax.lifecycle.commands import Commands
+from esper_jax.lifecycle.grafting import GraftConfig, Strategy
+from esper_jax.lifecycle.rules import LifecycleConfig
+from esper_jax.lifecycle.signals import Signals
+from esper_jax.lifecycle.stages import LEGAL, LIVING, Outcome, Stage
+from esper_jax.lifecycle.state import init_seeds
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "lifecycle.json"
 SECTIONS = ("defaults", "legal", "transitions", "grafts", "chunks")

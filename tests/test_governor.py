@@ -14,20 +14,18 @@ from flax import nnx
 from rich.console import Console
 
 from esper_jax import run
-from esper_jax.config import load_config
-from esper_jax.functional import state_hash
-from esper_jax.governor import (
-    Fault,
-    Governor,
-    GovernorConfig,
-    TrainingStopped,
-    inspect,
-)
 from esper_jax.hosts import MLP
-from esper_jax.lifecycle import LifecycleConfig
-from esper_jax.stages import Outcome, Stage
-from esper_jax.state import transitions
-from esper_jax.train import build, fit
+from esper_jax.lifecycle.rules import LifecycleConfig
+from esper_jax.lifecycle.stages import Outcome, Stage
+from esper_jax.lifecycle.state import transitions
+from esper_jax.run import run as programs_of_runs
+from esper_jax.run.config import load_config
+from esper_jax.train.faults import Fault, GovernorConfig, inspect
+from esper_jax.train.governor import Governor
+from esper_jax.train.loop import fit
+from esper_jax.train.program import build
+from esper_jax.train.retreat import TrainingStopped
+from esper_jax.trees import state_hash
 
 LAYERS = ("layers/0", "layers/1")
 # Nothing moves by itself within these short runs.
@@ -464,7 +462,7 @@ def smoke(ticks):
 @pytest.fixture
 def broken_run(monkeypatch):
     """Runs on disk whose batches are NaN where a function of the state says so."""
-    original, rule, programs = run.build_run, {}, []
+    original, rule, programs = programs_of_runs.build_run, {}, []
 
     def build_run(config, data):
         # The runs of one test differ in their length alone.
@@ -478,7 +476,7 @@ def broken_run(monkeypatch):
 
         return program._replace(step_from=step_from)
 
-    monkeypatch.setattr(run, "build_run", build_run)
+    monkeypatch.setattr(programs_of_runs, "build_run", build_run)
     return rule
 
 

@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from esper_jax import grafting
-from esper_jax.grafting import GraftConfig, GraftMemory, Strategy
-from esper_jax.signals import Signals
-from esper_jax.state import init_seeds
+from esper_jax.lifecycle import grafting
+from esper_jax.lifecycle.grafting import GraftConfig, GraftMemory, Strategy
+from esper_jax.lifecycle.signals import Signals
+from esper_jax.lifecycle.state import init_seeds
 
 EPOCHS = 100
 CALM = {

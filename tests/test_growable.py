@@ -11,14 +11,17 @@ import optax
 import pytest
 from flax import nnx
 
-from esper_jax.checkpoint import Checkpointer
-from esper_jax.controller import ControllerConfig
-from esper_jax.growable import make_growable
-from esper_jax.layers import ChunkedLayer, SeedBed, SeedVariable
-from esper_jax.lifecycle import GraftConfig, LifecycleConfig
-from esper_jax.signals import health
-from esper_jax.stages import Stage
-from esper_jax.train import build, fit
+from esper_jax.checkpoint.checkpointer import Checkpointer
+from esper_jax.layers.bed import SeedBed, SeedVariable
+from esper_jax.layers.chunked import ChunkedLayer
+from esper_jax.layers.growable import make_growable
+from esper_jax.lifecycle import GraftConfig
+from esper_jax.lifecycle.rules import LifecycleConfig
+from esper_jax.lifecycle.signals import health
+from esper_jax.lifecycle.stages import Stage
+from esper_jax.policy.config import ControllerConfig
+from esper_jax.train.loop import fit
+from esper_jax.train.program import build
 
 GATES = LifecycleConfig(
     min_epochs=(0, 0, 1, 1, 1, 1, 1, 0, 1, 0, 1),

@@ -10,14 +10,15 @@ import optax
 import pytest
 from flax import nnx
 
-from esper_jax.blueprints import Custom
-from esper_jax.controller import ControllerConfig, Reason
-from esper_jax.grafting import GraftConfig
+from esper_jax.blueprints.custom import Custom
 from esper_jax.hosts import MLP
-from esper_jax.lifecycle import LifecycleConfig
-from esper_jax.scan import scan_fit
-from esper_jax.stages import Stage
-from esper_jax.train import build
+from esper_jax.lifecycle.grafting import GraftConfig
+from esper_jax.lifecycle.rules import LifecycleConfig
+from esper_jax.lifecycle.stages import Stage
+from esper_jax.policy.config import ControllerConfig
+from esper_jax.policy.memory import Reason
+from esper_jax.train.program import build
+from esper_jax.train.scan import scan_fit
 
 # Short lives; the gates of worth are those of the original system.
 LIFE = LifecycleConfig(

@@ -12,20 +12,21 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 
-from esper_jax import lifecycle, linen
+from esper_jax import lifecycle
 from esper_jax.kernels.blend import blend
-from esper_jax.layers import (
+from esper_jax.layers import linen
+from esper_jax.layers.bed import (
     DEFAULT_STATISTICS_ROWS,
     BlueprintParam,
-    ChunkedLayer,
     GraftProbe,
     SeedBed,
     SeedVariable,
 )
+from esper_jax.layers.chunked import ChunkedLayer
+from esper_jax.lifecycle.signals import Signals
+from esper_jax.lifecycle.stages import Outcome, Stage
+from esper_jax.lifecycle.state import SeedState, slot_coefficients
 from esper_jax.optim import per_slot
-from esper_jax.signals import Signals
-from esper_jax.stages import Outcome, Stage
-from esper_jax.state import SeedState, slot_coefficients
 
 HOST = nnx.All(nnx.Param, nnx.Not(BlueprintParam))
 

@@ -15,18 +15,19 @@ from hypothesis import strategies as st
 
 from esper_jax import lifecycle
 from esper_jax.chunks import ChunkLayout
-from esper_jax.grafting import GraftConfig, Strategy
-from esper_jax.lifecycle import Commands, LifecycleConfig, commands_for, no_commands
-from esper_jax.signals import Signals
-from esper_jax.stages import LEGAL, LIVING, Outcome, Stage
-from esper_jax.state import (
+from esper_jax.lifecycle.commands import Commands, commands_for, no_commands
+from esper_jax.lifecycle.grafting import GraftConfig, Strategy
+from esper_jax.lifecycle.history import unpack_history
+from esper_jax.lifecycle.rules import LifecycleConfig
+from esper_jax.lifecycle.signals import Signals
+from esper_jax.lifecycle.stages import LEGAL, LIVING, Outcome, Stage
+from esper_jax.lifecycle.state import (
     SeedState,
     coefficients,
     init_seeds,
     saturating_add,
     slot_coefficients,
     transitions,
-    unpack_history,
 )
 
 TICKS = 200

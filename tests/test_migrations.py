@@ -9,7 +9,9 @@ import jax
 import numpy as np
 import pytest
 
-from esper_jax.migrations import (
+from esper_jax.lifecycle.history import pack_history
+from esper_jax.lifecycle.state import init_seeds
+from esper_jax.migrations.chain import (
     CURRENT,
     MigrationError,
     from_tree,
@@ -18,7 +20,6 @@ from esper_jax.migrations import (
     v1_to_v2,
     v2_to_v3,
 )
-from esper_jax.state import init_seeds, pack_history
 
 
 def packed(entries):

@@ -11,17 +11,24 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from esper_jax import collectives
-from esper_jax.controller import ControllerConfig
-from esper_jax.functional import state_hash, values_of
-from esper_jax.governor import Governor, GovernorConfig, retreat
+from esper_jax.growth.parts import values_of
 from esper_jax.hosts import MLP
 from esper_jax.kernels.blend import blend
-from esper_jax.layers import ChunkedLayer, SeedBed
-from esper_jax.lifecycle import GraftConfig, LifecycleConfig
-from esper_jax.parallel import check_replicas, over_mesh, split_rows
-from esper_jax.stages import Stage
-from esper_jax.train import build, fit
+from esper_jax.layers.bed import SeedBed
+from esper_jax.layers.chunked import ChunkedLayer
+from esper_jax.lifecycle import GraftConfig
+from esper_jax.lifecycle.rules import LifecycleConfig
+from esper_jax.lifecycle.stages import Stage
+from esper_jax.parallel import collectives
+from esper_jax.parallel.replicas import check_replicas, split_rows
+from esper_jax.policy.config import ControllerConfig
+from esper_jax.train.faults import GovernorConfig
+from esper_jax.train.governor import Governor
+from esper_jax.train.loop import fit
+from esper_jax.train.mesh import over_mesh
+from esper_jax.train.program import build
+from esper_jax.train.retreat import retreat
+from esper_jax.trees import state_hash
 
 P = PartitionSpec
 DEVICES = 4

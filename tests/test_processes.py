@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import test_parallel as single
 
-from esper_jax.checkpoint import Checkpointer
-from esper_jax.processes import exchange, together, whole
-from esper_jax.train import fit
+from esper_jax.checkpoint.checkpointer import Checkpointer
+from esper_jax.parallel.processes import exchange, together, whole
+from esper_jax.train.loop import fit
 
 HERE = Path(__file__).parent
 

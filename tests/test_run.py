@@ -16,14 +16,16 @@ import pytest
 from rich.console import Console
 
 from esper_jax import run
-from esper_jax.checkpoint import Checkpointer, CheckpointError
+from esper_jax.checkpoint import CheckpointError
+from esper_jax.checkpoint.checkpointer import Checkpointer
 from esper_jax.cli import main
-from esper_jax.config import ConfigError, load_config, parse_config
 from esper_jax.data import DATASETS
-from esper_jax.functional import is_key
-from esper_jax.run import RunError, build_run, evaluate_run, train_run
-from esper_jax.stages import Stage
-from esper_jax.train import fit
+from esper_jax.lifecycle.stages import Stage
+from esper_jax.run.config import ConfigError, load_config, parse_config
+from esper_jax.run.folder import RunError
+from esper_jax.run.run import build_run, evaluate_run, train_run
+from esper_jax.train.loop import fit
+from esper_jax.trees import is_key
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 COMMAND = [sys.executable, "-m", "esper_jax"]

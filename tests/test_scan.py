@@ -9,13 +9,14 @@ import optax
 import pytest
 from flax import nnx
 
-from esper_jax.controller import ControllerConfig
-from esper_jax.grafting import GraftConfig
 from esper_jax.hosts import MLP
-from esper_jax.lifecycle import LifecycleConfig
-from esper_jax.scan import scan_fit, start_from
-from esper_jax.stages import Stage
-from esper_jax.train import build, fit
+from esper_jax.lifecycle.grafting import GraftConfig
+from esper_jax.lifecycle.rules import LifecycleConfig
+from esper_jax.lifecycle.stages import Stage
+from esper_jax.policy.config import ControllerConfig
+from esper_jax.train.loop import fit
+from esper_jax.train.program import build
+from esper_jax.train.scan import scan_fit, start_from
 
 TICKS = 24
 QUICK = LifecycleConfig(

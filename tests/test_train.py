@@ -11,17 +11,20 @@ import pytest
 from flax import nnx
 
 from esper_jax import lifecycle
-from esper_jax.controller import ControllerConfig
-from esper_jax.functional import split_model, state_hash
+from esper_jax.growth.evaluation import _on_probation
+from esper_jax.growth.measure import measure as _measure
+from esper_jax.growth.parts import split_model
 from esper_jax.hosts import MLP
-from esper_jax.layers import SeedBed
-from esper_jax.lifecycle import LifecycleConfig
+from esper_jax.layers.bed import SeedBed
+from esper_jax.lifecycle.rules import LifecycleConfig
+from esper_jax.lifecycle.signals import Signals
+from esper_jax.lifecycle.stages import Outcome, Stage
+from esper_jax.lifecycle.state import init_seeds
 from esper_jax.optim import scale_by_run_schedule
-from esper_jax.signals import Signals
-from esper_jax.stages import Outcome, Stage
-from esper_jax.state import init_seeds
-from esper_jax.tick import _measure, _on_probation
-from esper_jax.train import build, classification, fit
+from esper_jax.policy.config import ControllerConfig
+from esper_jax.train.loop import fit
+from esper_jax.train.program import build, classification
+from esper_jax.trees import state_hash
 
 LAYERS = ("layers/0", "layers/1")
 QUICK = LifecycleConfig(

@@ -12,12 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from esper_jax import step_folder
-from esper_jax.checkpoint import Checkpointer, CheckpointError, Retention
-from esper_jax.host_leaves import to_host
-from esper_jax.parallel import check_replicas, over_mesh
-from esper_jax.step_folder import _digest
-from esper_jax.train import fit
+from esper_jax.checkpoint import CheckpointError, Retention, step_folder
+from esper_jax.checkpoint.checkpointer import Checkpointer
+from esper_jax.checkpoint.host_leaves import to_host
+from esper_jax.checkpoint.step_folder import _digest
+from esper_jax.parallel.replicas import check_replicas
+from esper_jax.train.loop import fit
+from esper_jax.train.mesh import over_mesh
 
 port, index, action, directory = sys.argv[1:]
 jax.config.update("jax_cpu_collectives_implementation", "gloo")

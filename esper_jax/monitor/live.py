@@ -11,8 +11,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 from rich.table import Table
 from rich.text import Text
 
-from esper_jax.stages import Stage
-from esper_jax.tick import TickReport
+from esper_jax.growth.reports import TickReport
+from esper_jax.lifecycle.stages import Stage
 
 __all__ = ["LiveView"]
 

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from esper_jax.blueprints import Bank
+from esper_jax.blueprints.bank import Bank
 from esper_jax.chunks import ChunkLayout
-from esper_jax.signals import Statistics
+from esper_jax.lifecycle.signals import Statistics
 
 __all__ = ["blend", "check_sharding", "shard_layout"]
 

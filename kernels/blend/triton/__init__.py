@@ -19,13 +19,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from esper_jax.blueprints import Bank, Blueprint, Custom, Dense, hidden_width
+from esper_jax.blueprints.bank import Bank, hidden_width
+from esper_jax.blueprints.custom import Blueprint, Custom
+from esper_jax.blueprints.dense import Dense
 from esper_jax.chunks import ChunkLayout
 from esper_jax.kernels.blend.config import Config, choose
 from esper_jax.kernels.blend.triton.launch import backward_pass, forward_pass
 from esper_jax.kernels.blend.triton.static import ACTIVATIONS, Static
-from esper_jax.signals import Statistics
-from esper_jax.stages import Incubation
+from esper_jax.lifecycle.signals import Statistics
+from esper_jax.lifecycle.stages import Incubation
 
 __all__ = ["MAX_WIDTH", "blend", "refusal", "slow"]
 

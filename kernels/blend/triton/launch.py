@@ -13,14 +13,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array
 
-from esper_jax.blueprints import Bank
+from esper_jax.blueprints.bank import Bank
 from esper_jax.chunks import ChunkLayout
 from esper_jax.kernels.blend.config import Blocks
 from esper_jax.kernels.blend.triton import matrix, narrow
 from esper_jax.kernels.blend.triton import statistics as sums_of
 from esper_jax.kernels.blend.triton.refs import Refs
 from esper_jax.kernels.blend.triton.static import Static
-from esper_jax.signals import Statistics
+from esper_jax.lifecycle.signals import Statistics
 
 __all__ = ["backward_pass", "forward_pass"]
 

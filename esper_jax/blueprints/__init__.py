@@ -1,0 +1,57 @@
+"""What can grow in a slot: small networks that correct one chunk.
+
+A blueprint computes the correction ``r(y) = f(y) - y`` that it adds to its chunk, and a
+newborn's correction is 0. The built-in ones are one form,
+
+    r(y) = W2 act(W1 y + b1) + b2 + scale * y,
+
+with some of its parts switched off, so that all of them share one set of arrays and one
+kernel, and a seed's blueprint is a run-time number. `Custom` takes any function; `glu`,
+`context` and `context_glu` are made of it.
+
+The `Bank` of a layer holds the parameters of its ``K`` slots.
+"""
+
+from esper_jax.blueprints.bank import (
+    Bank,
+    dense_masks,
+    hidden_width,
+    init_bank,
+    init_slots,
+)
+from esper_jax.blueprints.costs import operations, param_counts
+from esper_jax.blueprints.custom import Blueprint, Custom, context, context_glu, glu
+from esper_jax.blueprints.dense import (
+    ACTIVATIONS,
+    Dense,
+    affine,
+    bottleneck,
+    low_rank,
+    noop,
+    residual_mlp,
+)
+from esper_jax.blueprints.registry import register, resolve
+
+__all__ = [
+    "ACTIVATIONS",
+    "Bank",
+    "Blueprint",
+    "Custom",
+    "Dense",
+    "affine",
+    "bottleneck",
+    "context",
+    "context_glu",
+    "dense_masks",
+    "glu",
+    "hidden_width",
+    "init_bank",
+    "init_slots",
+    "low_rank",
+    "noop",
+    "operations",
+    "param_counts",
+    "register",
+    "residual_mlp",
+    "resolve",
+]

@@ -1,0 +1,80 @@
+"""Blueprints by name."""
+
+from collections.abc import Callable, Sequence
+
+from esper_jax.blueprints.custom import Blueprint, Custom, context, context_glu, glu
+from esper_jax.blueprints.dense import (
+    Dense,
+    affine,
+    bottleneck,
+    low_rank,
+    noop,
+    residual_mlp,
+)
+
+__all__ = ["register", "resolve"]
+
+_REGISTRY: dict[str, Callable[[], Blueprint]] = {
+    f.__name__: f
+    for f in (
+        residual_mlp,
+        bottleneck,
+        low_rank,
+        affine,
+        noop,
+        glu,
+        context,
+        context_glu,
+    )
+}
+
+
+def register(name: str, make: Callable[[], Blueprint]) -> None:
+    """Makes ``make()`` available under ``name``.
+
+    Raises:
+      ValueError: if the name is taken.
+    """
+    if name in _REGISTRY:
+        raise ValueError(f"there is already a blueprint named {name!r}; choose another")
+    _REGISTRY[name] = make
+
+
+def resolve(blueprints: Sequence[str | Blueprint]) -> tuple[Blueprint, ...]:
+    """Blueprints from names and blueprints; a seed's id is the index into them.
+
+    Raises:
+      ValueError: if there are none or more than 127, a name is unknown, or two
+        custom ones share a name.
+      TypeError: if an entry is neither.
+    """
+    if isinstance(blueprints, str):
+        raise TypeError(
+            f"blueprints must be a sequence of names or blueprints, "
+            f"got {blueprints!r}; write [{blueprints!r}]"
+        )
+    resolved: list[Blueprint] = []
+    for entry in blueprints:
+        if isinstance(entry, str):
+            if entry not in _REGISTRY:
+                raise ValueError(
+                    f"blueprints: unknown blueprint {entry!r}; expected one of "
+                    f"{sorted(_REGISTRY)}"
+                )
+            resolved.append(_REGISTRY[entry]())
+        elif isinstance(entry, (Dense, Custom)):
+            resolved.append(entry)
+        else:
+            raise TypeError(
+                f"blueprints must hold names, Dense or Custom, got {entry!r}"
+            )
+    if not 1 <= len(resolved) <= 127:
+        raise ValueError(f"blueprints must number 1 to 127, got {len(resolved)}")
+    names = [b.name for b in resolved if isinstance(b, Custom)]
+    twice = sorted({n for n in names if names.count(n) > 1})
+    if twice:
+        raise ValueError(
+            f"blueprints: two custom blueprints are named {twice[0]!r}; give one "
+            "another name"
+        )
+    return tuple(resolved)

@@ -1,0 +1,7 @@
+"""Checkpoints that are whole, or found to be damaged: never silently wrong."""
+
+from esper_jax.checkpoint.checkpointer import Checkpointer, Restored, Verdict
+from esper_jax.checkpoint.retention import Retention
+from esper_jax.checkpoint.step_directory import CheckpointError
+
+__all__ = ["CheckpointError", "Checkpointer", "Restored", "Retention", "Verdict"]

@@ -1,0 +1,1 @@
+"""Growth itself: the state of a run, its measurements, and the tick."""

@@ -1,0 +1,97 @@
+"""Sizes of gradients between two ticks: of a layer, its chunks and its seeds."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jaxtyping import Array, Float
+
+from esper_jax.chunks import ChunkLayout
+from esper_jax.lifecycle.state import SeedState, coefficients
+
+__all__ = ["GradientSums", "add", "chunk_gradient", "gradient_ratio"]
+
+
+@struct.dataclass
+class GradientSums:
+    """Sums of gradient norms over the tick's steps, for one layer, float32."""
+
+    host: Float[Array, ""]
+    """Of the weights of the host layer."""
+    chunk: Float[Array, " S"]
+    """Of those that write each chunk; NaN where it is not known which do."""
+    seed: Float[Array, " S"]
+    """Of each living seed's blueprint; 0 for any other."""
+
+    @classmethod
+    def start(cls, num_seeds: int) -> "GradientSums":
+        """Before the first step."""
+        return cls(
+            host=jnp.zeros((), jnp.float32),
+            chunk=jnp.zeros(num_seeds, jnp.float32),
+            seed=jnp.zeros(num_seeds, jnp.float32),
+        )
+
+
+def add(
+    sums: GradientSums,
+    host: Mapping[str, Array],
+    bank: Any,
+    seeds: SeedState,
+    layout: ChunkLayout,
+    owns: bool,
+) -> GradientSums:
+    """Adds one step.
+
+    Args:
+      sums: so far.
+      host: gradients of the host layer's weights.
+      bank: gradients of the layer's bank, a slot on the leading axis.
+      seeds: the layer's seeds.
+      layout: of its chunks.
+      owns: whether the host's weights are those that write the layer. Those with the
+        layer's features on their last axis are then told apart by chunk.
+    """
+    slots = jnp.sqrt(
+        functools.reduce(
+            jnp.add,
+            [
+                jnp.sum(jnp.square(g.astype(jnp.float32)), axis=tuple(range(1, g.ndim)))
+                for g in jax.tree.leaves(bank)
+            ],
+        )
+    )
+    place = jnp.where(seeds.seed_of_slot >= 0, seeds.seed_of_slot, seeds.num_seeds)
+    return GradientSums(
+        host=sums.host + optax.tree.norm(host),
+        chunk=sums.chunk + _by_chunk(host if owns else {}, layout),
+        seed=sums.seed.at[place].add(slots, mode="drop"),
+    )
+
+
+def _by_chunk(host: Mapping[str, Array], layout: ChunkLayout) -> Float[Array, " S"]:
+    columns = [
+        jnp.sum(jnp.square(g.astype(jnp.float32)), axis=tuple(range(g.ndim - 1)))
+        for g in host.values()
+        if g.ndim and g.shape[-1] == layout.features
+    ]
+    if not columns:
+        return jnp.full(layout.num_seeds, jnp.nan, jnp.float32)
+    squares = functools.reduce(jnp.add, columns)
+    return jnp.sqrt(jnp.sum(layout.split(squares), axis=-1))
+
+
+def gradient_ratio(sums: GradientSums, seeds: SeedState) -> Float[Array, " S"]:
+    """Each learning seed's mean norm over its host layer's; NaN for any other."""
+    learns = coefficients(seeds)[1] != 0
+    host = jnp.where(sums.host > 0, sums.host, jnp.nan)
+    return jnp.where(learns, sums.seed / host, jnp.nan)
+
+
+def chunk_gradient(sums: GradientSums, steps: Array) -> Float[Array, " S"]:
+    """Mean norm of the gradient of the weights that write each chunk."""
+    return sums.chunk / jnp.where(steps > 0, steps, jnp.nan)

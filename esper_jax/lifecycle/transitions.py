@@ -1,0 +1,170 @@
+"""The lifecycle of seeds: ageing, gates, transitions and the ownership of slots.
+
+`step` is the one function that changes a stage. It is pure, has no branch on values and
+no loop over seeds, so it can be jitted, donated and vmapped.
+"""
+
+import dataclasses
+import functools
+import operator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from esper_jax.lifecycle import grafting
+from esper_jax.lifecycle.commands import Commands
+from esper_jax.lifecycle.grafting import Strategy
+from esper_jax.lifecycle.history import push_history
+from esper_jax.lifecycle.rules import (
+    LEGAL_PAIRS,
+    LifecycleConfig,
+    gates_pass,
+    minimum_epochs,
+)
+from esper_jax.lifecycle.signals import Signals
+from esper_jax.lifecycle.slots import first_set
+from esper_jax.lifecycle.stages import NO_REQUEST, NUM_STAGES, Outcome, Stage
+from esper_jax.lifecycle.state import SeedState, saturating_add
+
+__all__ = ["age", "step", "transition"]
+
+
+def _judge(
+    state: SeedState, commands: Commands, signals: Signals, config: LifecycleConfig
+) -> tuple[Int[Array, " S"], Int[Array, " S"], Int[Array, " S"]]:
+    """The `Outcome` of each seed's request as far as it hangs on the seed alone, the
+    stage that it asks for, and both stages as the history has them."""
+    requested = commands.target != NO_REQUEST
+    known = (commands.target >= 0) & (commands.target < NUM_STAGES)
+    target = jnp.where(known, commands.target, 0).astype(jnp.uint8)
+    pair = state.stage.astype(jnp.uint8) << 4 | target
+
+    legal = known & functools.reduce(
+        operator.or_, [pair == legal for legal in LEGAL_PAIRS]
+    )
+    exempt = (target == Stage.CANCELLED) | (target == Stage.ROLLED_BACK)
+    late_enough = exempt | (
+        state.epochs_in_stage >= minimum_epochs(state.stage, config)
+    )
+    passed = gates_pass(state, target, signals, config)
+    verdict = jnp.select(
+        [~requested, ~legal, ~late_enough, ~passed],
+        [
+            jnp.int8(Outcome.NONE),
+            jnp.int8(Outcome.ILLEGAL),
+            jnp.int8(Outcome.TOO_EARLY),
+            jnp.int8(Outcome.GATE),
+        ],
+        jnp.int8(Outcome.OK),
+    )
+    return verdict, target, pair
+
+
+def transition(
+    state: SeedState, commands: Commands, signals: Signals, config: LifecycleConfig
+) -> tuple[SeedState, Int[Array, " S"]]:
+    """Carries out or refuses the requested transitions of all seeds at once.
+
+    Slots that this call frees can be taken in the same call. Where more seeds want to
+    germinate than slots are free, the lower seed numbers get them.
+
+    Args:
+      state: the seeds, ``S`` of them with ``K`` slots.
+      commands: what is requested, each field of shape (S,).
+      signals: measurements that the gates read, of shape (S,) or ().
+      config: minima and thresholds.
+
+    Returns:
+      The new state, and an `Outcome` per seed (int8[S]). A refused seed is left exactly
+      as it was.
+
+    Raises:
+      ValueError: if the commands are not for ``S`` seeds.
+    """
+    for field in dataclasses.fields(commands):
+        shape = getattr(commands, field.name).shape
+        if shape != state.stage.shape:
+            raise ValueError(
+                f"commands.{field.name} must have one entry for each of the "
+                f"{state.num_seeds} seeds, shape {state.stage.shape}; got {shape}. "
+                "commands_for(num_seeds, ...) builds and checks them"
+            )
+    verdict, target, pair = _judge(state, commands, signals, config)
+    # Computed once, and not again for each field that depends on it.
+    verdict = jax.lax.optimization_barrier(verdict)
+    allowed, idle = verdict == Outcome.OK, verdict == Outcome.NONE
+
+    freed = allowed & (target >= Stage.CULLED)
+    owner = state.seed_of_slot
+    owner = jnp.where((owner >= 0) & freed[jnp.maximum(owner, 0)], -1, owner)
+    # The first seed that wants a slot gets the first free one, and so on.
+    germinates = allowed & (target == Stage.GERMINATED)
+    slots, free = first_set(owner < 0, state.capacity)
+    seeds, wanting = first_set(germinates, state.capacity)
+    rank = jnp.arange(state.capacity)
+    served = rank < jnp.minimum(free, wanting)
+    last = jnp.max(jnp.where(served, seeds, -1))
+    born = germinates & (jnp.arange(state.num_seeds) <= last)
+    accepted = allowed & (born | ~germinates)
+    outcome = jnp.where(germinates & ~born, jnp.int8(Outcome.NO_CAPACITY), verdict)
+
+    def put(where: Array, new: Any, old: Array) -> Array:
+        return jnp.where(where, jnp.asarray(new, old.dtype), old)
+
+    pushed = push_history(state.history, pair)
+    restyled = (commands.strategy >= 0) & (commands.strategy < len(Strategy))
+    new = dataclasses.replace(
+        state,
+        stage=put(accepted, target, state.stage),
+        parent_stage=put(accepted, state.stage, state.parent_stage),
+        blueprint=put(
+            born & (commands.blueprint >= 0), commands.blueprint, state.blueprint
+        ),
+        strategy=put(restyled & (accepted | idle), commands.strategy, state.strategy),
+        epochs_in_stage=put(accepted, 0, state.epochs_in_stage),
+        error_count=put(born, 0, state.error_count),
+        history=jax.tree.map(
+            functools.partial(jnp.where, accepted), pushed, state.history
+        ),
+        slot_of_seed=put(freed, -1, state.slot_of_seed)
+        .at[jnp.where(served, seeds, state.num_seeds)]
+        .set(slots, mode="drop"),
+        graft=grafting.begin(
+            state.graft, accepted & (target == Stage.GRAFTING), config.grafting
+        ),
+        worth=put(accepted, jnp.nan, state.worth),
+        worth_ticks=put(accepted, 0, state.worth_ticks),
+        seed_of_slot=owner.at[jnp.where(served, slots, state.capacity)].set(
+            seeds, mode="drop"
+        ),
+    )
+    return new, outcome
+
+
+def age(state: SeedState, signals: Signals, config: LifecycleConfig) -> SeedState:
+    """One more epoch in its stage for every seed; those in GRAFTING climb the ramp."""
+    epochs = saturating_add(state.epochs_in_stage, 1)
+    climbed = grafting.update(
+        state.graft, state.strategy, signals, epochs, config.grafting
+    )
+    climbing = state.stage == Stage.GRAFTING
+    graft = jax.tree.map(
+        lambda new, old: jnp.where(climbing, new, old), climbed, state.graft
+    )
+    return dataclasses.replace(state, epochs_in_stage=epochs, graft=graft)
+
+
+def step(
+    state: SeedState, commands: Commands, signals: Signals, config: LifecycleConfig
+) -> tuple[SeedState, Int[Array, " S"]]:
+    """One tick: every seed gets an epoch older (`age`), then the requests are decided
+    (`transition`), which raises what that raises.
+
+    A seed that entered a stage in one tick can leave it ``min_epochs`` ticks later.
+
+    Returns:
+      The new state, and an `Outcome` per seed (int8[S]).
+    """
+    return transition(age(state, signals, config), commands, signals, config)

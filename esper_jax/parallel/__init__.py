@@ -1,0 +1,5 @@
+"""Several devices and processes: collectives, replicas, and what processes exchange."""
+
+from esper_jax.parallel.replicas import check_divides, check_replicas, split_rows
+
+__all__ = ["check_divides", "check_replicas", "split_rows"]

@@ -1,0 +1,96 @@
+"""What the heuristic remembers between ticks, and the reasons that it gives."""
+
+import enum
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, Int, Key
+
+__all__ = ["ControllerMemory", "Reason", "init_memory"]
+
+
+class Reason(enum.IntEnum):
+    """Why something germinated at a tick, or nothing did: the first that holds."""
+
+    GERMINATED = 0
+    DISABLED = 1
+    TARGET_MET = 2
+    NOT_YET = 3
+    """No plateau, or the period is not over."""
+    BUSY = 4
+    """As many seeds are in TRAINING, or wait for it, as may be."""
+    EMBARGOED = 5
+    """No chunk is dormant, and some are under an embargo."""
+    FULL = 6
+    """No chunk is dormant: a seed lives in each."""
+    NO_SLOT = 7
+    """No layer with a dormant chunk has a free slot."""
+    UNMEASURED = 8
+    """What the place is chosen by was not measured."""
+    BUDGET_SPENT = 9
+    """The budget of parameters does not cover another seed."""
+
+
+@struct.dataclass
+class ControllerMemory:
+    """What the controller remembers between ticks."""
+
+    best_loss: Float[Array, ""]
+    """Lowest held-out loss since the last germination."""
+    stale: Int[Array, ""]
+    """Ticks since it last improved, int32."""
+    loss_mean: Float[Array, ""]
+    """Running mean of the held-out loss; NaN before the first."""
+    since: Int[Array, ""]
+    """Ticks since the last germination, int32."""
+    turn: Int[Array, ""]
+    """Where the round robin goes on, counted over the chunks of all layers, int32."""
+    key: Key[Array, ""]
+    """Of random choices."""
+    reason: Int[Array, ""]
+    """`Reason` of the last tick, int8."""
+    tried: Int[Array, " N"]
+    """Seeds that germinated with each blueprint, int32."""
+    kept: Int[Array, " N"]
+    """Those of them that became fossils, int32."""
+    earned: Float[Array, " N"]
+    """Sum of the mean worth of those."""
+    before: dict[str, Float[Array, " S"]]
+    """``loss_mean`` when each seed's grafting began; NaN where there was none yet."""
+
+
+def init_memory(
+    num_seeds: Mapping[str, int] | None = None,
+    *,
+    key: Key[Array, ""] | None = None,
+    blueprints: int = 1,
+) -> ControllerMemory:
+    """Memory before the first tick.
+
+    Args:
+      num_seeds: seeds of each layer, by name.
+      key: of random choices; ``jax.random.key(0)`` if None.
+      blueprints: how many the layers have, the fewest of any of them.
+    """
+
+    def count() -> Array:
+        return jnp.zeros((), jnp.int32)
+
+    return ControllerMemory(
+        best_loss=jnp.asarray(jnp.inf, jnp.float32),
+        stale=count(),
+        loss_mean=jnp.asarray(jnp.nan, jnp.float32),
+        since=count(),
+        turn=count(),
+        key=jax.random.key(0) if key is None else key,
+        reason=jnp.asarray(Reason.NOT_YET, jnp.int8),
+        tried=jnp.zeros(blueprints, jnp.int32),
+        kept=jnp.zeros(blueprints, jnp.int32),
+        earned=jnp.zeros(blueprints, jnp.float32),
+        before={
+            name: jnp.full(s, jnp.nan, jnp.float32)
+            for name, s in (num_seeds or {}).items()
+        },
+    )

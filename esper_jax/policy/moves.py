@@ -1,0 +1,159 @@
+"""When a living seed moves on, and when it is turned away."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from esper_jax.lifecycle.grafting import Strategy
+from esper_jax.lifecycle.rules import LifecycleConfig, gates_pass
+from esper_jax.lifecycle.signals import Signals
+from esper_jax.lifecycle.stages import NO_REQUEST, Stage
+from esper_jax.lifecycle.state import SeedState
+from esper_jax.policy.config import ControllerConfig
+from esper_jax.policy.memory import ControllerMemory
+
+__all__ = ["advance", "has_learned", "may_be_kept", "strategy_for", "take_turns"]
+
+
+def has_learned(state: SeedState) -> Bool[Array, " S"]:
+    """Seeds that have learned something, and are not kept for good."""
+    return (state.stage >= Stage.TRAINING) & (state.stage <= Stage.FINE_TUNING)
+
+
+def may_be_kept(
+    signals: Signals, before: Array, loss_mean: Array, config: ControllerConfig
+) -> Bool[Array, " S"]:
+    """Whether each seed covers its rent and the model is no worse than without growth.
+
+    The first is a paired counterfactual, but one in which the host has come to lean on
+    the seed. The second keeps a seed out that the host was better without.
+    """
+    worse = loss_mean > before + config.keep_tolerance * jnp.abs(before)
+    kept = ~jnp.broadcast_to(worse, before.shape)
+    if config.rent_per_parameter or config.rent_per_operation:
+        rent = config.rent_per_parameter * signals.parameters
+        rent = rent + config.rent_per_operation * signals.operations
+        kept &= signals.total_improvement >= rent  # False where not measured
+    return kept
+
+
+def strategy_for(
+    grafted: Bool[Array, " S"],
+    signals: Signals,
+    memory: ControllerMemory,
+    config: ControllerConfig,
+    lifecycle: LifecycleConfig,
+) -> Int[Array, " S"]:
+    """The strategy that each seed is grafted with, -1 for its own."""
+    nothing = jnp.full(grafted.shape, NO_REQUEST, jnp.int8)
+    if config.how == "fixed":
+        return nothing
+    ramp = lifecycle.grafting
+    wild = (signals.grad_norm < ramp.grad_norm_lower) | (
+        signals.grad_norm > ramp.grad_norm_upper
+    )
+    by_conditions = jnp.select(
+        [signals.drift > ramp.drift_threshold, wild, memory.stale == 0],
+        [
+            jnp.int8(Strategy.DRIFT_CONTROLLED),
+            jnp.int8(Strategy.GRAD_NORM_GATED),
+            jnp.int8(Strategy.MOMENTUM),
+        ],
+        jnp.int8(Strategy.LINEAR),
+    )
+    return jnp.where(grafted, by_conditions, nothing)
+
+
+def advance(
+    state: SeedState,
+    signals: Signals,
+    may_be_kept: Bool[Array, " S"],
+    config: ControllerConfig,
+    lifecycle: LifecycleConfig,
+) -> Int[Array, " S"]:
+    """The next stage of each seed for which it is time, else -1. Not germination."""
+    stage, epochs = state.stage, state.epochs_in_stage
+
+    def ready(target: Stage) -> Array:
+        return gates_pass(state, jnp.full(stage.shape, target), signals, lifecycle)
+
+    def after(limit: int, late: Stage, otherwise: Any) -> Array:
+        return jnp.where(epochs >= limit, late, otherwise)
+
+    ramp_done = state.graft.alpha >= lifecycle.grafting.max_alpha
+    trained = ready(Stage.GRAFTING)
+    if config.require_gain:
+        trained &= signals.gain > 0
+    keep = jnp.where(may_be_kept, Stage.FOSSILIZED, NO_REQUEST)
+    judged = jnp.where(
+        ready(Stage.FINE_TUNING) & may_be_kept,
+        Stage.FINE_TUNING,
+        jnp.where(
+            ready(Stage.CULLED),
+            Stage.CULLED,
+            after(
+                config.evaluation_limit,
+                Stage.ROLLED_BACK,
+                jnp.where(may_be_kept, Stage.FINE_TUNING, NO_REQUEST),
+            ),
+        ),
+    )
+    target = jnp.select(
+        [stage == s for s in Stage],
+        [
+            jnp.full(stage.shape, NO_REQUEST),
+            jnp.full(stage.shape, Stage.TRAINING),
+            jnp.where(
+                trained,
+                Stage.GRAFTING,
+                after(
+                    config.training_limit,
+                    Stage.CULLED,
+                    # Asks in vain, so that the gate's refusal is on record.
+                    jnp.where(ready(Stage.GRAFTING), NO_REQUEST, Stage.GRAFTING),
+                ),
+            ),
+            jnp.where(
+                ramp_done,
+                Stage.STABILIZATION,
+                after(config.grafting_limit, Stage.ROLLED_BACK, NO_REQUEST),
+            ),
+            jnp.full(stage.shape, Stage.EVALUATING),
+            judged,
+            jnp.where(
+                ready(Stage.FOSSILIZED) & may_be_kept,
+                Stage.FOSSILIZED,
+                after(config.tuning_limit, Stage.CULLED, keep),
+            ),
+            jnp.full(stage.shape, NO_REQUEST),
+            jnp.full(stage.shape, Stage.DORMANT),
+            jnp.full(stage.shape, Stage.DORMANT),
+            jnp.full(stage.shape, Stage.DORMANT),
+        ],
+    )
+    exempt = (target == Stage.CANCELLED) | (target == Stage.ROLLED_BACK)
+    minimum = jnp.asarray(lifecycle.min_epochs, jnp.int32)[stage.astype(jnp.int32)]
+    return jnp.where(exempt | (epochs >= minimum), target, NO_REQUEST)
+
+
+def take_turns(
+    seeds: Mapping[str, SeedState],
+    targets: Mapping[str, Int[Array, " S"]],
+    config: ControllerConfig,
+) -> dict[str, Int[Array, " S"]]:
+    """Lets no more than ``max_training`` seeds into TRAINING, in order; cancels those
+    that have waited too long."""
+    room = config.max_training - sum(
+        jnp.sum(s.stage == Stage.TRAINING) for s in seeds.values()
+    )
+    allowed = {}
+    for name, target in targets.items():
+        waiting = target == Stage.TRAINING
+        turn = jnp.cumsum(waiting)
+        late = seeds[name].epochs_in_stage >= config.waiting_limit
+        instead = jnp.where(late, Stage.CANCELLED, NO_REQUEST)
+        allowed[name] = jnp.where(waiting & (turn > room), instead, target)
+        room = room - jnp.sum(waiting & (turn <= room))
+    return allowed

@@ -1,0 +1,332 @@
+"""The configuration of a run: a TOML file checked key by key against dataclasses."""
+
+import dataclasses
+import importlib.util
+import math
+import tomllib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from esper_jax.blueprints.dense import ACTIVATIONS
+from esper_jax.blueprints.registry import resolve
+from esper_jax.data import DATASETS
+from esper_jax.lifecycle.grafting import Strategy
+from esper_jax.lifecycle.rules import LifecycleConfig
+from esper_jax.lifecycle.stages import Incubation, Stage
+from esper_jax.policy.config import ControllerConfig
+from esper_jax.train.faults import GovernorConfig
+
+__all__ = [
+    "CheckpointConfig",
+    "CompareConfig",
+    "ConfigError",
+    "DataConfig",
+    "GrowthConfig",
+    "ModelConfig",
+    "RunConfig",
+    "TrainConfig",
+    "load_config",
+    "parse_config",
+    "to_dict",
+]
+
+
+class ConfigError(ValueError):
+    """A config that cannot be run; the message names the key and what was expected."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Args:
+    name: a key of `DATASETS`.
+    seed: of the split.
+    """
+
+    name: str = "digits"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _one_of("name", self.name, DATASETS)
+        _at_least("seed", self.seed, 0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A multilayer perceptron.
+
+    Args:
+      hidden: width of each hidden layer.
+      activation: a key of `ACTIVATIONS`.
+    """
+
+    hidden: tuple[int, ...] = (64,)
+    activation: str = "relu"
+
+    def __post_init__(self) -> None:
+        if not self.hidden:
+            raise ValueError("hidden must hold at least one width, got none")
+        for width in self.hidden:
+            _at_least("hidden", width, 1)
+        _one_of("activation", self.activation, ACTIVATIONS)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GrowthConfig:
+    """What may grow in each hidden layer.
+
+    Args:
+      num_seeds: seeds of each hidden layer.
+      capacity: seeds of a layer that can live at once.
+      blueprints: names of blueprints.
+      strategy: grafting strategy, a name of `Strategy` in lower case.
+      incubation: ``"task"`` or ``"reconstruction"``.
+    """
+
+    num_seeds: int = 4
+    capacity: int = 4
+    blueprints: tuple[str, ...] = ("residual_mlp",)
+    strategy: str = "linear"
+    incubation: str = "task"
+
+    def __post_init__(self) -> None:
+        _at_least("num_seeds", self.num_seeds, 1)
+        if not 1 <= self.capacity <= self.num_seeds:
+            raise ValueError(
+                f"capacity must be from 1 to num_seeds ({self.num_seeds}), "
+                f"got {self.capacity}"
+            )
+        resolve(self.blueprints)
+        _one_of("strategy", self.strategy, [s.name.lower() for s in Strategy])
+        _one_of("incubation", self.incubation, typing.get_args(Incubation))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Args:
+    ticks: epochs to train for; each ends with a tick.
+    batch_size: rows a step.
+    learning_rate: of AdamW for the host.
+    weight_decay: of AdamW for the host.
+    blueprint_learning_rate: of AdamW in each slot.
+    blueprint_weight_decay: of AdamW in each slot.
+    """
+
+    ticks: int = 100
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    weight_decay: float = 1e-2
+    blueprint_learning_rate: float = 3e-4
+    blueprint_weight_decay: float = 1e-2
+
+    def __post_init__(self) -> None:
+        _at_least("ticks", self.ticks, 1)
+        _at_least("batch_size", self.batch_size, 1)
+        for name in ("learning_rate", "blueprint_learning_rate"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(
+                    f"{name} must be above 0 and finite, got {getattr(self, name)}"
+                )
+        for name in ("weight_decay", "blueprint_weight_decay"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(
+                    f"{name} must be at least 0 and finite, got {getattr(self, name)}"
+                )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """Args:
+    every: ticks between two checkpoints; the last tick is always saved.
+    keep: how many of the newest are kept.
+    keep_best: "loss" or "accuracy": the best on held-out data is kept, too.
+    keep_every: steps that are a multiple of it are kept, too; 0 for none.
+    pinned: steps that are never removed.
+    """
+
+    every: int = 50
+    keep: int = 5
+    keep_best: str = ""
+    keep_every: int = 0
+    pinned: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        _at_least("every", self.every, 1)
+        _at_least("keep", self.keep, 1)
+        _one_of("keep_best", self.keep_best, ("", "loss", "accuracy"))
+        _at_least("keep_every", self.keep_every, 0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """What is shown beside the run when it has ended.
+
+    Args:
+      static: whether a wider host of at least the same final parameters, in which
+        nothing grows, is trained too.
+      plot: whether accuracy over time, with the events on it, is drawn into
+        ``accuracy.png``; needs the extra ``plot``.
+    """
+
+    static: bool = False
+    plot: bool = False
+
+    def __post_init__(self) -> None:
+        if self.plot and importlib.util.find_spec("matplotlib") is None:
+            raise ValueError("plot needs matplotlib: pip install 'esper-jax[plot]'")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """All that a run depends on. Each field is a table of the TOML file.
+
+    ``lifecycle.min_epochs`` is a table from stage names to epochs; stages that it does
+    not name keep their default.
+    """
+
+    seed: int = 0
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    growth: GrowthConfig = dataclasses.field(default_factory=GrowthConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    lifecycle: LifecycleConfig = dataclasses.field(default_factory=LifecycleConfig)
+    controller: ControllerConfig = dataclasses.field(default_factory=ControllerConfig)
+    governor: GovernorConfig = dataclasses.field(default_factory=GovernorConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    compare: CompareConfig = dataclasses.field(default_factory=CompareConfig)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(
+                f"seed must be at least 0 and below 2**32, got {self.seed}"
+            )
+        if self.growth.num_seeds > min(self.model.hidden):
+            raise ValueError(
+                f"growth.num_seeds must be at most the narrowest layer of model.hidden "
+                f"({min(self.model.hidden)}), got {self.growth.num_seeds}"
+            )
+        if self.controller.blueprint >= len(self.growth.blueprints):
+            raise ValueError(
+                f"controller.blueprint must be an index into growth.blueprints "
+                f"(0 to {len(self.growth.blueprints) - 1}), "
+                f"got {self.controller.blueprint}"
+            )
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Reads a TOML file and applies ``key.path=value`` overrides.
+
+    Raises:
+      ConfigError: naming the file or the key, what was expected and what came.
+    """
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: is not TOML: {error}") from None
+    for override in overrides:
+        _override(table, override)
+    return parse_config(table)
+
+
+def parse_config(table: Mapping[str, Any]) -> RunConfig:
+    """A `RunConfig` from nested tables.
+
+    Raises:
+      ConfigError: for an unknown key, a wrong type or an impossible value.
+    """
+    return _build(RunConfig, table, "")
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """The tables that `parse_config` makes this config from."""
+    tables = dataclasses.asdict(config)
+    tables["lifecycle"]["min_epochs"] = {
+        stage.name: config.lifecycle.min_epochs[stage] for stage in Stage
+    }
+    return tables
+
+
+def _override(table: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    path = key.strip().split(".")
+    if not equals or not all(path):
+        raise ConfigError(f"--set expects key=value, got {override!r}")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text  # a bare word is a string
+    for name in path[:-1]:
+        table = table.setdefault(name, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"{key}: {name} is a value, not a table")
+    table[path[-1]] = value
+
+
+def _build(cls: type, table: Any, where: str) -> Any:
+    if not isinstance(table, Mapping):
+        raise ConfigError(f"{where or 'config'}: expected a table, got {table!r}")
+    prefix = f"{where}." if where else ""
+    kinds = typing.get_type_hints(cls)
+    unknown = [key for key in table if key not in kinds]
+    if unknown:
+        raise ConfigError(
+            f"{prefix}{unknown[0]}: unknown key; expected one of {', '.join(kinds)}"
+        )
+    values = {
+        key: _value(kinds[key], value, prefix + key) for key, value in table.items()
+    }
+    try:
+        return cls(**values)
+    except ValueError as error:
+        raise ConfigError(f"{prefix}{error}") from None
+
+
+def _value(kind: Any, value: Any, where: str) -> Any:
+    """``value`` as the annotated type ``kind``."""
+    if dataclasses.is_dataclass(kind):
+        return _build(typing.cast(type, kind), value, where)
+    if where == "lifecycle.min_epochs":
+        return _min_epochs(value, where)
+    if typing.get_origin(kind) is tuple:
+        (element, _) = typing.get_args(kind)
+        if not isinstance(value, (list, tuple)):
+            raise ConfigError(
+                f"{where}: expected a list of {element.__name__}, got {value!r}"
+            )
+        return tuple(_value(element, v, f"{where}[{i}]") for i, v in enumerate(value))
+    if isinstance(kind, types.UnionType):
+        raise TypeError(f"{where}: unions are not supported")
+    is_number = isinstance(value, int) and not isinstance(value, bool)
+    if kind is float and is_number:
+        return float(value)
+    if (kind is int and not is_number) or not isinstance(value, kind):
+        raise ConfigError(f"{where}: expected {kind.__name__}, got {value!r}")
+    return value
+
+
+def _min_epochs(value: Any, where: str) -> tuple[int, ...]:
+    names = [stage.name for stage in Stage]
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{where}: expected a table of stages, got {value!r}")
+    epochs = list(LifecycleConfig().min_epochs)
+    for name, number in value.items():
+        if name not in names:
+            raise ConfigError(
+                f"{where}.{name}: unknown stage; expected one of {', '.join(names)}"
+            )
+        epochs[Stage[name]] = _value(int, number, f"{where}.{name}")
+    return tuple(epochs)
+
+
+def _at_least(name: str, value: float, least: float) -> None:
+    if not value >= least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def _one_of(name: str, value: str, choices: Any) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")

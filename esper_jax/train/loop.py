@@ -1,0 +1,118 @@
+"""The loop around step and tick."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from esper_jax.growth.evaluation import Batch
+from esper_jax.growth.reports import TickReport
+from esper_jax.growth.state import TrainState
+from esper_jax.parallel.replicas import check_replicas
+from esper_jax.train.governor import Governor
+from esper_jax.train.program import Program
+
+__all__ = ["epoch_order", "fit"]
+
+
+def fit(
+    program: Program,
+    state: TrainState,
+    data: Batch,
+    held_out: Batch,
+    *,
+    ticks: int,
+    batch_size: int,
+    seed: int = 0,
+    on_tick: Callable[[TrainState, TickReport], None] | None = None,
+    governor: Governor | None = None,
+) -> TrainState:
+    """Trains until the state has seen ``ticks`` ticks, one after each epoch.
+
+    The order of the rows in epoch ``e`` depends on ``seed``, ``e`` and the number of
+    rollbacks alone, so a restored state goes on where it stopped. What does not fill a
+    batch at the end of an epoch is left out.
+
+    Args:
+      program: as `build` makes it.
+      state: where to start; donated.
+      data: ``(x, y)`` to train on, rows first.
+      held_out: ``(x, y)`` that the gates and the controller read.
+      ticks: where to stop, counted from the beginning of the run.
+      batch_size: rows a step. A restored state must go on with the one that it was
+        trained with: its position in the data is counted in steps.
+      seed: of the order of the rows.
+      on_tick: called after each tick with the state (to read, not to keep: it will be
+        donated) and the report on the host. Not called for a tick that was undone.
+      governor: checks each tick and undoes those that failed.
+
+    Returns:
+      The state after the last tick.
+
+    Raises:
+      ValueError: if the rows do not match or do not fill a batch, devices do not divide
+        them, or (in debug mode) the devices have different states.
+      TrainingStopped: by the governor.
+    """
+    data = _checked(program, "data", data, False)
+    held_out = _checked(program, "held_out", held_out, True)
+    rows = jax.tree.leaves(data)[0].shape[0]
+    if not 1 <= batch_size <= rows:
+        raise ValueError(
+            f"batch_size must be from 1 to the {rows} rows of data, got {batch_size}"
+        )
+    per_epoch = rows // batch_size
+
+    shuffle = jax.jit(
+        lambda epoch, rollbacks: epoch_order(seed, epoch, rollbacks, rows)
+    )
+    if governor is not None:
+        governor.start(state)
+    while (epoch := int(state.ticks)) < ticks:
+        order = shuffle(np.int32(epoch), np.int32(state.governor.rollbacks))
+        order = program.place("order", order, False)
+        for _ in range(per_epoch - int(state.step) % per_epoch):
+            state = program.step_from(state, data, order, batch_size)
+        state, report = program.tick(state, held_out)
+        if not bool(report.replicas_agree):
+            check_replicas(state)
+            raise ValueError(
+                "state must be the same on all devices, and was not before tick "
+                f"{int(report.tick)}. Start all replicas from one state"
+            )
+        if governor is not None:
+            state, rollback = governor.review(state, report, data, held_out)
+            if rollback is not None:
+                continue
+        if on_tick is not None:
+            on_tick(state, jax.device_get(report))
+    return state
+
+
+def epoch_order(
+    seed: int | Int[Array, ""],
+    epoch: Int[Array, ""],
+    rollbacks: Int[Array, ""],
+    rows: int,
+) -> Int[Array, " rows"]:
+    """The order of the rows in an epoch.
+
+    Another one after a rollback, or the same step would fail again.
+    """
+    stream = epoch.astype(jnp.uint32) + (rollbacks.astype(jnp.uint32) << 24)
+    return jax.random.permutation(
+        jax.random.fold_in(jax.random.key(seed), stream), rows
+    )
+
+
+def _checked(program: Program, name: str, data: Batch, divided: bool) -> Batch:
+    shapes = [np.shape(leaf) for leaf in jax.tree.leaves(data)]
+    counts = {shape[:1] for shape in shapes}
+    if len(counts) != 1 or counts & {(), (0,)}:
+        raise ValueError(
+            f"{name} must be (x, y) with the same number of rows, at least one, on the "
+            f"first axis; got {shapes}"
+        )
+    return program.place(name, data, divided)

@@ -1,0 +1,119 @@
+"""A program over a mesh of devices."""
+
+import functools
+from collections import Counter
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+from esper_jax.kernels.blend import check_sharding
+from esper_jax.parallel.replicas import check_divides
+from esper_jax.train.program import Program
+from esper_jax.train.tracing import count_recompiles, counted
+from esper_jax.trees import is_key
+
+__all__ = ["over_mesh"]
+
+
+def over_mesh(program: "Program", mesh: jax.sharding.Mesh) -> "Program":
+    """A program whose functions run on all devices of a mesh, for `fit` or by hand.
+
+    Each device has the whole state and an equal part of the rows (data parallel).
+
+    Args:
+      program: made by `build` with an ``axis_name``.
+      mesh: has that axis and no other.
+
+    Returns:
+      The program: ``step`` takes a whole batch, ``tick`` and ``evaluate`` all held-out
+      rows; the devices have to divide them. ``init`` gives a state on all devices;
+      like `Program.init`, it takes a key, and other values if wanted.
+
+    Raises:
+      ValueError: if the mesh has another axis than the program, or one that is not
+        Auto; by the functions, if the devices do not divide the rows.
+    """
+    axis_name = program.axis_name
+    if axis_name is None or mesh.axis_names != (axis_name,):
+        raise ValueError(
+            f"mesh must have one axis, the program's axis_name ({axis_name!r}); got "
+            f"{mesh.axis_names}. Give build(..., axis_name=...) the mesh's"
+        )
+    everywhere, rows = PartitionSpec(), PartitionSpec(axis_name)
+    check_sharding(NamedSharding(mesh, everywhere))
+
+    def mapped(function: Any, *specs: PartitionSpec) -> Any:
+        return jax.shard_map(
+            function, mesh=mesh, in_specs=(everywhere, *specs), out_specs=everywhere
+        )
+
+    def step(state: Any, batch: Any) -> Any:
+        check_divides("batch", batch, mesh.size)
+        return mapped(program.step, rows)(state, batch)
+
+    def step_from(state: Any, data: Any, order: Array, batch_size: int) -> Any:
+        if batch_size % mesh.size:
+            raise ValueError(
+                f"batch_size must be a multiple of the {mesh.size} devices, got "
+                f"{batch_size}"
+            )
+
+        def one(state: Any, data: Any, order: Array) -> Any:
+            return program.step_from(state, data, order, batch_size)
+
+        return mapped(one, everywhere, everywhere)(state, data, order)
+
+    def tick(state: Any, held_out: Any) -> Any:
+        check_divides("held_out", held_out, mesh.size)
+        return mapped(program.tick, rows)(state, held_out)
+
+    def evaluate(state: Any, data: Any) -> Any:
+        check_divides("data", data, mesh.size)
+        return mapped(program.evaluate, rows)(state, data)
+
+    def place(name: str, data: Any, divided: bool) -> Any:
+        if divided:
+            check_divides(name, data, mesh.size)
+        sharding = NamedSharding(mesh, rows if divided else everywhere)
+        return jax.tree.map(lambda x: _put(x, sharding), data)
+
+    def init(rng: Array, values: Any = None) -> Any:
+        given = () if values is None else (values,)
+        if jax.process_count() == 1:
+            state = program.init(rng, *given)
+            return jax.device_put(state, NamedSharding(mesh, everywhere))
+
+        # From the host's numbers: with several processes, an array of one of them
+        # cannot be sent to the devices of another.
+        given = jax.tree.map(lambda x: x if is_key(x) else np.asarray(x), given)
+
+        @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, everywhere))
+        def start(data: Array) -> Any:
+            impl = jax.random.key_impl(rng)
+            return program.init(jax.random.wrap_key_data(data, impl=impl), *given)
+
+        return start(np.asarray(jax.random.key_data(rng)))
+
+    traces: Counter[str] = Counter()
+    return program._replace(
+        init=init,
+        step=jax.jit(counted(traces, step), donate_argnums=0),
+        step_from=jax.jit(
+            counted(traces, step_from), donate_argnums=0, static_argnums=3
+        ),
+        tick=jax.jit(counted(traces, tick), donate_argnums=0),
+        evaluate=jax.jit(evaluate),
+        place=place,
+        recompiles=functools.partial(count_recompiles, traces),
+    )
+
+
+def _put(x: Any, sharding: NamedSharding) -> Array:
+    """An array that every process has, on all devices of a mesh."""
+    if jax.process_count() == 1:
+        return jax.device_put(x, sharding)
+    host = np.asarray(x)
+    return jax.make_array_from_callback(host.shape, sharding, lambda part: host[part])

@@ -1,0 +1,217 @@
+"""Training a model that grows: the step, and the loop around step and tick.
+
+`build` turns a Flax NNX model into a `Program`: a functional `TrainState` and jitted
+functions of it, none of which recompiles while the model grows. `fit` runs them.
+"""
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from esper_jax import blueprints
+from esper_jax.chunks import ChunkLayout
+from esper_jax.growth.capacity import grow_capacity
+from esper_jax.growth.evaluation import AT_ONCE, Batch, Loss, evaluate
+from esper_jax.growth.parts import split_model, values_of
+from esper_jax.growth.reports import TickReport
+from esper_jax.growth.state import Arrays, TrainState
+from esper_jax.growth.tick import tick
+from esper_jax.lifecycle.rules import LifecycleConfig
+from esper_jax.optim import PerSlot, per_slot
+from esper_jax.parallel import collectives
+from esper_jax.policy import heuristic
+from esper_jax.policy.config import ControllerConfig
+from esper_jax.policy.heuristic import Decide
+from esper_jax.train.start import initial_state
+from esper_jax.train.step import train_step
+from esper_jax.train.tracing import count_recompiles, counted
+from esper_jax.trees import is_key
+
+__all__ = ["Program", "build", "classification"]
+
+
+class Program(NamedTuple):
+    """A model as jitted functions. ``step``, ``step_from`` and ``tick`` donate the
+    state that they are given.
+
+    Attributes:
+      init: ``init(rng) -> TrainState``, from the values the model had when built;
+        ``init(rng, values)`` from others, as `functional.values_of` gives them.
+      step: ``step(state, batch) -> state``: one update from ``batch = (x, y)``.
+      step_from: ``step_from(state, data, order, batch_size) -> state``: the same with
+        the rows of ``data`` that ``order`` names at the state's position.
+      tick: ``tick(state, held_out) -> state, TickReport``.
+      evaluate: ``evaluate(state, data) -> loss, score``, means over the rows.
+      model: ``model(state) -> nnx.Module`` with the state's values.
+      grow_capacity: ``grow_capacity(state, capacity) -> state`` with another number of
+        slots, in all layers or by name; see `functional.grow_capacity`. The only thing
+        that makes ``step`` and ``tick`` compile again.
+      layouts: `ChunkLayout` of each layer that can grow.
+      kinds: the blueprints of each layer that can grow.
+      gates: the lifecycle's numbers that it was built with.
+      axis_name: the mapped axis that ``step``, ``tick`` and ``evaluate`` are to be
+        called under, if any.
+      place: ``place(name, data, divided) -> data`` on the devices as the functions want
+        it: ``divided`` among them (a batch, held-out data) or whole (what ``step_from``
+        picks rows of). ``name`` is the argument's, for errors.
+      recompiles: how often ``step``, ``step_from`` and ``tick`` were compiled again
+        after their first time.
+    """
+
+    init: Callable[..., TrainState]
+    step: Callable[[TrainState, Batch], TrainState]
+    step_from: Callable[[TrainState, Batch, Any, int], TrainState]
+    tick: Callable[[TrainState, Batch], tuple[TrainState, TickReport]]
+    evaluate: Callable[[TrainState, Batch], tuple[Array, Array]]
+    model: Callable[[TrainState], nnx.Module]
+    grow_capacity: Callable[[TrainState, int | Mapping[str, int]], TrainState]
+    layouts: dict[str, ChunkLayout]
+    kinds: dict[str, tuple[blueprints.Blueprint, ...]]
+    gates: LifecycleConfig
+    axis_name: str | None
+    place: Callable[[str, Any, bool], Any]
+    recompiles: Callable[[], int]
+
+
+def classification(
+    logits: Float[Array, "B N"], labels: Int[Array, " B"]
+) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
+    """Softmax cross-entropy in nats, and whether the largest logit is the label's."""
+    loss = optax.softmax_cross_entropy_with_integer_labels(
+        logits.astype(jnp.float32), labels
+    )
+    return loss, (jnp.argmax(logits, -1) == labels).astype(jnp.float32)
+
+
+def build(
+    model: nnx.Module,
+    optimizer: optax.GradientTransformation,
+    blueprint_optimizer: optax.GradientTransformation | PerSlot,
+    *,
+    loss: Loss = classification,
+    lifecycle_config: LifecycleConfig | None = None,
+    controller_config: ControllerConfig | None = None,
+    decide: Decide = heuristic.decide,
+    eval_batch: int = 1024,
+    axis_name: str | None = None,
+    debug: bool = False,
+) -> Program:
+    """Makes the functions that train and grow ``model``.
+
+    Args:
+      model: a Flax NNX model that is called with a batch ``x`` and holds `ChunkedLayer`
+        or `SeedBed` modules. Its values are copied, not changed; `Program.model` gives
+        it back trained.
+      optimizer: for the host's parameters.
+      blueprint_optimizer: for the banks; runs in each slot (`optim.per_slot`). A
+        `PerSlot` is taken as it is.
+      loss: ``loss(outputs, y) -> (loss, score)``, one float of each for every row; the
+        score is what counts as accuracy.
+      lifecycle_config: minima, gates and grafting.
+      controller_config: the heuristic's numbers.
+      decide: what asks for transitions, with the signature of `policy.decide`.
+      eval_batch: rows that are evaluated at once.
+      axis_name: for several devices, the name of the mapped axis that the rows are
+        divided along. ``step``, ``tick`` and ``evaluate`` are then to be called inside
+        `jax.pmap` or `jax.shard_map` over it, each device with the same state and an
+        equal part of the rows, or through `parallel.over_mesh`. All devices come to the
+        same state. Plain `jax.jit` on arrays that are sharded needs none.
+      debug: each tick compares the states of all devices along ``axis_name``, which
+        must be given, bit for bit, and says in its report whether they agree.
+
+    Raises:
+      ValueError: if the model holds nothing that can grow, the controller's blueprint
+        is not one of every layer's, ``eval_batch`` is below 1, ``debug`` is given
+        without ``axis_name``, or, with it, the model holds an untyped random key.
+    """
+    if eval_batch < 1:
+        raise ValueError(f"eval_batch must be at least 1, got {eval_batch}")
+    if debug and axis_name is None:
+        raise ValueError(
+            "debug compares the devices along axis_name, so axis_name must be given "
+            "with it; got None. With plain jit on sharded arrays, call "
+            "parallel.check_replicas(state) between ticks instead"
+        )
+    gates = lifecycle_config or LifecycleConfig()
+    policy = controller_config or ControllerConfig()
+    parts = split_model(model, axis_name)
+    for name, kinds in parts.kinds.items():
+        if policy.blueprint >= len(kinds):
+            raise ValueError(
+                f"controller blueprint must be an index into the {len(kinds)} "
+                f"blueprints of layer {name!r}, got {policy.blueprint}"
+            )
+    bank_optimizer = (
+        blueprint_optimizer
+        if isinstance(blueprint_optimizer, PerSlot)
+        else per_slot(blueprint_optimizer)
+    )
+    initial = jax.tree.map(
+        lambda v: v if is_key(v) else np.asarray(v), values_of(model)
+    )
+    measure = functools.partial(evaluate, parts, loss, eval_batch, axis_name)
+
+    def step(state: TrainState, batch: Batch) -> TrainState:
+        return train_step(
+            parts, loss, optimizer, bank_optimizer, axis_name, state, batch
+        )
+
+    def step_from(
+        state: TrainState, data: Batch, order: Array, batch_size: int
+    ) -> TrainState:
+        position = state.step % (order.shape[0] // batch_size) * batch_size
+        if axis_name is not None:
+            batch_size //= collectives.axis_size(axis_name)
+            position += jax.lax.axis_index(axis_name) * batch_size
+        rows = jax.lax.dynamic_slice_in_dim(order, position, batch_size)
+        return step(state, jax.tree.map(lambda a: a[rows], data))
+
+    def one_tick(state: TrainState, held_out: Batch) -> tuple[TrainState, TickReport]:
+        return tick(
+            parts,
+            measure,
+            bank_optimizer,
+            gates,
+            policy,
+            state,
+            held_out,
+            decide,
+            compare_along=axis_name if debug else None,
+            # JAX cannot vmap a branch whose operands vary along a mapped axis.
+            at_once=AT_ONCE if axis_name is None else 1,
+        )
+
+    # The values are an argument: as constants of the program they would cost seconds.
+    @jax.jit
+    def init(values: Arrays, rng: Array) -> TrainState:
+        return initial_state(parts, optimizer, bank_optimizer, values, rng)
+
+    traces: Counter[str] = Counter()
+    return Program(
+        init=lambda rng, values=initial: init(values, rng),
+        step=jax.jit(counted(traces, step), donate_argnums=0),
+        step_from=jax.jit(
+            counted(traces, step_from), donate_argnums=0, static_argnums=3
+        ),
+        tick=jax.jit(counted(traces, one_tick), donate_argnums=0),
+        evaluate=jax.jit(lambda state, data: measure(parts.values(state), data)),
+        # Copies: the state's own arrays are gone once it is donated.
+        model=lambda state: parts.merge(
+            jax.tree.map(jnp.copy, parts.values(state)), train=True, alone=True
+        ),
+        grow_capacity=functools.partial(grow_capacity, parts, bank_optimizer),
+        layouts=parts.layouts,
+        kinds=parts.kinds,
+        gates=gates,
+        axis_name=axis_name,
+        place=lambda name, data, divided: jax.tree.map(jnp.asarray, data),
+        recompiles=functools.partial(count_recompiles, traces),
+    )

@@ -1,0 +1,53 @@
+"""The state before the first step."""
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Key
+
+from esper_jax.growth.parts import ModelParts
+from esper_jax.growth.state import Arrays, GovernorMemory, Monitor, TrainState
+from esper_jax.optim import PerSlot
+from esper_jax.policy.memory import init_memory
+
+__all__ = ["initial_state"]
+
+_CONTROLLER = 0x5EED
+"""Folded into the run's key for the controller's; not 0 or 1, which fold as splitting
+does."""
+
+
+def initial_state(
+    parts: ModelParts,
+    optimizer: optax.GradientTransformation,
+    bank_optimizer: PerSlot,
+    initial: Arrays,
+    rng: Key[Array, ""],
+) -> TrainState:
+    """The state before the first step."""
+    values = jax.tree.map(jnp.array, initial)
+    banks, seeds = parts.take(values, "bank"), parts.take(values, "seeds")
+    for bed in parts.beds.values():
+        values.pop(f"{bed.path}/bank", None)
+        values.pop(f"{bed.path}/seeds", None)
+    params = {name: values.pop(name) for name in parts.host_params()}
+    host_mean = {layer: parts.host_weights(params, layer) for layer in parts.beds}
+    num_seeds = {layer: layout.num_seeds for layer, layout in parts.layouts.items()}
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        ticks=jnp.zeros((), jnp.int32),
+        rng=jnp.array(rng),
+        params=params,
+        opt_state=optimizer.init(params),
+        banks=banks,
+        bank_opt={layer: bank_optimizer.init(bank) for layer, bank in banks.items()},
+        seeds=seeds,
+        rest=values,
+        memory=init_memory(
+            num_seeds,
+            key=jax.random.fold_in(rng, _CONTROLLER),
+            blueprints=min(len(kinds) for kinds in parts.kinds.values()),
+        ),
+        monitor=Monitor.start(jax.tree.map(jnp.array, host_mean), num_seeds),
+        governor=GovernorMemory.start(),
+    )
