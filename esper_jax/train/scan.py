@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from flax import nnx, struct
 from jaxtyping import Array, Float, Int, Key
 
-from esper_jax.growth.evaluation import Batch
 from esper_jax.growth.parts import values_of
+from esper_jax.growth.recipe import Batch
 from esper_jax.growth.reports import TickReport
 from esper_jax.growth.state import Arrays, TrainState
 from esper_jax.train.loop import epoch_order
