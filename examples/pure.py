@@ -1,6 +1,7 @@
 """Growth without Flax: `blend`, `lifecycle` and `per_slot` on dictionaries of arrays.
 
-A linear layer cannot fit the target. One seed, led through its life by hand, does.
+A linear layer cannot fit the target. We lead one seed through its life by hand; with it
+the layer fits.
 """
 
 import jax
