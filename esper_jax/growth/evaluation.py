@@ -107,7 +107,7 @@ def _only_where(
     at_once: int,
     dtype: jnp.dtype,
 ) -> Float[Array, " N"]:
-    """``function(i)`` where ``asked[i]``, else NaN; ``at_once`` of them side by side."""
+    """``function(i)`` where ``asked[i]``, else NaN; ``at_once`` calls side by side."""
     size = min(at_once, asked.size)
     # Those that are asked for come first. Others fill up the last group.
     order = jnp.argsort(~asked, stable=True)
