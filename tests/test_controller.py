@@ -11,11 +11,12 @@ from esper_jax.lifecycle.grafting import Strategy
 from esper_jax.lifecycle.rules import LifecycleConfig
 from esper_jax.lifecycle.signals import Signals
 from esper_jax.lifecycle.stages import NO_REQUEST, NUM_STAGES, Stage
-from esper_jax.lifecycle.state import init_seeds
+from esper_jax.lifecycle.state import MAX_BLUEPRINTS, init_seeds
 from esper_jax.monitor.words import why
 from esper_jax.policy.config import ControllerConfig
 from esper_jax.policy.heuristic import decide
 from esper_jax.policy.memory import Reason, init_memory
+from esper_jax.policy.places import Limits, choose
 
 CONFIG = ControllerConfig(patience=3, threshold=0.1)
 FREE = LifecycleConfig(min_epochs=(0,) * NUM_STAGES)
@@ -95,6 +96,19 @@ def test_a_loss_that_is_not_measured_is_no_improvement():
 def test_does_not_germinate(blocked):
     targets, _, _ = run(blocked, [1.0] * 9)
     assert Stage.GERMINATED not in targets["a"]
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+def test_germinating_at_a_loss_that_is_not_finite_spoils_no_later_tick(loss):
+    layers = {"a": seeds(8, 8, health=[0.1] * 8)}
+    config = dataclasses.replace(CONFIG, max_training=9)
+    _, _, memory = run(layers, [1.0, *[loss] * 3], config)
+    assert memory.reason == Reason.GERMINATED
+    for stale, loss in ((0, 0.9), (1, 0.9), (0, 0.7), (0, 0.5)):
+        measured = Signals.unmeasured(held_out_loss=loss)
+        _, memory = decide(layers, {"a": measured}, memory, config, FREE)
+        assert (memory.stale, memory.reason) == (stale, Reason.NOT_YET)
+    assert memory.best_loss == np.float32(0.5)
 
 
 def test_waits_for_the_next_plateau_after_germinating():
@@ -190,7 +204,10 @@ def test_keeps_to_the_minimum_epochs():
         ("max_training", 0),
         ("training_limit", 0),
         ("training_limit", 65536),
+        ("waiting_limit", 0),
+        ("waiting_limit", 65536),
         ("blueprint", -1),
+        ("blueprint", MAX_BLUEPRINTS),
     ],
 )
 def test_config_names_the_field(field, value):
@@ -285,6 +302,70 @@ def test_no_more_at_once_than_slots_places_and_turns():
     assert ask(state, budget)[0] == [1, 2]
 
 
+def chosen(layers, births, at_once=99, room=jnp.inf, costs=None):
+    """Seeds that `choose` picks by health, by layer."""
+    picked = choose(
+        layers,
+        {name: state.health for name, state in layers.items()},
+        {
+            n: jnp.array((costs or {}).get(n, [1] * s.num_seeds))
+            for n, s in layers.items()
+        },
+        Limits(births=births, at_once=at_once, room=room),
+    )
+    return {name: np.flatnonzero(flags).tolist() for name, flags in picked.items()}
+
+
+def test_a_layer_without_slots_does_not_stand_in_the_way_of_others():
+    layers = {
+        "a": seeds(4, capacity=1, health=[0.1, 0.2, 0.3, 0.4]),
+        "b": seeds(2, capacity=1, health=[0.8, 0.7]),
+        "c": seeds(2, capacity=2, health=[0.9, jnp.nan]),
+    }
+    assert chosen(layers, births=1) == {"a": [0], "b": [], "c": []}
+    assert chosen(layers, births=2) == {"a": [0], "b": [1], "c": []}
+    assert chosen(layers, births=9) == {"a": [0], "b": [1], "c": [0]}
+    assert chosen(layers, births=9, at_once=2) == {"a": [0], "b": [1], "c": []}
+    assert chosen(layers, births=9, at_once=0) == {"a": [], "b": [], "c": []}
+
+
+def test_a_place_that_costs_too_much_does_not_stand_in_the_way_of_others():
+    layers = {"a": seeds(2, 2, health=[0.1, 0.2]), "b": seeds(3, 3, health=[0.5] * 3)}
+    costs = {"a": [9, 4], "b": [3, 3, 3]}
+    assert chosen(layers, 9, room=8, costs=costs) == {"a": [1], "b": [0]}
+    assert chosen(layers, 1, room=3, costs=costs) == {"a": [], "b": [0]}
+    assert chosen(layers, 9, room=2, costs=costs) == {"a": [], "b": []}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_choose_is_a_plain_loop_over_the_places(seed):
+    rng = np.random.default_rng(seed)
+    layers, costs = {}, {}
+    for name, n in (("a", 7), ("b", 1), ("c", 5)):
+        health = rng.choice([0.1, 0.2, 0.3, np.nan], n)
+        layers[name] = seeds(n, rng.integers(1, n + 1), health=health)
+        costs[name] = rng.integers(1, 4, n).tolist()
+    births, at_once, room = (int(x) for x in rng.integers(1, 9, 3))
+    expected = {name: [] for name in layers}
+    places = sorted(
+        (float(s.health[i]), order, i, name)
+        for order, (name, s) in enumerate(layers.items())
+        for i in range(s.num_seeds)
+        if np.isfinite(s.health[i]) and costs[name][i] <= room
+    )
+    left, spent = min(births, at_once), 0
+    for _, _, i, name in places:
+        if len(expected[name]) == layers[name].capacity:
+            continue
+        spent += costs[name][i]
+        if not left or spent > room:
+            break
+        left -= 1
+        expected[name].append(i)
+    expected = {name: sorted(found) for name, found in expected.items()}
+    assert chosen(layers, births, at_once, room, costs) == expected
+
+
 @pytest.mark.parametrize(
     ("what", "tried", "kept", "earned", "expected"),
     [
@@ -319,6 +400,7 @@ def test_what_is_kept_is_booked_to_its_blueprint():
         state,
         ControllerConfig(enabled=False),
         mean_worth=worth,
+        stability=1.0,
     )
     assert memory.kept.tolist() == [0, 0, 1]
     np.testing.assert_allclose(memory.earned, [0, 0, 0.25])
@@ -456,7 +538,7 @@ def test_a_seed_that_the_host_was_better_without_is_not_kept(now, kept):
     state = dataclasses.replace(
         state, epochs_in_stage=state.epochs_in_stage.at[2].set(200)
     )
-    measured = Signals.unmeasured(held_out_loss=now, mean_worth=5.0)
+    measured = Signals.unmeasured(held_out_loss=now, mean_worth=5.0, stability=1.0)
     commands, _ = decide(
         {"a": state}, {"a": measured}, memory, ControllerConfig(), FREE
     )
