@@ -1,4 +1,4 @@
-"""How a layer's features are cut into chunks, one per seed."""
+"""`ChunkLayout`: how a layer's features are cut into chunks, one per seed."""
 
 import dataclasses
 import functools
@@ -22,8 +22,8 @@ class ChunkLayout:
       num_seeds: number of chunks, from 1 to ``features``.
 
     Raises:
-      TypeError: if an argument is no integer.
-      ValueError: if an argument is out of its range.
+      TypeError: if an argument is not an integer.
+      ValueError: if an argument is out of range.
     """
 
     features: int
@@ -73,9 +73,9 @@ class ChunkLayout:
     def columns(self, seeds: Int[Array, "*K"]) -> Int[Array, "*K C"]:
         """Feature indices of each seed's chunk.
 
-        Where there is no such feature (a seed of -1, the last column of a narrow
-        chunk) the index is ``features``: out of bounds, so that a gather in mode
-        ``fill`` reads 0 there and a scatter in mode ``drop`` writes nothing.
+        A seed of -1 and the last column of a narrow chunk have no feature. Their index
+        is ``features``, which is out of bounds: a gather in mode ``fill`` reads 0
+        there, and a scatter in mode ``drop`` writes nothing.
         """
         offset = jnp.arange(self.width)
         seed = jnp.maximum(seeds, 0)[..., None]
@@ -86,7 +86,7 @@ class ChunkLayout:
     def gather(
         self, y: Shaped[Array, "*B F"], seeds: Int[Array, " K"]
     ) -> Shaped[Array, "*B K C"]:
-        """The chunks of the given seeds, padded with 0; all 0 where a seed is -1."""
+        """Chunks of the given seeds, padded with 0. A seed of -1 gets zeros."""
         if self.even:
             index = jnp.where(seeds < 0, self.num_seeds, seeds)
             return self.split(y).at[..., index, :].get(mode="fill", fill_value=0)
@@ -98,14 +98,14 @@ class ChunkLayout:
         seeds: Int[Array, " K"],
         chunks: Shaped[Array, "*B K C"],
     ) -> Shaped[Array, "*B F"]:
-        """``y`` with the chunks of the given seeds replaced; -1 replaces nothing."""
+        """``y`` with the given seeds' chunks replaced. A seed of -1 changes nothing."""
         if self.even:
             index = jnp.where(seeds < 0, self.num_seeds, seeds)
             return self.merge(self.split(y).at[..., index, :].set(chunks, mode="drop"))
         return y.at[..., self.columns(seeds)].set(chunks, mode="drop")
 
     def split(self, y: Shaped[Array, "*B F"]) -> Shaped[Array, "*B S C"]:
-        """All chunks, padded with 0 where a chunk is narrower than ``width``."""
+        """All chunks. Those narrower than ``width`` are padded with 0."""
         if self.even:
             return y.reshape(*y.shape[:-1], self.num_seeds, self.width)
         return self.gather(y, jnp.arange(self.num_seeds))

@@ -1,4 +1,4 @@
-"""An optimizer for banks: each slot is optimized alone, and only while it learns."""
+"""Optimizer for banks: it treats each slot separately, and only while it learns."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,8 +18,8 @@ class PerSlot(NamedTuple):
       init: ``init(params) -> state``.
       update: ``update(grads, state, params, *, active, born=None, **extra) ->
         updates, state`` with ``active`` and ``born`` bool[K].
-      reset: ``reset(state, params, born) -> state``: fresh moments for the slots where
-        ``born``.
+      reset: ``reset(state, params, born) -> state`` with ``born`` bool[K]. Slots where
+        ``born`` is True get fresh state.
     """
 
     init: Callable[[Any], Any]
@@ -30,25 +30,28 @@ class PerSlot(NamedTuple):
 def per_slot(inner: optax.GradientTransformation) -> PerSlot:
     """Runs ``inner`` in every slot separately, as if each had its own optimizer.
 
-    A slot that is not active gets updates of 0 and keeps its state bit for bit,
-    whatever its gradient is (NaN included); where ``born``, the state starts afresh
-    before the update. Schedules count a slot's own active steps (one by the run's is
-    `scale_by_run_schedule`), and norms (as in `optax.clip_by_global_norm`) are taken
-    over one slot. ``active`` and ``born`` are run-time values: no change of them
-    recompiles. What ``update`` gets besides is handed to ``inner``; training hands over
-    ``step``, the run's.
+    - A slot that is not ``active`` gets updates of 0 and keeps its state bit for bit,
+      whatever its gradient (NaN included).
+    - A slot that is ``born`` gets a fresh state before the update.
+    - Schedules count the slot's own active steps. To follow the run's steps instead,
+      use `scale_by_run_schedule`.
+    - Norms, as in `optax.clip_by_global_norm`, are taken over one slot.
+
+    ``active`` and ``born`` are run-time values: changing them does not recompile.
+    ``update`` passes any other keyword to ``inner``; training passes ``step``, the
+    run's step.
 
     Args:
       inner: any optax optimizer.
 
     Returns:
-      The optimizer. It is not an `optax.GradientTransformation`, since an update that
-      is not told which slots are active would be wrong in silence.
+      The optimizer. It is not an `optax.GradientTransformation`: without ``active``, an
+      update would be silently wrong.
 
     Raises:
-      TypeError: if ``inner`` is no optax optimizer.
-      ValueError: by ``update``, if ``active`` or ``born`` does not have one entry a
-        slot.
+      TypeError: if ``inner`` is not an optax optimizer.
+      ValueError: by ``update`` and ``reset``, if ``active`` or ``born`` does not have
+        one entry for each slot.
     """
     if not (hasattr(inner, "init") and hasattr(inner, "update")):
         raise TypeError(f"inner must be an optax optimizer, got {inner!r}")
@@ -73,11 +76,11 @@ def per_slot(inner: optax.GradientTransformation) -> PerSlot:
         _check_slots("active", active, params)
         if born is not None:
             state = reset(state, params, born)
-        # `extra` is closed over: every slot gets the same.
+        # vmap does not map `extra`: every slot gets the same values.
         updates, new = jax.vmap(lambda g, s, p: inner.update(g, s, p, **extra))(
             grads, state, params
         )
-        # -0.0 is the zero that leaves every number it is added to bit for bit.
+        # Adding -0.0 leaves every number bit-identical; adding 0.0 turns -0.0 into 0.0.
         nothing = jax.tree.map(lambda u: jnp.full_like(u, -0.0), updates)
         return _where(active, updates, nothing), _where(active, new, state)
 
@@ -87,14 +90,14 @@ def per_slot(inner: optax.GradientTransformation) -> PerSlot:
 def scale_by_run_schedule(
     schedule: optax.Schedule,
 ) -> optax.GradientTransformationExtraArgs:
-    """Scales updates by ``schedule`` at the run's step, whenever the slot was filled.
+    """Scales updates by ``schedule`` at the run's step, not at the slot's own step.
 
-    A rate that decays to 0 so brings a newborn to rest together with the host.
-    `optax.scale_by_schedule` counts the slot's own steps, and would still be early in
-    its decay when the run ends.
+    Late-born slots reach a zero rate together with the host. With
+    `optax.scale_by_schedule`, which counts the slot's own steps, a late-born slot would
+    still be early in its decay when the run ends.
 
     Args:
-      schedule: from the run's step to a factor.
+      schedule: maps the run's step to a factor.
 
     Returns:
       A transformation for use inside `per_slot`.
@@ -113,7 +116,7 @@ def scale_by_run_schedule(
 
 
 def _where(condition: Array, new: Any, old: Any) -> Any:
-    """Per slot, new or old. Selects, never multiplies: 0 times NaN is NaN."""
+    """Per slot, ``new`` or ``old``. Selects, since multiplying by 0 would keep NaN."""
 
     def select(a: Array, b: Array) -> Array:
         return jnp.where(condition.reshape(condition.shape + (1,) * (a.ndim - 1)), a, b)

@@ -1,4 +1,4 @@
-"""What is done to any state: hash it, copy it, find its random keys."""
+"""Functions of a whole state: hash it, copy it, find its random keys."""
 
 import hashlib
 from typing import Any
@@ -13,7 +13,7 @@ __all__ = ["copy_state", "is_key", "state_hash"]
 
 
 def copy_state(state: TrainState) -> TrainState:
-    """The same state in arrays of its own: what donates one leaves the other be."""
+    """A copy that shares no arrays with ``state``: donating one keeps the other."""
     return _copy(state)
 
 

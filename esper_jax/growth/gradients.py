@@ -1,4 +1,4 @@
-"""Sizes of gradients between two ticks: of a layer, its chunks and its seeds."""
+"""Gradient norms between two ticks: of a layer, its chunks and its seeds."""
 
 import functools
 from collections.abc import Mapping
@@ -18,18 +18,18 @@ __all__ = ["GradientSums", "add", "chunk_gradient", "gradient_ratio"]
 
 @struct.dataclass
 class GradientSums:
-    """Sums of gradient norms over the tick's steps, for one layer, float32."""
+    """Gradient norms of a layer, float32, summed over the steps since the last tick."""
 
     host: Float[Array, ""]
-    """Of the weights of the host layer."""
+    """Norm over all weights of the host layer."""
     chunk: Float[Array, " S"]
-    """Of those that write each chunk; NaN where it is not known which do."""
+    """Norm over the weights that write each chunk; NaN if they are not known."""
     seed: Float[Array, " S"]
-    """Of each living seed's blueprint; 0 for any other."""
+    """Norm over the blueprint of each living seed; 0 for other seeds."""
 
     @classmethod
     def start(cls, num_seeds: int) -> "GradientSums":
-        """Before the first step."""
+        """Sums before the first step: all 0."""
         return cls(
             host=jnp.zeros((), jnp.float32),
             chunk=jnp.zeros(num_seeds, jnp.float32),
@@ -45,16 +45,19 @@ def add(
     layout: ChunkLayout,
     owns: bool,
 ) -> GradientSums:
-    """Adds one step.
+    """Adds the gradient norms of one step.
 
     Args:
-      sums: so far.
+      sums: sums so far.
       host: gradients of the host layer's weights.
-      bank: gradients of the layer's bank, a slot on the leading axis.
+      bank: gradients of the layer's bank, slots on the leading axis.
       seeds: the layer's seeds.
-      layout: of its chunks.
-      owns: whether the host's weights are those that write the layer. Those with the
-        layer's features on their last axis are then told apart by chunk.
+      layout: the layer's chunks.
+      owns: whether the host's weights write the layer's output. If so, the weights with
+        the layer's features on their last axis are divided by chunk.
+
+    Returns:
+      The sums with this step's norms added.
     """
     slots = jnp.sqrt(
         functools.reduce(
@@ -86,12 +89,12 @@ def _by_chunk(host: Mapping[str, Array], layout: ChunkLayout) -> Float[Array, " 
 
 
 def gradient_ratio(sums: GradientSums, seeds: SeedState) -> Float[Array, " S"]:
-    """Each learning seed's mean norm over its host layer's; NaN for any other."""
+    """Mean norm of each learning seed over its host layer's; NaN for other seeds."""
     learns = coefficients(seeds)[1] != 0
     host = jnp.where(sums.host > 0, sums.host, jnp.nan)
     return jnp.where(learns, sums.seed / host, jnp.nan)
 
 
 def chunk_gradient(sums: GradientSums, steps: Array) -> Float[Array, " S"]:
-    """Mean norm of the gradient of the weights that write each chunk."""
+    """Mean gradient norm of the weights that write each chunk, over ``steps`` steps."""
     return sums.chunk / jnp.where(steps > 0, steps, jnp.nan)

@@ -1,8 +1,8 @@
-"""A Flax model as pure functions of arrays: taken apart once, merged where it is run.
+"""Splits a Flax model into graph and arrays once, and merges them wherever it runs.
 
-`TrainState` holds what a run is. Names of variables and layers are their paths in the
-model, joined by slashes (``layers/0/base/kernel``, ``layers/0``). Of a stack of layers
-(`nnx.scan`, `nnx.vmap`) each is one by itself: ``blocks/mlp[0]``, ``blocks/mlp[1]``.
+`TrainState` holds the arrays. Variables and layers are named by their paths in the
+model, joined by slashes (``layers/0/base/kernel``, ``layers/0``). Each layer of a stack
+(`nnx.scan`, `nnx.vmap`) has its own name: ``blocks/mlp[0]``, ``blocks/mlp[1]``.
 """
 
 import dataclasses
@@ -28,36 +28,40 @@ class Bed:
     """Where a layer's `SeedBed` is in the model."""
 
     path: str
+    """Path of the `SeedBed`."""
     owner: str
     """Path of the `ChunkedLayer` that holds the bed, or the bed's own path."""
     stack: tuple[int, ...] = ()
-    """Leading axes of the variables of a stack of layers; () for a single one."""
+    """Leading axes of the variables of a stack of layers; () for a single layer."""
     index: tuple[int, ...] = ()
-    """The layer's place in the stack."""
+    """Index of the layer along the axes of ``stack``; () for a single layer."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelParts:
-    """A model taken apart: all that puts it together again from arrays."""
+    """A split model: everything but the arrays that is needed to rebuild it."""
 
     graph: dict[bool, Any]
     """The model's graph in training mode (True) and in evaluation mode (False)."""
     own_graph: Any
-    """The graph in training mode as the user made it: for use outside a mapped axis."""
+    """Graph in training mode as the user made it, for use outside a mapped axis."""
     variables: dict[str, tuple[tuple[Any, ...], Any]]
-    """Path of each variable, and the variable (or bare array) there, by name."""
+    """By name: path of each variable, and the variable (or bare array) there."""
     beds: dict[str, Bed]
-    """By layer name."""
+    """Place of each layer's bed, by layer name."""
     layouts: dict[str, ChunkLayout]
+    """Chunks of each layer, by layer name."""
     kinds: dict[str, tuple[blueprints.Blueprint, ...]]
+    """Blueprints of each layer, by layer name."""
 
     def merge(self, values: Arrays, train: bool, alone: bool = False) -> Any:
         """The model with the given values.
 
         Args:
-          values: by variable name.
+          values: values of all variables, by name.
           train: whether the model is in training mode.
-          alone: for use outside the mapped axis that the model is trained along.
+          alone: whether the model will run outside the mapped axis that it is trained
+            along. It is then in training mode, whatever ``train`` says.
         """
         flat = [
             (path, _with_value(variable, values[name]))
@@ -79,8 +83,8 @@ class ModelParts:
         """The values of all variables by name.
 
         Args:
-          state: of the run.
-          probes: by layer, instead of the state's.
+          state: state of the run.
+          probes: probes by layer, to use instead of the state's.
         """
         values = {**state.params, **state.rest}
         parts: dict[str, Arrays] = {
@@ -90,7 +94,7 @@ class ModelParts:
         }
         for name, by_layer in parts.items():
             members: dict[str, list[str]] = {}
-            # In the order of the stack; a jitted dictionary has its keys sorted.
+            # Follow the order of the stack: jit sorts the keys of a dictionary.
             for layer in filter(by_layer.__contains__, self.beds):
                 members.setdefault(self.beds[layer].path, []).append(layer)
             for path, layers in members.items():
@@ -102,7 +106,7 @@ class ModelParts:
         return values
 
     def take(self, values: Arrays, name: str) -> dict[str, Any]:
-        """The ``bank``, ``seeds`` or ``probe`` of each layer, out of all values."""
+        """The ``bank``, ``seeds`` or ``probe`` of each layer, taken from all values."""
         return {
             layer: jax.tree.map(
                 lambda x, index=bed.index: x[index] if index else x,
@@ -112,10 +116,10 @@ class ModelParts:
         }
 
     def host_weights(self, params: Arrays, layer: str) -> Arrays:
-        """The parameters that a layer's seeds stand beside.
+        """The parameters of the host layer that a layer's seeds grow in.
 
-        For a `ChunkedLayer` these are its base's. For a bare `SeedBed` they are those
-        of the nearest module around it that has any.
+        For a `ChunkedLayer`: the parameters of its base. For a bare `SeedBed`: those of
+        the nearest enclosing module that has any.
         """
         bed = self.beds[layer]
         place = bed.owner.split("/") if bed.owner else []
@@ -132,7 +136,7 @@ class ModelParts:
         return {}
 
     def has_base(self, layer: str) -> bool:
-        """Whether the layer's host weights are known to write its output."""
+        """Whether the layer has a base with parameters, which then write its output."""
         return any(p.startswith(self._base(layer)) for p in self.host_params())
 
     def _base(self, layer: str) -> str:
@@ -177,17 +181,18 @@ def _layers(node: SeedBed, path: str, owner: str) -> dict[str, Bed]:
 
 
 def split_model(model: nnx.Module, axis_name: str | None = None) -> ModelParts:
-    """Takes a model apart.
+    """Splits a model into the parts that `ModelParts` holds.
 
     Args:
-      model: not changed, its mode included.
-      axis_name: the mapped axis that the rows are divided along, if there is one.
+      model: the user's model; neither it nor its mode is changed.
+      axis_name: name of the mapped axis that divides the rows among devices, if any.
 
     Raises:
-      ValueError: if the model holds nothing that can grow, or, with ``axis_name``, a
-        random key without a type, which cannot be told from other numbers.
+      ValueError: if the model holds nothing that can grow, or is itself a `SeedBed`; if
+        ``axis_name`` is given and the model holds an untyped random key, which cannot
+        be told from other integers.
     """
-    model = nnx.merge(*nnx.split(model))  # the user's modules stay as they are
+    model = nnx.merge(*nnx.split(model))  # a copy: leave the user's model as it is
     beds, layouts, kinds = _find_beds(model)
     model.train()
     own_graph, state = nnx.split(model)
@@ -227,12 +232,12 @@ def _find_beds(model: nnx.Module) -> _Found:
                 kinds[name] = node.blueprints
     if "" in [bed.path for bed in beds.values()]:
         raise ValueError(
-            "model must hold a SeedBed, not be one: by itself it has no host to grow"
+            "model must hold a SeedBed, not be one: a bare SeedBed has no host to grow"
         )
     if not beds:
         raise ValueError(
-            "model must hold at least one ChunkedLayer or SeedBed: without one there "
-            "is nothing that could grow"
+            "model must hold at least one ChunkedLayer or SeedBed: without one, "
+            "nothing can grow"
         )
     return beds, layouts, kinds
 
@@ -243,15 +248,15 @@ def _check_typed(name: str, variable: Any) -> None:
     if not isinstance(value, jax.ShapeDtypeStruct) or value.dtype != np.uint32:
         return
     if isinstance(variable, nnx.RngState):
-        untyped = isinstance(variable, nnx.RngKey)  # or a count
+        untyped = isinstance(variable, nnx.RngKey)  # a count is uint32, too
     else:
         untyped = value.shape[-1:] == jax.random.key_data(jax.random.key(0)).shape
     if untyped:
         raise ValueError(
             f"variable {name!r} must hold a typed random key, as jax.random.key makes "
-            f"it, or each device would draw the same numbers; got uint32"
-            f"{list(value.shape)}. Wrap it with jax.random.wrap_key_data; if it is no "
-            "key, give it another dtype"
+            f"it: with an untyped one, all devices draw the same numbers; got uint32"
+            f"{list(value.shape)}. Wrap it with jax.random.wrap_key_data; if it is not "
+            "a key, give it another dtype"
         )
 
 

@@ -1,4 +1,4 @@
-"""`SeedBed`: a Flax NNX module that watches an activation and lets it grow."""
+"""`SeedBed`: a Flax NNX module that watches an activation and grows seeds in it."""
 
 from collections.abc import Sequence
 from typing import get_args
@@ -28,18 +28,19 @@ __all__ = [
 ]
 
 DEFAULT_CAPACITY = 8
-"""Slots of a layer that is not told how many it should have (or one a seed)."""
+"""Default number of slots. A layer with fewer seeds gets one slot per seed."""
 
 
 DEFAULT_STATISTICS_ROWS = 256
-"""Rows of a batch that a layer measures at most, if it is not told how many.
+"""Most rows of a batch that a layer measures, by default.
 
-Of a chunk of 16 features that is 4,096 activations a call, and a tick sums many calls.
-Were they independent, a call's mean would be off by 1.6% of their deviation."""
+For a chunk of 16 features, 256 rows are 4,096 activations per call, and a tick sums
+many calls. If the activations were independent, the standard error of a call's mean
+would be 1.6% of their standard deviation."""
 
 
 class BlueprintParam(nnx.Param):
-    """The bank: parameters of the blueprints. To be optimized with `optim.per_slot`."""
+    """The bank: parameters of the blueprints. Optimize it with `optim.per_slot`."""
 
 
 class SeedVariable(nnx.Variable):
@@ -47,10 +48,11 @@ class SeedVariable(nnx.Variable):
 
 
 class GraftProbe(nnx.Variable):
-    """Added to each slot's alpha; always 0 while training.
+    """Offset that is added to each slot's alpha; always 0 while training.
 
-    The loss's gradient with respect to it is the one with respect to alpha. Set to
-    ``-alpha`` of one slot, it gives the loss without that seed: a counterfactual.
+    The gradient of the loss with respect to the probe equals that with respect to
+    alpha. Setting one slot's probe to ``-alpha`` gives the loss without that seed: a
+    counterfactual.
     """
 
 
@@ -60,39 +62,40 @@ nnx.register_variable_name("probe", GraftProbe)
 
 
 class SeedBed(nnx.Module):
-    """Watches the chunks of an activation and lets blueprints grow in them.
+    """Watches the chunks of an activation and grows blueprints in them.
 
-    The part of `ChunkedLayer` that follows the base layer; usable by itself wherever
-    there is an activation and no layer.
+    `ChunkedLayer` is a base layer followed by a `SeedBed`. Use a bare `SeedBed` on an
+    activation that no single layer produces.
 
     Args:
       features: width of the last axis.
-      num_seeds: chunks that the features are cut into, one seed each.
-      capacity: seeds that can live at once, the slots of the bank; from 1 to
-        ``num_seeds``, by default the lesser of that and `DEFAULT_CAPACITY`.
-      blueprints: what may grow: names, `Dense` or `Custom`. A seed's blueprint id is
-        the index into them.
+      num_seeds: number of chunks that the features are cut into, one seed each.
+      capacity: number of slots of the bank, which is how many seeds can live at once.
+        From 1 to ``num_seeds``; by default the smaller of ``num_seeds`` and
+        `DEFAULT_CAPACITY`.
+      blueprints: blueprints that may grow: names, `Dense` or `Custom`. A seed's
+        blueprint id is an index into this sequence.
       strategy: grafting strategy that each seed starts with.
       incubation: what a seed in TRAINING learns from: ``"task"`` or
         ``"reconstruction"``.
-      statistics_rows: rows that a call measures, at most; all if None. They are spread
-        evenly over the flattened batch of ``N`` rows, every
-        ``ceil(N / statistics_rows)``-th from the first, so that no part of it is left
-        out; batches that are no larger are measured whole. (A little fewer where the
-        stride would have a factor in common with inner axes, and so always meet the
-        same positions.) On several devices each takes its share; they are the rows of
-        one device where the stride divides the rows of each.
-      implementation: of `blend`.
+      statistics_rows: most rows that a call measures; None measures all. In a flattened
+        batch of ``N`` rows, a call measures every ``ceil(N / statistics_rows)``-th row,
+        starting with the first. A batch of at most ``statistics_rows`` rows is measured
+        whole. If the stride shares a factor with the inner axes, so that it would
+        always meet the same positions, a larger stride takes slightly fewer rows. On
+        several devices, each device measures its share; these are the same rows as on
+        one device if the stride divides the number of rows per device.
+      implementation: passed to `blend`.
       deterministic: if True, a call collects no statistics. `nnx.Module.eval` and
         ``train`` switch it.
-      axis_name: where the rows are divided among devices along a mapped axis (`pmap`,
-        `shard_map`): its name. Statistics are then those of all rows.
-      sharding: how the activation is laid out over a mesh, in plain `jax.jit`; see
+      axis_name: name of the mapped axis (`pmap`, `shard_map`) that divides the rows
+        among devices, if there is one. Statistics then cover the rows of all devices.
+      sharding: layout of the activation over a mesh, for use in plain `jax.jit`; see
         `blend`.
-      rngs: key ``params`` draws the first bank.
+      rngs: its key ``params`` draws the first bank.
 
     Raises:
-      TypeError, ValueError: naming the argument that does not fit.
+      TypeError, ValueError: if an argument does not fit; the message names it.
     """
 
     def __init__(
@@ -169,17 +172,21 @@ class SeedBed(nnx.Module):
     def _rows(self) -> int | None:
         """Rows that this call measures on this device."""
         if self.deterministic:
-            return 0  # what nobody records costs nothing
+            return 0  # nobody records the statistics, so do not compute them
         if self.axis_name is None or not self.statistics_rows:
             return self.statistics_rows
         return max(1, self.statistics_rows // collectives.axis_size(self.axis_name))
 
 
 def stack_of(bed: SeedBed, name: str) -> tuple[int, ...]:
-    """Leading axes of the variables of a stack of layers; () for a single one.
+    """Leading axes of the variables of a stack of layers; () for a single layer.
+
+    Args:
+      bed: the bed of the layer or of the stack.
+      name: name of the bed, for the error message.
 
     Raises:
-      ValueError: with ``name``, if they are not stacked along their first axes.
+      ValueError: if the variables are not stacked along their first axes.
     """
     seeds = bed.seeds.get_value()
     stack = seeds.stage.shape[:-1]

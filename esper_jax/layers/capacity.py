@@ -1,4 +1,4 @@
-"""More or fewer slots on a live model."""
+"""Changes the number of slots of a live model."""
 
 import jax
 import jax.numpy as jnp
@@ -25,11 +25,14 @@ def resize_layer(
     """Seeds and bank of one layer with ``N`` slots.
 
     Args:
-      layer: its seeds and its bank.
-      source: as `slot_sources` returns it.
-      blueprints: what may grow in the layer.
+      layer: the layer's seeds and bank.
+      source: the old slot of each new slot, as `slot_sources` returns it.
+      blueprints: the layer's blueprints.
       layout: the layer's chunks.
       key: draws the parameters of new slots.
+
+    Returns:
+      The resized seeds and bank.
     """
     seeds, bank = layer
     slots = len(source)
@@ -38,29 +41,31 @@ def resize_layer(
 
 
 def grow_capacity(model: nnx.Module, capacity: int, *, rngs: nnx.Rngs) -> None:
-    """Changes the number of slots of every layer of a model that can grow, in place.
+    """Changes the number of slots of every growable layer of a model, in place.
 
-    In a stack of layers (`nnx.vmap`, `nnx.scan`), of each of them. Values are kept bit
-    for bit; new slots are free and fresh. A smaller capacity moves the slots of living
-    seeds together. An optimizer state of the banks does not follow: use
-    `Program.grow_capacity` on a whole `TrainState`, or `lifecycle.slots.move_slots` on
-    the optimizer state.
+    Each layer of a stack (`nnx.vmap`, `nnx.scan`) is changed. Existing values are kept
+    bit for bit; new slots are free, with fresh parameters. A smaller capacity moves the
+    slots of living seeds together.
+
+    The optimizer state of the banks is not changed. To change it too, use
+    `Program.grow_capacity` on the whole `TrainState`, or `lifecycle.slots.move_slots`
+    on the optimizer state.
 
     Args:
       model: holds `ChunkedLayer` or `SeedBed` modules.
-      capacity: slots of each of them.
-      rngs: key ``params`` draws the parameters of new slots.
+      capacity: new number of slots of each of them.
+      rngs: its key ``params`` draws the parameters of new slots.
 
     Raises:
-      ValueError: if the model holds nothing that can grow, if the capacity is out of a
-        layer's range or too small for its living seeds, or if layers are stacked along
-        another axis than the first. Nothing has been changed then.
+      ValueError: if the model holds no `ChunkedLayer` or `SeedBed`, if the capacity is
+        out of a layer's range or too small for its living seeds, or if layers are
+        stacked along an axis other than the first. The model is then unchanged.
     """
     beds = [node for _, node in nnx.iter_graph(model) if isinstance(node, SeedBed)]
     if not beds:
         raise ValueError(
-            "model must hold at least one ChunkedLayer or SeedBed: without one there "
-            "is nothing that could grow"
+            "model must hold at least one ChunkedLayer or SeedBed: without one, "
+            "nothing can grow"
         )
     layers = [_layers(bed) for bed in beds]
     sources = [[slot_sources(seeds, capacity) for seeds, _ in each] for each in layers]
@@ -79,7 +84,7 @@ def grow_capacity(model: nnx.Module, capacity: int, *, rngs: nnx.Rngs) -> None:
 
 
 def _layers(bed: SeedBed) -> list[tuple[SeedState, Bank]]:
-    """Seeds and bank of a bed's one layer, or of each layer of its stack."""
+    """Seeds and bank of each layer of a bed: one, or all of its stack."""
     both = bed.seeds.get_value(), bed.bank.get_value()
     return [
         jax.tree.map(lambda x, at=index: x[at], both)

@@ -1,4 +1,4 @@
-"""`ChunkedLayer`: a Flax NNX module that makes any layer able to grow."""
+"""`ChunkedLayer`: a Flax NNX module that lets any layer grow."""
 
 import numbers
 from collections.abc import Callable
@@ -14,24 +14,25 @@ __all__ = ["ChunkedLayer"]
 class ChunkedLayer(nnx.Module):
     """A layer that can grow.
 
-    While all its seeds are dormant, output and gradients are bit-identical to the base
-    layer's; so they are while a seed is in TRAINING.
+    While all seeds are dormant or in TRAINING, output and gradients are bit-identical
+    to the base layer's.
 
     Args:
-      base: any callable module whose output has its features on the last axis. Its
-        attributes can be read off the layer, and set on it: ``layer.kernel = ...`` sets
-        the base's, in a subclass, too. The layer's own are ``base``, ``bed`` and
-        ``enabled``.
-      num_seeds: chunks that the features are cut into, one seed each.
-      features: width of the output; by default read off the base layer
+      base: any callable module whose output has its features on the last axis. You can
+        read and set its attributes through the layer: ``layer.kernel = ...`` sets the
+        kernel of the base, also in a subclass. The layer's own attributes are ``base``,
+        ``bed`` and ``enabled``.
+      num_seeds: number of chunks that the features are cut into, one seed each.
+      features: width of the output; by default read from the base layer
         (``out_features``, ``features`` or ``num_features``).
-      enabled: if False, calls go to the base layer alone.
-      **options: as for `SeedBed`.
+      enabled: if False, a call runs the base layer alone.
+      rngs: its key ``params`` draws the first bank.
+      **options: further arguments of `SeedBed`.
 
     Raises:
-      TypeError: if the width of the base layer's output cannot be found out.
-      ValueError: naming the argument that does not fit; by a call, if the output has
-        another width.
+      TypeError: if ``features`` is not given and the base layer does not tell it.
+      ValueError: if an argument does not fit, which the message names; by a call, if
+        the base layer's output has another width.
     """
 
     def __init__(
@@ -51,13 +52,13 @@ class ChunkedLayer(nnx.Module):
         self.bed = SeedBed(features, num_seeds, rngs=rngs, **options)
 
     def __getattr__(self, name: str) -> Any:
-        # Only asked for what the layer does not have itself.
+        # Python calls this only for attributes that the layer itself lacks.
         if name.startswith("_") or name == "base":
             raise AttributeError(name)
         return getattr(self.base, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # Set where it is read: what only the base layer has is the base layer's.
+        # Writes go where reads look: an attribute that only the base has is set there.
         own = name in ("base", "bed", "enabled") or name in vars(self)
         own = own or name.startswith("_") or hasattr(type(self), name)
         base = vars(self).get("base")
@@ -76,8 +77,8 @@ class ChunkedLayer(nnx.Module):
             raise ValueError(
                 f"base must return an array with {features} features on its last axis; "
                 f"{type(self.base).__name__} returned "
-                f"{getattr(y, 'shape', type(y).__name__)}. Pass features= to "
-                "ChunkedLayer to say its true width"
+                f"{getattr(y, 'shape', type(y).__name__)}. Pass the true width "
+                "as features= to ChunkedLayer"
             )
         return self.bed(y)
 

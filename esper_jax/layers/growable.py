@@ -1,4 +1,4 @@
-"""An existing Flax NNX model made able to grow, without rewriting it."""
+"""`make_growable`: lets an existing Flax NNX model grow without rewriting it."""
 
 import numbers
 from collections.abc import Callable, Sequence
@@ -24,41 +24,44 @@ def make_growable(
     rngs: nnx.Rngs,
     **options: Any,
 ) -> list[str]:
-    """Puts a `ChunkedLayer` around layers of a model, in place.
+    """Wraps layers of a model in `ChunkedLayer`, in place.
 
-    The model's output stays bit-identical until a seed is grafted (inside `nnx.scan` to
-    rounding: XLA may fuse the body of a loop in another way). Every parameter
-    keeps its value; ``model.layer.kernel`` can still be reached as such, and its path
-    is now ``layer/base/kernel``. A layer that is used in several places is replaced in
-    all of them. Layers that can grow already are left alone.
-    ``model.set_attributes(ChunkedLayer, enabled=False)`` gives back the plain model's
+    The model's output stays bit-identical until a seed is grafted. (Inside `nnx.scan`
+    it stays equal to rounding, since XLA may fuse the loop's body differently.) Every
+    parameter keeps its value. ``model.layer.kernel`` still works; the path of the
+    kernel becomes ``layer/base/kernel``. A layer that is used in several places is
+    replaced in all of them. Layers that can grow already are skipped.
+
+    ``model.set_attributes(ChunkedLayer, enabled=False)`` restores the plain model's
     program.
 
     Args:
       model: holds the layers.
-      where: which layers: a path (``"blocks/0/mlp"``) or a sequence of paths, or else
-        an NNX filter over modules, such as `nnx.Linear`, ``nnx.PathContains("mlp")`` or
-        a function ``(path, module) -> bool``.
-      num_seeds: seeds of each, or a function ``(path, layer) -> int``.
-      features: width of their outputs; by default read off each layer.
-      stack: length of the stack where the layers were made by `nnx.vmap` (as for
-        `nnx.scan`), along the first axis of their variables. That it fits is checked
-        as far as the variables tell: of Flax's own layers; and of others, if given.
-      rngs: key ``params`` draws the banks.
-      **options: of `SeedBed`.
+      where: the layers to wrap: a path (``"blocks/0/mlp"``), a sequence of paths, or an
+        NNX filter over modules, such as `nnx.Linear`, ``nnx.PathContains("mlp")`` or a
+        function ``(path, module) -> bool``.
+      num_seeds: number of seeds of each layer, or a function ``(path, layer) -> int``.
+      features: width of the layers' outputs; by default read from each layer.
+      stack: number of layers in the stack, if `nnx.vmap` made the layers (as for
+        `nnx.scan`) along the first axis of their variables. For Flax's own layers, the
+        variables' shapes show whether it is missing or wrong. For other layers it is
+        checked only if given.
+      rngs: its key ``params`` draws the banks.
+      **options: further arguments of `SeedBed`.
 
     Returns:
       The paths of the layers that were replaced.
 
     Raises:
-      TypeError, ValueError: if no layer is found, a path does not exist, or an argument
-        does not fit a layer, whose path is named. Nothing has been changed then.
+      TypeError, ValueError: if no layer is found, if a path does not exist, or if an
+        argument does not fit a layer, whose path the message names. The model is then
+        unchanged.
     """
     found = _find(model, where)
     if "" in found:
         raise ValueError(
-            "where: the model itself cannot be replaced within itself; write "
-            "ChunkedLayer(model, ...), or choose layers of it"
+            "where: the model itself cannot be replaced in place; wrap it with "
+            "ChunkedLayer(model, ...), or choose layers inside it"
         )
     new = {}
     for path, layer in found.items():
@@ -93,7 +96,7 @@ def make_growable(
 
 
 def _children(parent: Any) -> list[tuple[Any, Any]]:
-    """What can be replaced in a part of a model, by key."""
+    """Key and value of each child that can be replaced in a part of a model."""
     if isinstance(parent, list):
         return list(enumerate(parent))
     if isinstance(parent, dict):
@@ -102,7 +105,7 @@ def _children(parent: Any) -> list[tuple[Any, Any]]:
 
 
 def _find(model: nnx.Module, where: Any) -> dict[str, Any]:
-    """The layers asked for that cannot grow yet, by path."""
+    """The layers that ``where`` selects and that cannot grow yet, by path."""
     modules: dict[str, tuple[tuple[Any, ...], Any]] = {}
     taken = set()
     for path, node in nnx.iter_graph(model):
@@ -136,9 +139,9 @@ def _find(model: nnx.Module, where: Any) -> dict[str, Any]:
 
 
 def _leading(layer: Any) -> tuple[int, ...] | None:
-    """The axes that one of Flax's layers has before its own; None if unknown."""
+    """Leading axes that stacking gave to a layer of Flax's; None if unknown."""
     variable: Any
-    if not type(layer).__module__.startswith("flax."):  # a subclass may differ
+    if not type(layer).__module__.startswith("flax."):  # a user's subclass may differ
         return None
     match layer:
         case nnx.Linear():
@@ -157,19 +160,19 @@ def _leading(layer: Any) -> tuple[int, ...] | None:
 
 
 def _check_stack(layer: Any, stack: Any) -> None:
-    """Refuses a stack that the variables of a layer do not have, or one not named."""
+    """Refuses a ``stack`` that is missing or contradicts the layer's variables."""
     if stack is None:
         axes = _leading(layer)
         if axes:
             advice = (
                 f"pass stack={axes[0]}"
                 if len(axes) == 1
-                else "of stacks within stacks, put ChunkedLayer into the function that "
-                "nnx.vmap maps"
+                else "put ChunkedLayer into the function that nnx.vmap maps, since "
+                "stack= stands for one axis only"
             )
             raise ValueError(
-                "stack must be given for layers made by nnx.vmap; got None, and the "
-                f"variables of this one have axes of {axes} before their own. If it is "
+                "stack must be given for layers made by nnx.vmap; got None, but this "
+                f"layer's variables have axes of {axes} before their own. If it is "
                 f"a stack, {advice}"
             )
         return
@@ -180,8 +183,8 @@ def _check_stack(layer: Any, stack: Any) -> None:
         if axes is not None and axes[:1] != (stack,):
             raise ValueError(
                 f"stack must be the length of the first axis of the variables; got "
-                f"{stack}, and they have axes of {axes} before their own. Leave it out "
-                "if the layer is no stack"
+                f"{stack}, and they have axes of {axes} before their own. Leave out "
+                "stack= if the layer is not a stack"
             )
     for path, param in nnx.to_flat_state(nnx.state(layer, nnx.Param)):
         for shape in map(np.shape, jax.tree.leaves(param.get_value())):
@@ -189,14 +192,14 @@ def _check_stack(layer: Any, stack: Any) -> None:
                 raise ValueError(
                     f"stack must be the length of the first axis of the variables; got "
                     f"{stack}, and {'/'.join(map(str, path))!r} has shape {shape}. "
-                    "Leave it out if the layer is no stack"
+                    "Leave out stack= if the layer is not a stack"
                 )
 
 
 def _stacked_bed(
     bed: SeedBed, stack: int, options: dict[str, Any], rngs: nnx.Rngs
 ) -> SeedBed:
-    """A `SeedBed` like ``bed`` for each layer of a stack."""
+    """A stack of ``stack`` beds, each of the same layout as ``bed``."""
 
     @nnx.split_rngs(splits=stack)
     @nnx.vmap(in_axes=(0,), out_axes=0)

@@ -12,18 +12,18 @@ __all__ = ["ChunkedLayer"]
 
 
 class ChunkedLayer(nn.Module):
-    """As `esper_jax.layers.ChunkedLayer`, around a Linen layer.
+    """A Linen layer that can grow; the counterpart of `esper_jax.layers.ChunkedLayer`.
 
-    The base layer's parameters stay in its own collections, under ``base``. The seeds
-    add the collections ``bank`` (parameters of the blueprints, to be optimized with
-    `optim.per_slot`), ``seeds`` and ``probe``; make ``seeds`` mutable to collect
-    statistics. The width of the output is read off the first call.
+    The base layer's parameters stay in their own collections, under ``base``. The seeds
+    add three collections: ``bank`` (parameters of the blueprints; optimize it with
+    `optim.per_slot`), ``seeds`` and ``probe``. Make ``seeds`` mutable to collect
+    statistics. The first call fixes the width of the output.
 
     Attributes:
       base: any Linen layer whose output has its features on the last axis.
-      num_seeds: chunks that the features are cut into, one seed each.
+      num_seeds: number of chunks that the features are cut into, one seed each.
       options: further arguments of `SeedBed` by name.
-      enabled: if False, calls go to the base layer alone.
+      enabled: if False, a call runs the base layer alone.
     """
 
     base: nn.Module

@@ -1,4 +1,4 @@
-"""Several devices and processes: collectives, replicas, and what processes exchange."""
+"""Several devices and processes: collectives, replicas, exchange between processes."""
 
 from esper_jax.parallel.replicas import check_divides, check_replicas, split_rows
 

@@ -1,5 +1,7 @@
-"""What a function inside `jax.pmap` or `jax.shard_map` needs: one place for the rules
-about gradients and replicas.
+"""Collectives for functions inside `jax.pmap` or `jax.shard_map`.
+
+The rules about gradients and replicas are all here. ``D`` is the number of devices
+along the mapped axis.
 """
 
 import functools
@@ -23,10 +25,10 @@ __all__ = [
 
 
 def axis_size(axis_name: str) -> int:
-    """``D``, the devices along a mapped axis.
+    """``D``, the number of devices along a mapped axis.
 
     Raises:
-      ValueError: outside of a function that is mapped over an axis of that name.
+      ValueError: if no enclosing function is mapped over an axis of that name.
     """
     try:
         return jax.lax.axis_size(axis_name)
@@ -45,17 +47,21 @@ def _axes_of(x: Any) -> frozenset[Any]:
 
 
 def differs(x: Any, axis_name: str) -> bool:
-    """Whether a value is known to differ along a mapped axis. Only
-    ``shard_map(check_vma=True)`` knows."""
+    """Whether a value is known to differ along a mapped axis.
+
+    Only ``shard_map(check_vma=True)`` tracks this.
+    """
     return axis_name in _axes_of(x)
 
 
 def varying(tree: Any, axis_name: str) -> Any:
-    """The same values, each device's own: their gradients are those of its own loss.
+    """The same values, marked as each device's own.
 
-    ``shard_map(check_vma=True)`` sums the gradient of what is equal on all devices
-    over them by itself, so that a mean of it would be ``D`` times too large. `pmap`
-    and ``check_vma=False`` do not. After this, all of them leave the sum to `mean`.
+    A device's gradient of such a value is the gradient of its own loss alone. Without
+    the mark, ``shard_map(check_vma=True)`` sums the gradient of a replicated value over
+    the devices, and `mean` of that sum would be ``D`` times too large. `pmap` and
+    ``check_vma=False`` do not sum. With the mark, none of them does, and `mean` reduces
+    the gradients.
     """
 
     axis_size(axis_name)
@@ -71,33 +77,33 @@ def varying(tree: Any, axis_name: str) -> Any:
 def same_varying(*trees: Any) -> tuple[Any, ...]:
     """The trees, each leaf varying along every axis that some leaf varies along.
 
-    What one branch of a conditional or one argument of a custom gradient makes varying,
-    the others have to be as well.
+    All branches of a conditional must vary along the same axes, and so must all
+    arguments of a custom gradient.
     """
     axes = frozenset[Any]().union(*map(_axes_of, jax.tree.leaves(trees)))
     return functools.reduce(varying, sorted(axes, key=str), trees)
 
 
 def mean(tree: Any, axis_name: str | None) -> Any:
-    """Mean over the devices of an axis; the tree itself if there is none."""
+    """Mean over the devices of an axis; the tree itself if ``axis_name`` is None."""
     return tree if axis_name is None else _reduced(jax.lax.pmean, tree, axis_name)
 
 
 def total(tree: Any, axis_name: str | None) -> Any:
-    """Sum over the devices of an axis; the tree itself if there is none."""
+    """Sum over the devices of an axis; the tree itself if ``axis_name`` is None."""
     return tree if axis_name is None else _reduced(jax.lax.psum, tree, axis_name)
 
 
 def _reduced(reduce: Callable[..., Any], tree: Any, axis_name: str) -> Any:
-    axis_size(axis_name)  # says what is wrong if there is no such axis
+    axis_size(axis_name)  # raises a clear error if there is no such axis
     return reduce(tree, axis_name)
 
 
 def fingerprint(tree: Any) -> UInt[Array, ""]:
-    """A number made of every bit of every leaf; jittable, and cheap.
+    """A uint32 hash of every bit of every leaf; cheap, and can be jitted.
 
-    A change of one word always changes it; other changes do with a chance of all but
-    one in 2**32. Not for security.
+    Changing a single word always changes it. Any other change goes unnoticed with a
+    chance of about one in 2**32. Not for security.
     """
     mixed = jnp.zeros((), jnp.uint32)
     for leaf in jax.tree.leaves(tree):
@@ -108,7 +114,7 @@ def fingerprint(tree: Any) -> UInt[Array, ""]:
         bits = min(32, 8 * leaf.dtype.itemsize)
         words = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{bits}"))
         words = words.astype(jnp.uint32).reshape(-1)
-        # Weights and factor are odd: no change of one word is multiplied to 0.
+        # Weights and factor are odd, so multiplying cannot map a changed word to 0.
         weights = 2 * jnp.arange(words.size, dtype=jnp.uint32) + 1
         sums = jnp.sum(words * weights, dtype=jnp.uint32)
         mixed = mixed * jnp.uint32(0x01000193) + sums

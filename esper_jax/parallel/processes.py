@@ -1,7 +1,7 @@
-"""Several processes of one program: what they tell each other, and whole arrays.
+"""Messages between the processes of one program, and arrays gathered from all of them.
 
-A program has several after `jax.distributed.initialize`. With one, nothing here sends
-anything. Every function must be called by all processes, in the same order.
+`jax.distributed.initialize` joins several processes. With a single process nothing is
+sent. All processes must call every function here, in the same order.
 """
 
 from collections.abc import Callable
@@ -17,11 +17,11 @@ _Result = TypeVar("_Result")
 
 
 _UNIT = 1024
-"""Texts are filled up to a multiple of it: each length is one more to compile."""
+"""Bytes. Texts are padded to a multiple of it, since each new length compiles anew."""
 
 
 def exchange(text: str) -> list[str]:
-    """The text of each process, by its index."""
+    """The text that each process passed, in order of process index."""
     if jax.process_count() == 1:
         return [text]
     data = np.frombuffer(text.encode(), np.uint8)
@@ -35,16 +35,19 @@ def exchange(text: str) -> list[str]:
 
 
 def together(work: Callable[[], _Result], failure: type[Exception]) -> _Result:
-    """Does ``work`` in every process; where it fails in one, it fails in all.
+    """Runs ``work`` in every process. If it fails in one, it raises in all.
 
     Args:
-      work: may do different things in different processes, but must not wait for
-        others in some of them alone.
-      failure: raised, with the index and the words of the one that failed, in those
-        that did not.
+      work: may differ between processes, but must not run a collective (wait for other
+        processes) in only some of them.
+      failure: raised in the processes whose work succeeded, with the index and the
+        message of the first one that failed.
+
+    Returns:
+      What ``work`` returned in this process.
 
     Raises:
-      Exception: the work's own, in the process that it is of.
+      Exception: what ``work`` raised, in the process where it failed.
     """
     if jax.process_count() == 1:
         return work()
@@ -65,8 +68,8 @@ def together(work: Callable[[], _Result], failure: type[Exception]) -> _Result:
 def whole(array: jax.Array) -> Any:
     """An array with all its values in this process.
 
-    One that is spread over several processes is gathered, for which each of their
-    devices must have room. Any other is returned as it is.
+    An array that is spread over several processes is gathered; each of their devices
+    must have room for all of it. Any other array is returned unchanged.
     """
     if array.is_fully_addressable or array.is_fully_replicated:
         return array

@@ -1,4 +1,4 @@
-"""Rows divided among devices, and a check that replicas agree."""
+"""Divides rows among devices, and checks that replicas agree."""
 
 import hashlib
 from collections.abc import Iterator
@@ -14,18 +14,19 @@ __all__ = ["check_divides", "check_replicas", "split_rows"]
 
 
 def split_rows(name: str, data: Any, devices: int) -> Any:
-    """Data with a leading axis of ``D`` devices, as `jax.pmap` wants it.
+    """Data with a leading axis of ``D`` devices, as `jax.pmap` expects it.
 
     Args:
-      name: of the argument, for the error.
+      name: name of the argument, for the error message.
       data: a pytree of arrays, rows first.
       devices: ``D``.
 
     Returns:
-      Each leaf of shape (D, rows / D, ...); device ``d`` has the ``d``-th part.
+      The tree with leaves of shape (D, rows / D, ...). Device ``d`` gets the ``d``-th
+      block of rows.
 
     Raises:
-      ValueError: if the devices do not divide the rows.
+      ValueError: if the number of rows is not a multiple of ``D``.
     """
     check_divides(name, data, devices)
     return jax.tree.map(
@@ -34,10 +35,10 @@ def split_rows(name: str, data: Any, devices: int) -> Any:
 
 
 def check_divides(name: str, data: Any, devices: int) -> None:
-    """Refuses rows that the devices do not divide.
+    """Refuses data whose number of rows is not a multiple of ``devices``.
 
     Raises:
-      ValueError: naming the argument and both numbers.
+      ValueError: if so; it names the argument and both numbers.
     """
     for rows in {leaf.shape[0] for leaf in jax.tree.leaves(data)}:
         if rows % devices:
@@ -49,17 +50,17 @@ def check_divides(name: str, data: Any, devices: int) -> None:
 
 
 def check_replicas(state: Any, *, stacked: bool = False) -> None:
-    """Raises if copies of a state on several devices are not the same, bit for bit.
+    """Raises if the copies of a state on several devices are not bit-identical.
 
-    With several processes, all of them have to call it.
+    With several processes, all of them must call it.
 
     Args:
       state: a pytree of arrays. Shards that hold the same part of an array are
-        compared; so an array that is sharded and not replicated passes.
-      stacked: whether the copies lie along a leading axis, as `jax.pmap` has them.
+        compared, so an array that is sharded without replication always passes.
+      stacked: whether the copies lie along a leading axis, as with `jax.pmap`.
 
     Raises:
-      ValueError: naming the first leaf that differs, and the devices.
+      ValueError: if so; it names the first leaf that differs, and the devices.
     """
     leaves = [
         (jax.tree_util.keystr(path), leaf)
@@ -86,7 +87,7 @@ def check_replicas(state: Any, *, stacked: bool = False) -> None:
 
 
 def _copies(leaf: Array, stacked: bool) -> Iterator[tuple[str, str, np.ndarray]]:
-    """Who holds a copy, of which part of the array, and the copy."""
+    """Holder of each copy in this process, part of the array, and the copy."""
     for shard in leaf.addressable_shards:
         data = np.asarray(shard.data)
         if not stacked:

@@ -1,4 +1,4 @@
-"""The loop around step and tick."""
+"""`fit`: the loop around step and tick."""
 
 from collections.abc import Callable
 
@@ -32,30 +32,31 @@ def fit(
     """Trains until the state has seen ``ticks`` ticks, one after each epoch.
 
     The order of the rows in an epoch depends only on ``seed``, the epoch's number and
-    the number of rollbacks, so a restored state goes on where it stopped. Rows that do
-    not fill a batch at the end of an epoch are left out.
+    the number of rollbacks, so a restored state continues where it stopped. Each epoch
+    leaves out the last rows if they do not fill a batch.
 
     Args:
-      program: as `build` makes it.
+      program: made by `build`.
       state: where to start; donated.
       data: ``(x, y)`` to train on, rows first.
       held_out: ``(x, y)`` that the gates and the policy read.
-      ticks: where to stop, counted from the beginning of the run.
-      batch_size: rows a step. A restored state must go on with its own batch size,
-        since its position in the data is counted in steps.
-      seed: of the order of the rows.
+      ticks: number of the tick to stop at, counted from the beginning of the run.
+      batch_size: rows per step. Continue a restored state with the batch size it had:
+        its position in the data is counted in steps.
+      seed: seed for the order of the rows.
       on_tick: called after each tick with the state and the report on the host. Read
-        the state but do not keep it: it will be donated. Not called for a tick that
-        was undone.
-      governor: checks each tick and undoes those that failed.
+        the state but do not keep it: the next step donates it. Not called for a tick
+        that the governor undid.
+      governor: checks each tick and undoes it if training broke.
 
     Returns:
       The state after the last tick.
 
     Raises:
-      ValueError: if the rows do not match or do not fill a batch, devices do not divide
-        them, or (in debug mode) the devices have different states.
-      TrainingStopped: by the governor.
+      ValueError: if ``x`` and ``y`` have different numbers of rows, if
+        ``batch_size`` is below 1 or above the number of rows, if the devices do not
+        divide the rows, or (in debug mode) if the devices hold different states.
+      TrainingStopped: if the governor gives up.
     """
     data = _checked(program, "data", data, False)
     held_out = _checked(program, "held_out", held_out, True)
@@ -79,7 +80,7 @@ def fit(
         if not bool(report.replicas_agree):
             check_replicas(state)
             raise ValueError(
-                "state must be the same on all devices, and was not before tick "
+                "state must be the same on all devices, but differed before tick "
                 f"{int(report.tick)}. Start all replicas from one state"
             )
         if governor is not None:
@@ -99,12 +100,12 @@ def epoch_order(
 ) -> Int[Array, " rows"]:
     """The order of the rows in an epoch.
 
-    It changes after a rollback, or the same step would fail again.
+    It changes after a rollback; otherwise the same step would fail again.
 
     Args:
-      seed: of the run's order; may be traced.
+      seed: seed for the order of the rows; may be traced.
       epoch: number of the epoch.
-      rollbacks: how many there were since the beginning of the run.
+      rollbacks: number of rollbacks since the beginning of the run.
       rows: number of rows.
     """
     return _order(jax.random.key(seed), epoch, rollbacks, rows)

@@ -1,8 +1,8 @@
-"""A whole run without the host: training, ticks and growth inside one `jax.lax.scan`.
+"""A whole run on the device: training, ticks and growth inside one `jax.lax.scan`.
 
-Nothing leaves the device until the run has ended, so a run can be jitted as one program
-and vmapped: over random seeds, over values of the model, over anything that is an array
-in its `TrainState`. Thousands of small runs then train side by side on one GPU.
+Nothing leaves the device until the run ends. You can therefore jit a run as one program
+and vmap it: over random seeds, over the model's values, over any array of its
+`TrainState`. Thousands of small runs then train side by side on one GPU.
 """
 
 from collections.abc import Callable
@@ -24,12 +24,12 @@ __all__ = ["ScanReport", "scan_fit", "start_from"]
 
 @struct.dataclass
 class ScanReport:
-    """What a run did, each field with a leading axis of its ticks."""
+    """What happened in a run. Every array has a leading axis of ticks."""
 
     ticks: TickReport
     watched: Float[Array, "ticks 2"]
-    """Loss and score on the data that nobody reads, of the same model as the tick's
-    held-out loss; NaN where there is none."""
+    """Loss and score on the watched data, of the same model as the tick's held-out
+    loss, float32; NaN without watched data. Nothing in the run reads them."""
 
 
 def scan_fit(
@@ -45,29 +45,31 @@ def scan_fit(
 ) -> tuple[TrainState, ScanReport]:
     """`train.fit` for ``ticks`` more ticks as one traced function, without a governor.
 
-    The same rows in the same order, the same steps, the same ticks: stages and slots
-    are those of `fit`, and floats agree to rounding. Jit it, and donate the state:
+    Rows come in the same order as in `fit`, and steps and ticks are the same, so stages
+    and slots are identical to those of `fit`, and floats agree to rounding. Jit it, and
+    donate the state:
 
         run = jax.jit(functools.partial(scan_fit, program, ticks=100, batch_size=64))
 
-    Under `jax.vmap` a `jax.lax.cond` computes both of its branches, so that every slot
-    costs what a living one does.
+    `jax.vmap` makes `jax.lax.cond` compute both branches, so under it a free slot costs
+    as much as a living one.
 
     Args:
-      program: as `train.build` makes it.
-      state: at the beginning of an epoch, as after `Program.init` or a tick.
+      program: made by `train.build`.
+      state: must be at the beginning of an epoch, as after `Program.init` or a tick.
       data: ``(x, y)`` to train on, rows first.
       held_out: ``(x, y)`` that the gates and the controller read.
-      ticks: how many to do, counted from the state.
-      batch_size: rows a step.
-      seed: of the order of the rows; may be traced.
-      watched: ``(x, y)`` that is evaluated with each tick and read by nothing.
+      ticks: number of ticks to run from this state.
+      batch_size: rows per step.
+      seed: seed for the order of the rows; may be traced.
+      watched: ``(x, y)`` to evaluate before each tick, for the report only.
 
     Returns:
-      The state after the last tick, and what happened at each.
+      The state after the last tick, and the report of all ticks.
 
     Raises:
-      ValueError: if ``ticks`` is below 1 or the rows do not fill a batch.
+      ValueError: if ``ticks`` is below 1, or ``batch_size`` is below 1 or above the
+        number of rows.
     """
     rows = jax.tree.leaves(data)[0].shape[0]
     if ticks < 1:
@@ -96,16 +98,19 @@ def scan_fit(
 def start_from(
     program: Program, make: Callable[[nnx.Rngs], nnx.Module]
 ) -> Callable[[Key[Array, ""]], TrainState]:
-    """A first state for each random key, with a model freshly drawn from it.
+    """A function from a random key to a first state, with a model drawn from that key.
 
-    `Program.init` gives every run the values that the model had when it was built. This
-    draws others, as a sweep over random seeds wants it:
+    `Program.init` starts every run with the values that the model had when the program
+    was built. A sweep over random seeds needs new values for each run:
 
         states = jax.vmap(start_from(program, make))(jax.random.split(key, 100))
 
     Args:
-      program: built from a model that ``make`` made.
-      make: ``make(rngs) -> model``, of the same shapes whatever the key.
+      program: built from a model that ``make`` returned.
+      make: ``make(rngs) -> model``. Shapes must not depend on the key.
+
+    Returns:
+      ``start(key) -> state``, jitted.
     """
 
     @jax.jit
