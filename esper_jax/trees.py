@@ -1,18 +1,18 @@
 """Functions of a whole state: hash it, copy it, find its random keys."""
 
 import hashlib
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from esper_jax.growth.state import TrainState
-
 __all__ = ["copy_state", "is_key", "state_hash"]
 
+_State = TypeVar("_State")
 
-def copy_state(state: TrainState) -> TrainState:
+
+def copy_state(state: _State) -> _State:
     """A copy that shares no arrays with ``state``: donating one keeps the other."""
     return _copy(state)
 
@@ -29,7 +29,7 @@ def is_key(leaf: Any) -> bool:
     )
 
 
-def state_hash(state: TrainState) -> str:
+def state_hash(state: Any) -> str:
     """SHA-256 over every leaf of the state: path, dtype, shape and bytes."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):

@@ -12,7 +12,7 @@ from flax import nnx
 
 from esper_jax import lifecycle
 from esper_jax.growth.evaluation import _on_probation
-from esper_jax.growth.measure import measure as _measure
+from esper_jax.growth.measure import measure
 from esper_jax.growth.parts import split_model
 from esper_jax.hosts import MLP
 from esper_jax.layers.bed import SeedBed
@@ -22,6 +22,7 @@ from esper_jax.lifecycle.stages import Outcome, Stage
 from esper_jax.lifecycle.state import init_seeds
 from esper_jax.optim import scale_by_run_schedule
 from esper_jax.policy.config import ControllerConfig
+from esper_jax.train import loop
 from esper_jax.train.loop import fit
 from esper_jax.train.program import build, classification
 from esper_jax.trees import state_hash
@@ -333,11 +334,47 @@ def test_stability_of_a_loss_below_zero_and_after_an_infinite_one(program, first
         monitor, initial_loss=first, loss_mean=-2.0, loss_variance=1.0
     )
     state = dataclasses.replace(start(program), monitor=monitor)
-    new, _, stability, _ = _measure(
+    measured = measure(
         split_model(make_model()), state, jnp.float32(-2.0), jnp.float32(0.5)
     )
-    assert new.initial_loss == -2
+    assert measured.monitor.initial_loss == -2
+    stability = measured.common.stability
     np.testing.assert_allclose(stability, 1 - np.sqrt(0.9) / 2, rtol=1e-6)
+
+
+def test_building_leaves_the_users_model_as_it_was():
+    model = make_model()
+    frozen = make_model()
+    frozen.eval()
+    for made in (model, frozen):
+        graph, values = nnx.split(made)
+        build(made, optax.sgd(0.1), optax.sgd(0.1), axis_name="data")
+        assert nnx.graphdef(made) == graph
+        with pytest.raises(ValueError, match="blueprint"):
+            build(
+                made,
+                optax.sgd(0.1),
+                optax.sgd(0.1),
+                axis_name="data",
+                controller_config=ControllerConfig(blueprint=9),
+            )
+        assert nnx.graphdef(made) == graph
+        jax.tree.map(np.testing.assert_array_equal, nnx.state(made), values)
+
+
+def test_fit_compiles_its_shuffle_once_whatever_the_seed(program):
+    before = loop._jitted_order._cache_size()
+    for seed in (0, 1, 2**32 - 1):
+        fit(
+            program,
+            start(program),
+            TRAIN,
+            HELD_OUT,
+            ticks=1,
+            batch_size=64,
+            seed=seed,
+        )
+    assert loop._jitted_order._cache_size() <= before + 1
 
 
 def test_a_model_outlives_the_state_it_came_from(program):
