@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Array, Bool, Int
 
 from esper_jax.blueprints.custom import Blueprint
 
-__all__ = ["operations", "param_counts"]
+__all__ = ["living_parameters", "operations", "param_counts"]
 
 
 def param_counts(
@@ -21,6 +22,23 @@ def param_counts(
         for w in set(widths)
     }
     return np.stack([counts[w] for w in widths], axis=1)
+
+
+def living_parameters(
+    costs: Int[np.ndarray, "N S"],
+    blueprint: Int[Array, " S"],
+    living: Bool[Array, " S"],
+) -> Int[Array, " S"]:
+    """Parameters of each living seed's blueprint, int32; 0 for any other seed.
+
+    Args:
+      costs: parameters of every blueprint on every chunk, from `param_counts`.
+      blueprint: id of each seed's blueprint. Only the ids of living seeds matter.
+      living: which seeds to count.
+    """
+    kind = jnp.clip(jnp.asarray(blueprint, jnp.int32), 0, len(costs) - 1)
+    own = jnp.asarray(costs, jnp.int32)[kind, jnp.arange(kind.shape[0])]
+    return jnp.where(living, own, 0)
 
 
 def operations(parameters: Any) -> Any:
