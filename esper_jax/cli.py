@@ -112,6 +112,7 @@ def _log_on_stderr() -> Iterator[None]:
 
 def _train(command: Train) -> None:
     from esper_jax.run.config import ConfigError, load_config
+    from esper_jax.run.folder import RunFolder
     from esper_jax.run.run import train_run
 
     config = load_config(command.config, list(itertools.chain(*command.set)))
@@ -125,7 +126,7 @@ def _train(command: Train) -> None:
         raise KeyboardInterrupt(_how_to_go_on(out)) from None
     _print_summary(summary)
     if config.compare.plot:
-        print(f"plot: {out / 'accuracy.png'}")
+        print(f"plot: {RunFolder(out).picture}")
     print(f"run: {out}")
 
 

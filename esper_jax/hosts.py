@@ -75,6 +75,9 @@ class ConvNet(nnx.Module):
       rngs: key ``params`` draws the parameters.
       **options: of each `ChunkedLayer`; ``num_seeds``, the chunks of the channels, must
         be among them.
+
+    Raises:
+      ValueError: if ``strides`` does not hold one stride for each layer.
     """
 
     def __init__(
@@ -90,6 +93,11 @@ class ConvNet(nnx.Module):
     ) -> None:
         widths = [1, *channels]
         steps = [1] * len(channels) if strides is None else strides
+        if len(steps) != len(channels):
+            raise ValueError(
+                f"strides must hold one stride for each of the {len(channels)} layers, "
+                f"got {strides}"
+            )
         act = ACTIVATIONS[activation]
         self.layers = nnx.List(
             [

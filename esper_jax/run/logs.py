@@ -1,7 +1,6 @@
 """What a run writes down while it trains: events, rollbacks and ticks."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ from esper_jax.lifecycle.signals import Signals
 from esper_jax.lifecycle.stages import Outcome, Stage
 from esper_jax.monitor.words import Event, drain
 from esper_jax.run.folder import (
+    RunFolder,
     append_lines,
     finite_or_none,
     read_lines,
@@ -23,16 +23,17 @@ __all__ = ["EventLog", "Metrics"]
 
 
 class Metrics:
-    """Writes the losses and the accuracy of each tick, one JSON object a line.
+    """Appends the losses and the accuracy of each tick to ``ticks.jsonl``.
 
     Args:
-      path: file to append to.
+      folder: of the run.
       keep_until: later ticks are dropped from the file.
     """
 
-    def __init__(self, path: Path, keep_until: int) -> None:
-        self._path = path
-        write_lines(path, [t for t in read_lines(path) if t["tick"] <= keep_until])
+    def __init__(self, folder: RunFolder, keep_until: int) -> None:
+        self._path = folder.ticks
+        kept = [t for t in read_lines(self._path) if t["tick"] <= keep_until]
+        write_lines(self._path, kept)
 
     def add(self, report: TickReport) -> None:
         """Appends a tick, given its report with host values."""
@@ -48,13 +49,13 @@ class Metrics:
 class EventLog:
     """Keeps every requested transition and its outcome, in memory and on disk.
 
-    Writes a refusal once, even if it repeats tick after tick. Rollbacks also go into
-    ``rollbacks.jsonl`` beside the file.
+    Appends events to ``events.jsonl`` and rollbacks to ``rollbacks.jsonl``. Writes a
+    refusal once, even if it repeats tick after tick.
 
     Args:
-      path: JSON-lines file to append to.
+      folder: of the run.
       lifecycle: minima and gates in force; the words of the events quote them.
-      keep_until: events of later ticks are dropped from the file.
+      keep_until: events of later ticks are dropped from the files.
       rollbacks: later rollbacks than this many, and their events, are dropped.
 
     Attributes:
@@ -64,25 +65,24 @@ class EventLog:
 
     def __init__(
         self,
-        path: Path,
+        folder: RunFolder,
         lifecycle: LifecycleConfig,
         keep_until: int,
         rollbacks: int = 0,
     ) -> None:
-        self._path = path
-        self._rollback_path = path.with_name("rollbacks.jsonl")
+        self._folder = folder
         self._lifecycle = lifecycle
         self.rollbacks = [
-            r for r in read_lines(self._rollback_path) if r["number"] <= rollbacks
+            r for r in read_lines(folder.rollbacks) if r["number"] <= rollbacks
         ]
         self._write_rollbacks()
         self.events = [
             e
-            for e in read_lines(path)
+            for e in read_lines(folder.events)
             if e["tick"] <= keep_until and e.get("rollback", 0) <= rollbacks
         ]
         self._last = dict(map(_seed_and_move, self.events))
-        write_lines(path, self.events)
+        write_lines(folder.events, self.events)
 
     def add(self, report: TickReport) -> list[dict[str, Any]]:
         """Writes the new events of a tick, given its report with host values.
@@ -136,13 +136,14 @@ class EventLog:
         return event["outcome"] == Outcome.OK.name or self._last.get(seed) != move
 
     def _append(self, events: list[dict[str, Any]]) -> None:
-        append_lines(self._path, events)
+        append_lines(self._folder.events, events)
         self.events += events
         self._last |= map(_seed_and_move, events)
 
     def _write_rollbacks(self) -> None:
-        if self.rollbacks or self._rollback_path.exists():
-            write_lines(self._rollback_path, self.rollbacks)
+        # A run without rollbacks has no such file.
+        if self.rollbacks or self._folder.rollbacks.exists():
+            write_lines(self._folder.rollbacks, self.rollbacks)
 
 
 def _seed_and_move(

@@ -110,10 +110,8 @@ def train_run(
             program=program,
             folder=folder,
             checkpoints=checkpoints,
-            log=EventLog(
-                folder.events, program.gates, ticks, int(state.governor.rollbacks)
-            ),
-            metrics=Metrics(folder.ticks, ticks),
+            log=EventLog(folder, program.gates, ticks, int(state.governor.rollbacks)),
+            metrics=Metrics(folder, ticks),
         )
         state = _train(session, state, console)
     return _conclude(session, state)
