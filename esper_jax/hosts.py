@@ -1,4 +1,4 @@
-"""Host models for the command line: ordinary networks whose layers can grow."""
+"""Host models for the command line and the benchmarks: networks that can grow."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -15,16 +15,17 @@ __all__ = ["MLP", "CharMLP", "ConvNet"]
 
 
 class MLP(nnx.Module):
-    """A multilayer perceptron; each hidden layer, its activation included, can grow.
+    """A multilayer perceptron. Each hidden layer can grow.
+
+    Seeds see a layer's output after its activation.
 
     Args:
       inputs: width of the input.
       hidden: width of each hidden layer.
       outputs: width of the output.
-      num_seeds: seeds of each hidden layer.
       activation: a key of `ACTIVATIONS`.
       rngs: key ``params`` draws the parameters.
-      **options: of the layers' `SeedBed`.
+      **options: of each `ChunkedLayer`; ``num_seeds`` must be among them.
     """
 
     def __init__(
@@ -33,17 +34,16 @@ class MLP(nnx.Module):
         hidden: Sequence[int],
         outputs: int,
         *,
-        num_seeds: int,
         activation: str = "relu",
         rngs: nnx.Rngs,
         **options: Any,
     ) -> None:
         widths = [inputs, *hidden]
+        act = ACTIVATIONS[activation]
         self.layers = nnx.List(
             [
                 ChunkedLayer(
-                    _Activated(nnx.Linear(a, b, rngs=rngs), ACTIVATIONS[activation]),
-                    num_seeds,
+                    _Activated(nnx.Linear(a, b, rngs=rngs), act),
                     features=b,
                     rngs=rngs,
                     **options,
@@ -61,20 +61,23 @@ class MLP(nnx.Module):
 
 
 class ConvNet(nnx.Module):
-    """A convolutional network over one axis; each layer, its activation included, can
-    grow, at every position alike.
+    """A convolutional network over one axis. Each layer can grow.
 
-    Ends with a mean over the positions and a linear readout.
+    Seeds see a layer's output after its activation and do the same at every position.
+    The network ends with a mean over the positions and a linear readout.
 
     Args:
       channels: of each layer.
       outputs: width of the output.
-      kernel: samples that a layer sees.
-      strides: of each layer.
-      num_seeds: seeds of each layer, over its channels.
+      kernel: how many samples a layer sees at once.
+      strides: of each layer; 1 by default.
       activation: a key of `ACTIVATIONS`.
       rngs: key ``params`` draws the parameters.
-      **options: of the layers' `SeedBed`.
+      **options: of each `ChunkedLayer`; ``num_seeds``, the chunks of the channels, must
+        be among them.
+
+    Raises:
+      ValueError: if ``strides`` does not hold one stride for each layer.
     """
 
     def __init__(
@@ -82,7 +85,6 @@ class ConvNet(nnx.Module):
         channels: Sequence[int],
         outputs: int,
         *,
-        num_seeds: int,
         kernel: int = 5,
         strides: Sequence[int] | None = None,
         activation: str = "relu",
@@ -91,14 +93,16 @@ class ConvNet(nnx.Module):
     ) -> None:
         widths = [1, *channels]
         steps = [1] * len(channels) if strides is None else strides
+        if len(steps) != len(channels):
+            raise ValueError(
+                f"strides must hold one stride for each of the {len(channels)} layers, "
+                f"got {strides}"
+            )
+        act = ACTIVATIONS[activation]
         self.layers = nnx.List(
             [
                 ChunkedLayer(
-                    _Activated(
-                        _Conv(a, b, kernel, step, rngs),
-                        ACTIVATIONS[activation],
-                    ),
-                    num_seeds,
+                    _Activated(_Conv(a, b, kernel, step, rngs), act),
                     features=b,
                     rngs=rngs,
                     **options,
@@ -109,7 +113,7 @@ class ConvNet(nnx.Module):
         self.readout = nnx.Linear(widths[-1], outputs, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B D"]) -> Float[Array, "B N"]:
-        """Logits of signals of ``D`` samples."""
+        """Logits for signals of ``D`` samples."""
         x = x[..., None]
         for layer in self.layers:
             x = layer(x)
@@ -120,12 +124,12 @@ class CharMLP(nnx.Module):
     """An `MLP` over embedded characters (Bengio et al., JMLR 3, 2003).
 
     Args:
-      characters: how many there are.
-      window: characters that it reads.
-      embedding: width of each one's embedding.
+      characters: size of the alphabet.
+      window: how many characters the model reads.
+      embedding: width of a character's embedding.
       hidden: width of each hidden layer.
       rngs: key ``params`` draws the parameters.
-      **options: of the `MLP`.
+      **options: of the `MLP`, ``num_seeds`` among them.
     """
 
     def __init__(
@@ -148,10 +152,10 @@ class CharMLP(nnx.Module):
 
 
 class _Conv(nnx.Module):
-    """A convolution over one axis, zero-padded, as one matrix product.
+    """A zero-padded convolution over one axis, computed as one matrix product.
 
-    So that it stays a matrix product under `jax.vmap` over models, where the built-in
-    one becomes a convolution with as many groups as there are models.
+    Under `jax.vmap` over models this stays a matrix product; `nnx.Conv` would become a
+    convolution with one group per model.
     """
 
     def __init__(
@@ -170,7 +174,7 @@ class _Conv(nnx.Module):
 
 
 class _Activated(nnx.Module):
-    """A layer and its activation, so that the seeds see what is passed on."""
+    """A layer with its activation, so that seeds see what the next layer reads."""
 
     def __init__(
         self, linear: nnx.Module, activation: Callable[[Array], Array]

@@ -1,19 +1,12 @@
 """What a run is shown beside: a static twin, and a picture."""
 
-import json
-
-import jax
 import numpy as np
 import pytest
 
 from esper_jax.data import Dataset
-from esper_jax.growth.reports import TickReport
 from esper_jax.lifecycle.stages import Stage
-from esper_jax.monitor.words import why
 from esper_jax.run.compare import train_static, twin
 from esper_jax.run.config import parse_config
-from esper_jax.run.folder import Metrics
-from esper_jax.run.run import build_run
 
 
 def make_data():
@@ -45,33 +38,11 @@ def test_the_twin_is_the_narrowest_that_has_as_many_parameters():
 
 @pytest.mark.slow
 def test_the_twin_trains_and_nothing_grows():
-    static = train_static(CONFIG, make_data(), 152, build_run)
+    static = train_static(CONFIG, make_data(), 152)
     assert static["parameters"] == 152
     assert static["widths"] == [6, 12]
     assert len(static["history"]) == 3
     assert 0 <= static["accuracy"] <= 1
-
-
-def test_metrics_are_cut_where_a_run_goes_on(tmp_path):
-    path = tmp_path / "ticks.jsonl"
-    metrics = Metrics(path, keep_until=0)
-    for tick in (1, 2, 3):
-        metrics.add(
-            TickReport(
-                tick=tick,
-                step=tick,
-                train_loss=1.0,
-                loss=np.float32("nan"),
-                accuracy=0.5,
-                replicas_agree=True,
-                reason=0,
-                layers={},
-            )
-        )
-    Metrics(path, keep_until=2)
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [line["tick"] for line in lines] == [1, 2]
-    assert lines[0] == {"tick": 1, "train_loss": 1.0, "loss": None, "accuracy": 0.5}
 
 
 def test_a_picture_is_drawn(tmp_path, monkeypatch):
@@ -104,10 +75,3 @@ def test_a_picture_is_drawn(tmp_path, monkeypatch):
     marks = [rows.get_offsets().tolist() for rows in strip.collections]
     assert marks == [[[1, 0]], [], [[3, 2]], []]
     assert [text.get_text() for text in strip.texts] == ["2"]
-
-
-def test_every_reason_has_words():
-    from esper_jax.policy.memory import Reason
-
-    assert len({why(reason) for reason in Reason}) == len(Reason)
-    assert why(jax.numpy.int8(Reason.BUSY)) == why(Reason.BUSY)

@@ -8,13 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from esper_jax import events, lifecycle
+from esper_jax import lifecycle
+from esper_jax.growth.reports import SeedMoves
 from esper_jax.lifecycle.commands import Commands
 from esper_jax.lifecycle.grafting import Strategy
 from esper_jax.lifecycle.rules import LifecycleConfig
 from esper_jax.lifecycle.signals import Signals
 from esper_jax.lifecycle.stages import Outcome, Stage
 from esper_jax.lifecycle.state import SeedState, init_seeds
+from esper_jax.monitor import words
+from esper_jax.monitor.views import SeedViews
+from esper_jax.policy.memory import Reason
 
 CONFIG = LifecycleConfig(max_epochs=60)
 
@@ -133,7 +137,23 @@ CONFIG = LifecycleConfig(max_epochs=60)
 def test_explain(
     source: Stage, target: int, outcome: Outcome, measured: dict, text: str
 ) -> None:
-    assert events.explain(17, source, target, outcome, measured, CONFIG) == text
+    assert words.explain(17, source, target, outcome, measured, CONFIG) == text
+
+
+def test_every_reason_has_words_of_its_own() -> None:
+    assert len({words.why(reason) for reason in Reason}) == len(Reason)
+    assert words.why(jnp.int8(Reason.BUSY)) == words.why(Reason.BUSY)
+    assert words.why(Reason.BUDGET_SPENT).endswith("the budget of parameters is spent")
+    with pytest.raises(ValueError, match=str(len(Reason))):
+        words.why(len(Reason))
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.949990001, "0.95"), (-3e-5, "-3e-05"), (9999.4, "9999"), (12345.6, "12345.6")],
+)
+def test_numbers_are_short(value: float, text: str) -> None:
+    assert words.format_number(value) == text
 
 
 def test_drained_events_agree_with_what_the_lifecycle_did() -> None:
@@ -160,16 +180,15 @@ def test_drained_events_agree_with_what_the_lifecycle_did() -> None:
         signals,
         CONFIG,
     )
-    found = events.drain(
+    moves = SeedMoves(
         source=stage,
         target=target,
         outcome=outcome,
         slot=np.asarray(new.slot_of_seed),
         epochs=np.asarray(state.epochs_in_stage),
         errors=np.asarray(state.error_count),
-        signals=signals,
-        config=CONFIG,
     )
+    found = words.drain(moves, signals, CONFIG)
     assert [e.seed for e in found] == np.flatnonzero(target != -1).tolist()
     assert {e.outcome for e in found} == set(Outcome) - {Outcome.NONE}
     for event in found:
@@ -207,7 +226,7 @@ def state() -> SeedState:
 
 
 def test_a_seed_prints_how_it_stands(state: SeedState) -> None:
-    seeds = events.SeedViews(state, ["residual_mlp", "low_rank"])
+    seeds = SeedViews(state, ["residual_mlp", "low_rank"])
     assert str(seeds[17]) == (
         "seed 17: GRAFTING for 12 epochs, slot 3\n"
         "  blueprint low_rank, strategy MOMENTUM, alpha 0.24\n"
@@ -224,7 +243,7 @@ def test_a_seed_prints_how_it_stands(state: SeedState) -> None:
 
 
 def test_views_are_a_sequence(state: SeedState) -> None:
-    seeds = events.SeedViews(state)
+    seeds = SeedViews(state)
     assert len(seeds) == len(list(seeds)) == 20
     assert str(seeds[-3]) == str(seeds[17]) == str(seeds[16:18][1])
     assert seeds[17].parent_stage == Stage.TRAINING
@@ -234,7 +253,7 @@ def test_views_are_a_sequence(state: SeedState) -> None:
 
 
 def test_a_view_outlives_the_state(state: SeedState) -> None:
-    seeds = events.SeedViews(state)
+    seeds = SeedViews(state)
     jax.tree.map(lambda x: x.delete(), state)
     assert seeds[17].slot == 3
 
@@ -242,4 +261,4 @@ def test_a_view_outlives_the_state(state: SeedState) -> None:
 def test_views_of_several_layers_at_once_are_refused(state: SeedState) -> None:
     stacked = jax.tree.map(lambda x: jnp.stack([x, x]), state)
     with pytest.raises(ValueError, match=r"state must be of one layer.*\(2, 20\)"):
-        events.SeedViews(stacked)
+        SeedViews(stacked)

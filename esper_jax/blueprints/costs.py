@@ -32,6 +32,23 @@ def param_counts(
     return np.stack([counts[w] for w in widths], axis=1)
 
 
+def living_parameters(
+    costs: Int[np.ndarray, "N S"],
+    blueprint: Int[Array, " S"],
+    living: Bool[Array, " S"],
+) -> Int[Array, " S"]:
+    """Parameters of each living seed's blueprint, int32; 0 for any other seed.
+
+    Args:
+      costs: parameters of every blueprint on every chunk, from `param_counts`.
+      blueprint: id of each seed's blueprint. Only the ids of living seeds matter.
+      living: which seeds to count.
+    """
+    kind = jnp.clip(jnp.asarray(blueprint, jnp.int32), 0, len(costs) - 1)
+    own = jnp.asarray(costs, jnp.int32)[kind, jnp.arange(kind.shape[0])]
+    return jnp.where(living, own, 0)
+
+
 def operations(parameters: Any) -> Any:
     """Floating-point operations of one row's forward pass through a blueprint.
 
@@ -39,20 +56,3 @@ def operations(parameters: Any) -> Any:
     once. Activations are not counted.
     """
     return 2 * parameters
-
-
-def living_parameters(
-    costs: Int[np.ndarray, "N S"],
-    blueprint: Int[Array, " S"],
-    living: Bool[Array, " S"],
-) -> Int[Array, " S"]:
-    """Parameters of each living seed's blueprint; 0 for a seed that does not live.
-
-    Args:
-      costs: as `param_counts` counts them.
-      blueprint: each seed's blueprint id.
-      living: which seeds count.
-    """
-    kind = jnp.clip(blueprint.astype(jnp.int32), 0, len(costs) - 1)
-    own = jnp.asarray(costs, jnp.int32)[kind, jnp.arange(costs.shape[1])]
-    return jnp.where(living, own, 0)

@@ -15,7 +15,10 @@ from esper_jax.optim import PerSlot
 from esper_jax.policy.config import ControllerConfig
 from esper_jax.policy.heuristic import Decide
 
-__all__ = ["Batch", "Loss", "Recipe"]
+__all__ = ["AT_ONCE", "Batch", "Loss", "Recipe"]
+
+AT_ONCE = 4
+"""Counterfactuals that are evaluated side by side, which bounds their memory."""
 
 Batch = tuple[Any, Any]
 """``(x, y)``, rows first."""
@@ -37,8 +40,7 @@ class Recipe:
       policy: numbers of the policy.
       decide: what asks for transitions.
       eval_batch: rows that are evaluated at once.
-      at_once: counterfactuals that are evaluated side by side, which bounds their
-        memory.
+      at_once: counterfactuals that are evaluated side by side.
       axis_name: the mapped axis that the rows are divided along, if there is one.
       debug: whether each tick compares the states of all devices along that axis.
     """
@@ -51,7 +53,7 @@ class Recipe:
     policy: ControllerConfig
     decide: Decide
     eval_batch: int
-    at_once: int
+    at_once: int = AT_ONCE
     axis_name: str | None = None
     debug: bool = False
 

@@ -1,1 +1,1 @@
-"""What a person sees of a run."""
+"""What a run shows to people: words, views of seeds, a live view, a picture."""

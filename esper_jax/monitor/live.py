@@ -27,14 +27,15 @@ _STYLES = {
 
 
 class LiveView:
-    """Shows progress, loss, accuracy, and one line of seeds by stage per layer.
+    """Shows progress, losses, accuracy, and each layer's seeds counted by stage.
 
-    A context manager; `update` is called after each tick.
+    Redraws one panel on a terminal, and prints plain lines elsewhere. A context
+    manager; call `update` after each tick.
 
     Args:
-      ticks: at which the run ends.
+      ticks: number of the last tick.
       console: where to print; standard output by default.
-      every: ticks between two plain lines where the output is no terminal.
+      every: without a terminal, print losses and seeds every so many ticks.
     """
 
     def __init__(
@@ -73,22 +74,34 @@ class LiveView:
             self._live.stop()
 
     def update(self, report: TickReport, events: Iterable[Mapping[str, Any]]) -> None:
-        """Shows a tick: ``report`` with host values, and the events of this tick."""
-        lines = [f"tick {e['tick']}: {e['layer']} {e['text']}" for e in events]
+        """Shows a tick.
+
+        Args:
+          report: of the tick, with host values.
+          events: of the tick, as `EventLog.add` returns them.
+        """
+        for event in events:
+            self.note(f"tick {event['tick']}: {event['layer']} {event['text']}")
+        if self._live is not None:
+            self._redraw(self._live, report)
+        elif report.tick % self._every == 0 or report.tick == self._ticks:
+            self._print(_metrics(report, self._ticks))
+            for name, layer in report.layers.items():
+                self._print(f"  {name}: {_plain(layer.stage)}")
+
+    def note(self, line: str) -> None:
+        """Shows a line; on a terminal from the next `update` on, among the last six."""
         if self._live is None:
-            for line in lines:
-                self._print(line)
-            if report.tick % self._every == 0 or report.tick == self._ticks:
-                self._print(_metrics(report, self._ticks))
-                for name, layer in report.layers.items():
-                    self._print(f"  {name}: {_plain(layer.stage)}")
-            return
-        self._recent = (self._recent + lines)[-6:]
+            self._print(line)
+        else:
+            self._recent = [*self._recent, line][-6:]
+
+    def _redraw(self, live: Live, report: TickReport) -> None:
         self._progress.update(self._task, completed=int(report.tick))
         table = Table("layer", "seeds by stage", box=None, header_style="bold")
         for name, layer in report.layers.items():
             table.add_row(name, _coloured(layer.stage))
-        self._live.update(
+        live.update(
             Group(
                 self._progress,
                 _metrics(report, self._ticks),
@@ -97,15 +110,8 @@ class LiveView:
             )
         )
 
-    def note(self, line: str) -> None:
-        """Shows a line that belongs to no tick's report."""
-        if self._live is None:
-            self._print(line)
-        else:
-            self._recent = [*self._recent, line][-6:]
-
     def _print(self, line: str) -> None:
-        # Not wrapped or coloured: these lines are read by programs too.
+        # No wrapping and no colours, because programs read these lines too.
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -118,6 +124,7 @@ def _metrics(report: TickReport, ticks: int) -> str:
 
 
 def _counts(stages: Any) -> list[tuple[Stage, int]]:
+    """Stages that occur, and how many seeds are in each."""
     present, counts = np.unique(np.asarray(stages), return_counts=True)
     return [(Stage(s), int(n)) for s, n in zip(present, counts, strict=True)]
 

@@ -1,18 +1,19 @@
-"""What happened to seeds, in words."""
+"""What happened to seeds, and why, in words."""
 
 import dataclasses
 import operator
 from collections.abc import Mapping
-from typing import Any
+from typing import assert_never
 
 import numpy as np
 
+from esper_jax.growth.reports import SeedMoves
 from esper_jax.lifecycle.rules import Gate, LifecycleConfig, gates
 from esper_jax.lifecycle.signals import Signals
 from esper_jax.lifecycle.stages import LEGAL, Outcome, Stage
 from esper_jax.policy.memory import Reason
 
-__all__ = ["Event", "drain", "explain", "number", "why"]
+__all__ = ["Event", "drain", "explain", "format_number", "why"]
 
 _WORDS = {
     operator.le: "at most",
@@ -20,25 +21,34 @@ _WORDS = {
     operator.ge: "at least",
     operator.gt: "above",
 }
-
-
-_REASONS = {
-    Reason.GERMINATED: "a seed germinates",
-    Reason.DISABLED: "nothing germinates: the controller is not enabled",
-    Reason.TARGET_MET: "nothing germinates: the target accuracy is met",
-    Reason.NOT_YET: "nothing germinates: it is not time yet",
-    Reason.BUSY: "nothing germinates: max_training seeds wait or train",
-    Reason.EMBARGOED: "nothing germinates: every chunk lives or is under an embargo",
-    Reason.FULL: "nothing germinates: a seed lives in every chunk",
-    Reason.NO_SLOT: "nothing germinates: no dormant chunk's layer has a free slot",
-    Reason.UNMEASURED: "nothing germinates: what places are chosen by is not measured",
-    Reason.BUDGET_SPENT: "nothing germinates: the budget of parameters is spent",
-}
+"""How a gate compares."""
 
 
 def why(reason: int) -> str:
     """A `Reason` of the controller, in words."""
-    return _REASONS[Reason(int(reason))]
+    match Reason(int(reason)):
+        case Reason.GERMINATED:
+            return "a seed germinates"
+        case Reason.DISABLED:
+            return "nothing germinates: the controller is not enabled"
+        case Reason.TARGET_MET:
+            return "nothing germinates: the target accuracy is met"
+        case Reason.NOT_YET:
+            return "nothing germinates: it is not time yet"
+        case Reason.BUSY:
+            return "nothing germinates: max_training seeds wait or train"
+        case Reason.EMBARGOED:
+            return "nothing germinates: every chunk lives or is under an embargo"
+        case Reason.FULL:
+            return "nothing germinates: a seed lives in every chunk"
+        case Reason.NO_SLOT:
+            return "nothing germinates: no dormant chunk's layer has a free slot"
+        case Reason.UNMEASURED:
+            return "nothing germinates: what places are chosen by is not measured"
+        case Reason.BUDGET_SPENT:
+            return "nothing germinates: the budget of parameters is spent"
+        case other:
+            assert_never(other)  # the type checker finds a reason without words
 
 
 def explain(
@@ -53,40 +63,37 @@ def explain(
 
     Args:
       seed: number of the seed.
-      source: `Stage` that it was in.
-      target: `Stage` that was requested, or the code of none.
-      outcome: the `Outcome` of the request.
+      source: `Stage` that the seed was in.
+      target: code of the `Stage` requested; may be one that no stage has.
+      outcome: `Outcome` of the request.
       measured: what the rules read: signals by name, ``epochs_in_stage`` and
-        ``error_count``. What is not in it was not measured.
-      config: the minima and thresholds that were in force.
+        ``error_count``. What is missing or NaN was not measured.
+      config: the minima and thresholds in force.
 
     Returns:
       One line, such as ``seed 17 stays in EVALUATING: performance_delta -0.003 is not
       above 0``.
     """
     source = Stage(source)
-    outcome = Outcome(outcome)
-    if outcome == Outcome.NONE:
-        return f"seed {seed} stays in {source.name}: nothing was requested"
-    if outcome == Outcome.OK:
-        passed = [
-            _verdict(g, measured) for g in _deciding(source, target, measured, config)
-        ]
-        why = f" ({', '.join(passed)})" if passed else ""
-        return f"seed {seed}: {source.name} -> {Stage(target).name}{why}"
-    if outcome == Outcome.ILLEGAL:
-        reason = _illegal(source, target)
-    elif outcome == Outcome.TOO_EARLY:
-        epochs = measured.get("epochs_in_stage", np.nan)
-        reason = (
-            f"epochs_in_stage {number(epochs)} is not at least "
-            f"{config.min_epochs[source]}"
-        )
-    elif outcome == Outcome.GATE:
-        tests = _deciding(source, target, measured, config)
-        reason = ", ".join(_verdict(gate, measured) for gate in tests)
-    else:
-        reason = "no slot is free"
+    match Outcome(outcome):
+        case Outcome.OK:
+            verdicts = _verdicts(source, target, measured, config)
+            passed = f" ({verdicts})" if verdicts else ""
+            return f"seed {seed}: {source.name} -> {Stage(target).name}{passed}"
+        case Outcome.NONE:
+            reason = "nothing was requested"
+        case Outcome.ILLEGAL:
+            reason = _illegal(source, target)
+        case Outcome.TOO_EARLY:
+            epochs = format_number(measured.get("epochs_in_stage", np.nan))
+            least = config.min_epochs[source]
+            reason = f"epochs_in_stage {epochs} is not at least {least}"
+        case Outcome.GATE:
+            reason = _verdicts(source, target, measured, config)
+        case Outcome.NO_CAPACITY:
+            reason = "no slot is free"
+        case other:
+            assert_never(other)
     return f"seed {seed} stays in {source.name}: {reason}"
 
 
@@ -98,21 +105,23 @@ def _illegal(source: Stage, target: int) -> str:
     return f"{Stage(target).name} cannot follow {source.name}, {others}"
 
 
-def _deciding(
+def _verdicts(
     source: Stage, target: int, measured: Mapping[str, float], config: LifecycleConfig
-) -> list[Gate]:
-    """The gates that settled it: those that failed, or all if they passed."""
+) -> str:
+    """The gates that decided: those that failed, or those that passed if it did."""
     guarded = {(int(a), int(b)): v for (a, b), v in gates(config).items()}
     rule, tests = guarded.get((int(source), int(target)), ("all", []))
     results = [_passes(gate, measured) for gate in tests]
     passed = all(results) if rule == "all" else any(results)
-    return [
-        gate for gate, result in zip(tests, results, strict=True) if result == passed
-    ]
+    return ", ".join(
+        _verdict(gate, measured)
+        for gate, result in zip(tests, results, strict=True)
+        if result == passed
+    )
 
 
 def _passes(gate: Gate, measured: Mapping[str, float]) -> bool:
-    # As on the device, in float32.
+    # In float32, as the device compares.
     value = np.float32(measured.get(gate.metric, np.nan))
     return bool(gate.compare(value, np.float32(gate.threshold)))
 
@@ -122,14 +131,15 @@ def _verdict(gate: Gate, measured: Mapping[str, float]) -> str:
     if np.isnan(value):
         return f"{gate.metric} was not measured"
     verb = "is" if _passes(gate, measured) else "is not"
-    threshold = number(gate.threshold)
-    text = number(value)
+    threshold = format_number(gate.threshold)
+    text = format_number(value)
     if text == threshold and np.float32(value) != np.float32(gate.threshold):
-        text = str(np.float32(value))
+        text = str(np.float32(value))  # all digits, to show that they differ
     return f"{gate.metric} {text} {verb} {_WORDS[gate.compare]} {threshold}"
 
 
-def number(value: float) -> str:
+def format_number(value: float) -> str:
+    """Four significant digits; six from 10,000 on."""
     return f"{float(value):.4g}" if abs(value) < 1e4 else f"{float(value):.6g}"
 
 
@@ -140,53 +150,38 @@ class Event:
     seed: int
     source: Stage
     target: int
-    """The `Stage` requested; a code that is no stage stays a number."""
+    """The `Stage` requested; a plain number if no stage has that code."""
     outcome: Outcome
     slot: int
-    """The slot that the seed owned before or owns after, -1 for none."""
+    """Slot that the seed owned before or owns after; -1 for none."""
     measured: dict[str, float]
-    """The numbers that the rules for this transition read; NaN was not measured."""
+    """What the rules for this transition read; NaN was not measured."""
     text: str
-    """`explain`'s words."""
+    """What `explain` says of it."""
 
     def __str__(self) -> str:
         return self.text
 
 
-def drain(
-    *,
-    source: Any,
-    target: Any,
-    outcome: Any,
-    slot: Any,
-    epochs: Any,
-    errors: Any,
-    signals: Signals,
-    config: LifecycleConfig,
-) -> list[Event]:
-    """Everything that was asked of one layer's seeds in a tick, in order of the seeds.
+def drain(moves: SeedMoves, signals: Signals, config: LifecycleConfig) -> list[Event]:
+    """What was requested of one layer's seeds in a tick, and what became of it.
 
     Args:
-      source: int[S], the stage of each seed before.
-      target: int[S], the stage requested, -1 for none.
-      outcome: int[S], as `lifecycle.step` returned it.
-      slot: int[S], the slot owned before or after.
-      epochs: int[S], epochs in the source stage when it was decided.
-      errors: int[S], error counts when it was decided.
+      moves: what the tick or the rollback did to the seeds.
       signals: what the gates read, of shape (S,) or ().
-      config: the minima and thresholds that were in force.
+      config: the minima and thresholds in force.
 
     Returns:
-      One `Event` for each seed of which something was requested.
+      One `Event` for each seed with a request, in the order of the seeds.
     """
-    outcome = np.asarray(outcome)
+    outcome = np.asarray(moves.outcome)
     columns = {
         field.name: np.broadcast_to(getattr(signals, field.name), outcome.shape)
         for field in dataclasses.fields(signals)
     }
     columns |= {
-        "epochs_in_stage": np.asarray(epochs),
-        "error_count": np.asarray(errors),
+        "epochs_in_stage": np.asarray(moves.epochs),
+        "error_count": np.asarray(moves.errors),
     }
     reads = {
         (int(a), int(b)): {gate.metric: gate.field for gate in tests}
@@ -194,7 +189,7 @@ def drain(
     }
     found = []
     for seed in np.flatnonzero(outcome != Outcome.NONE).tolist():
-        before, wish = int(source[seed]), int(target[seed])
+        before, wish = int(moves.source[seed]), int(moves.target[seed])
         names = {"epochs_in_stage": "epochs_in_stage", **reads.get((before, wish), {})}
         measured = {m: float(columns[field][seed]) for m, field in names.items()}
         found.append(
@@ -203,7 +198,7 @@ def drain(
                 source=Stage(before),
                 target=Stage(wish) if wish in list(Stage) else wish,
                 outcome=Outcome(outcome[seed]),
-                slot=int(slot[seed]),
+                slot=int(moves.slot[seed]),
                 measured=measured,
                 text=explain(seed, before, wish, outcome[seed], measured, config),
             )

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from esper_jax.blueprints.costs import living_parameters
+from esper_jax.blueprints import living_parameters
 from esper_jax.lifecycle.commands import Commands
 from esper_jax.lifecycle.rules import LifecycleConfig, gates_pass
 from esper_jax.lifecycle.signals import DECAY, Signals

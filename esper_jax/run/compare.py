@@ -1,8 +1,9 @@
-"""A static twin of a grown run: what the same parameters are worth without growth."""
+"""The static twin of a grown run: what the same parameters give without growth."""
 
 import dataclasses
 import functools
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 
 from esper_jax.data import Dataset
 from esper_jax.policy.config import ControllerConfig
+from esper_jax.run.build import build_run
 from esper_jax.run.config import RunConfig
 from esper_jax.train.scan import scan_fit
 
@@ -17,14 +19,16 @@ __all__ = ["train_static", "twin"]
 
 
 def twin(config: RunConfig, data: Dataset, parameters: int) -> RunConfig:
-    """The config of a run with a wider host, of at least so many parameters, in which
-    nothing grows: its layers are widened alike."""
+    """The config of a run with a wider host in which nothing grows.
+
+    Widens all hidden layers in proportion, by the smallest step that gives the host at
+    least ``parameters`` parameters.
+    """
     inputs = data.train[0].shape[-1]
     hidden = config.model.hidden
     for step in itertools.count():
         widths = tuple(w + round(step * w / max(hidden)) for w in hidden)
-        sizes = [inputs, *widths, data.num_classes]
-        if sum((a + 1) * b for a, b in itertools.pairwise(sizes)) >= parameters:
+        if _mlp_parameters([inputs, *widths, data.num_classes]) >= parameters:
             break
     return dataclasses.replace(
         config,
@@ -36,16 +40,18 @@ def twin(config: RunConfig, data: Dataset, parameters: int) -> RunConfig:
     )
 
 
-def train_static(
-    config: RunConfig, data: Dataset, parameters: int, build_run: Any
-) -> dict[str, Any]:
+def _mlp_parameters(sizes: Sequence[int]) -> int:
+    """Weights and biases of an MLP with these widths, input and output included."""
+    return sum((a + 1) * b for a, b in itertools.pairwise(sizes))
+
+
+def train_static(config: RunConfig, data: Dataset, parameters: int) -> dict[str, Any]:
     """Trains the twin of a run on the same rows in the same order.
 
     Args:
       config: of the grown run.
-      data: its data.
-      parameters: that the twin has at least.
-      build_run: `run.build_run`.
+      data: of the grown run.
+      parameters: the twin gets at least as many.
 
     Returns:
       ``widths``, ``parameters``, ``accuracy`` and ``loss`` on test data, and

@@ -27,6 +27,7 @@ __all__ = [
     "ModelConfig",
     "RunConfig",
     "TrainConfig",
+    "check_resumable",
     "load_config",
     "parse_config",
     "to_dict",
@@ -39,9 +40,11 @@ class ConfigError(ValueError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Args:
-    name: a key of `DATASETS`.
-    seed: of the split.
+    """Which data to train on.
+
+    Args:
+      name: a key of `DATASETS`.
+      seed: draws the split.
     """
 
     name: str = "digits"
@@ -54,7 +57,7 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A multilayer perceptron.
+    """The host: a multilayer perceptron.
 
     Args:
       hidden: width of each hidden layer.
@@ -77,11 +80,12 @@ class GrowthConfig:
     """What may grow in each hidden layer.
 
     Args:
-      num_seeds: seeds of each hidden layer.
-      capacity: seeds of a layer that can live at once.
-      blueprints: names of blueprints.
+      num_seeds: seeds in each hidden layer.
+      capacity: how many seeds of a layer can live at once.
+      blueprints: names of the blueprints that may grow.
       strategy: grafting strategy, a name of `Strategy` in lower case.
-      incubation: ``"task"`` or ``"reconstruction"``.
+      incubation: what a seed in TRAINING learns from, ``"task"`` or
+        ``"reconstruction"``.
     """
 
     num_seeds: int = 4
@@ -104,13 +108,15 @@ class GrowthConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Args:
-    ticks: epochs to train for; each ends with a tick.
-    batch_size: rows a step.
-    learning_rate: of AdamW for the host.
-    weight_decay: of AdamW for the host.
-    blueprint_learning_rate: of AdamW in each slot.
-    blueprint_weight_decay: of AdamW in each slot.
+    """How long to train, and with which optimizers.
+
+    Args:
+      ticks: epochs to train for; each ends with a tick.
+      batch_size: rows per step.
+      learning_rate: of the host's AdamW.
+      weight_decay: of the host's AdamW.
+      blueprint_learning_rate: of each slot's AdamW.
+      blueprint_weight_decay: of each slot's AdamW.
     """
 
     ticks: int = 100
@@ -137,12 +143,15 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """Args:
-    every: ticks between two checkpoints; the last tick is always saved.
-    keep: how many of the newest are kept.
-    keep_best: "loss" or "accuracy": the best on held-out data is kept, too.
-    keep_every: steps that are a multiple of it are kept, too; 0 for none.
-    pinned: steps that are never removed.
+    """When to save, and which checkpoints to keep.
+
+    Args:
+      every: ticks between two checkpoints; the last tick is always saved.
+      keep: how many of the newest checkpoints to keep.
+      keep_best: ``"loss"`` or ``"accuracy"`` also keeps the checkpoint that is best by
+        it on held-out data; ``""`` does not.
+      keep_every: also keeps the steps that are multiples of this number; 0 for none.
+      pinned: steps that are never removed.
     """
 
     every: int = 50
@@ -160,13 +169,13 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompareConfig:
-    """What is shown beside the run when it has ended.
+    """What to compare the run with when it has ended.
 
     Args:
-      static: whether a wider host of at least the same final parameters, in which
-        nothing grows, is trained too.
-      plot: whether accuracy over time, with the events on it, is drawn into
-        ``accuracy.png``; needs the extra ``plot``.
+      static: also trains a wider host in which nothing grows, with at least as many
+        parameters as the grown model.
+      plot: draws held-out accuracy over time, with the events marked, into
+        ``accuracy.png``. Needs the extra ``plot``.
     """
 
     static: bool = False
@@ -179,10 +188,14 @@ class CompareConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """All that a run depends on. Each field is a table of the TOML file.
+    """Everything that a run depends on. Each field but ``seed`` is a table of the TOML
+    file.
 
-    ``lifecycle.min_epochs`` is a table from stage names to epochs; stages that it does
-    not name keep their default.
+    There ``lifecycle.min_epochs`` is a table from stage names to epochs; stages that it
+    does not name keep their default.
+
+    Args:
+      seed: draws the parameters and the order of the rows.
     """
 
     seed: int = 0
@@ -215,7 +228,11 @@ class RunConfig:
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Reads a TOML file and applies ``key.path=value`` overrides.
+    """Reads a TOML file and applies overrides.
+
+    Args:
+      path: of the file.
+      overrides: each ``key.path=value``. A value that is not TOML is taken as a string.
 
     Raises:
       ConfigError: naming the file or the key, what was expected and what came.
@@ -232,7 +249,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def parse_config(table: Mapping[str, Any]) -> RunConfig:
-    """A `RunConfig` from nested tables.
+    """Makes a `RunConfig` from nested tables.
 
     Raises:
       ConfigError: for an unknown key, a wrong type or an impossible value.
@@ -241,7 +258,7 @@ def parse_config(table: Mapping[str, Any]) -> RunConfig:
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
-    """The tables that `parse_config` makes this config from."""
+    """The nested tables that `parse_config` reads back as the same config."""
     tables = dataclasses.asdict(config)
     tables["lifecycle"]["min_epochs"] = {
         stage.name: config.lifecycle.min_epochs[stage] for stage in Stage
@@ -249,7 +266,39 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
     return tables
 
 
+def check_resumable(config: RunConfig, saved: RunConfig) -> None:
+    """Checks that a run that was started with ``saved`` can go on with ``config``.
+
+    ``train.ticks``, ``growth.capacity`` and the tables ``governor``, ``checkpoint`` and
+    ``compare`` may differ.
+
+    Raises:
+      ConfigError: naming the first key that differs and may not.
+    """
+    new, old = _flat(to_dict(config)), _flat(to_dict(saved))
+    for key in sorted(set(new) | set(old)):
+        free = key in ("train.ticks", "growth.capacity")
+        free |= key.startswith(("governor.", "checkpoint.", "compare."))
+        if not free and new.get(key) != old.get(key):
+            raise ConfigError(
+                f"{key}: expected {old.get(key)!r}, as the run to resume has it; "
+                f"got {new.get(key)!r}"
+            )
+
+
+def _flat(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values by dotted key."""
+    flat: dict[str, Any] = {}
+    for key, value in tables.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
 def _override(table: dict[str, Any], override: str) -> None:
+    """Sets one ``key.path=value`` in the tables."""
     key, equals, text = override.partition("=")
     path = key.strip().split(".")
     if not equals or not all(path):
@@ -266,6 +315,7 @@ def _override(table: dict[str, Any], override: str) -> None:
 
 
 def _build(cls: type, table: Any, where: str) -> Any:
+    """A config dataclass from its table, which stands at the key ``where``."""
     if not isinstance(table, Mapping):
         raise ConfigError(f"{where or 'config'}: expected a table, got {table!r}")
     prefix = f"{where}." if where else ""
@@ -285,7 +335,7 @@ def _build(cls: type, table: Any, where: str) -> Any:
 
 
 def _value(kind: Any, value: Any, where: str) -> Any:
-    """``value`` as the annotated type ``kind``."""
+    """Checks ``value``, at the key ``where``, and converts it to the type ``kind``."""
     if dataclasses.is_dataclass(kind):
         return _build(typing.cast(type, kind), value, where)
     if where == "lifecycle.min_epochs":
@@ -308,6 +358,7 @@ def _value(kind: Any, value: Any, where: str) -> Any:
 
 
 def _min_epochs(value: Any, where: str) -> tuple[int, ...]:
+    """Epochs by stage code, from a table of stage names."""
     names = [stage.name for stage in Stage]
     if not isinstance(value, Mapping):
         raise ConfigError(f"{where}: expected a table of stages, got {value!r}")

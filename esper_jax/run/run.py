@@ -1,86 +1,64 @@
 """A run on disk: train from a config into a folder, resume it, evaluate it.
 
-A run's folder holds ``config.json``, ``events.jsonl`` (one event a line, as they
-happened), ``ticks.jsonl`` (the metrics of each tick), ``checkpoints/`` and, when it has
-ended, ``summary.json`` and what ``compare`` asks for.
+`RunFolder` lists the files. ``summary.json`` and what ``compare`` asks for appear when
+the run ends.
 """
 
+import dataclasses
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from flax import nnx
 from rich.console import Console
 
-from esper_jax.blueprints import param_counts
+from esper_jax.blueprints import living_parameters, param_counts
 from esper_jax.checkpoint import Retention
 from esper_jax.checkpoint.checkpointer import Checkpointer
-from esper_jax.data import DATASETS, Dataset
+from esper_jax.data import Dataset
 from esper_jax.growth.reports import TickReport
 from esper_jax.growth.state import TrainState
-from esper_jax.hosts import MLP
-from esper_jax.lifecycle.grafting import Strategy
 from esper_jax.lifecycle.state import coefficients
 from esper_jax.monitor import plot
 from esper_jax.monitor.live import LiveView
 from esper_jax.monitor.words import why
 from esper_jax.policy.memory import Reason
+from esper_jax.run.build import build_run, load_data
 from esper_jax.run.compare import train_static
-from esper_jax.run.config import ConfigError, RunConfig, to_dict
+from esper_jax.run.config import ConfigError, RunConfig, check_resumable, to_dict
 from esper_jax.run.folder import (
-    EventLog,
-    Metrics,
     RunError,
-    check_same,
-    number,
+    RunFolder,
+    finite_or_none,
     read_config,
     read_lines,
     write_json,
 )
+from esper_jax.run.logs import EventLog, Metrics
 from esper_jax.train.governor import Governor
 from esper_jax.train.loop import fit
-from esper_jax.train.program import Program, build
+from esper_jax.train.program import Program
 from esper_jax.train.retreat import Rollback, TrainingStopped
 from esper_jax.trees import state_hash
 
-__all__ = ["build_run", "evaluate_run", "train_run"]
+__all__ = ["evaluate_run", "train_run"]
 
 _log = logging.getLogger(__name__)
 
 
-def build_run(config: RunConfig, data: Dataset) -> Program:
-    """The program of a config: an MLP with AdamW for host and blueprints."""
-    growth, train = config.growth, config.train
+@dataclasses.dataclass(frozen=True)
+class _Session:
+    """Everything that a run works with while it trains, except its state."""
 
-    @nnx.jit  # one program instead of one for each operation
-    def make() -> MLP:
-        return MLP(
-            data.train[0].shape[-1],
-            config.model.hidden,
-            data.num_classes,
-            activation=config.model.activation,
-            num_seeds=growth.num_seeds,
-            capacity=growth.capacity,
-            blueprints=growth.blueprints,
-            strategy=Strategy[growth.strategy.upper()],
-            incubation=growth.incubation,
-            rngs=nnx.Rngs(config.seed),
-        )
-
-    return build(
-        make(),
-        optax.adamw(train.learning_rate, weight_decay=train.weight_decay),
-        optax.adamw(
-            train.blueprint_learning_rate, weight_decay=train.blueprint_weight_decay
-        ),
-        lifecycle_config=config.lifecycle,
-        controller_config=config.controller,
-    )
+    config: RunConfig
+    data: Dataset
+    program: Program
+    folder: RunFolder
+    checkpoints: Checkpointer
+    log: EventLog
+    metrics: Metrics
 
 
 def train_run(
@@ -94,153 +72,93 @@ def train_run(
 
     Args:
       config: of the run.
-      out: must not hold a run yet, unless ``resume``.
-      resume: go on from the newest sound checkpoint of the run in ``out``, or from the
-        beginning if it was stopped before the first. Its config must be the same but
-        for ``train.ticks``, ``governor``, ``checkpoint`` and ``growth.capacity``. A
-        smaller capacity must hold all living seeds.
-      console: for the live view.
+      out: folder of the run; must be empty or absent, unless ``resume``.
+      resume: go on from the newest sound checkpoint of the run in ``out``, or start
+        over if there is no checkpoint yet. `check_resumable` says what may differ from
+        the run's config. A smaller ``growth.capacity`` must hold all living seeds.
+      console: where the live view prints; standard output by default.
 
     Raises:
-      RunError: if ``out`` cannot be used so, or the governor stopped the run, whose
-        state has been saved then.
+      RunError: if ``out`` cannot be used, or the governor stopped the run. A stopped
+        run has saved its last good state.
       CheckpointError: if no checkpoint of a run to resume is sound, if one cannot be
         saved, or if another process is training into ``out``.
-      ConfigError: if the config does not fit the data. Nothing has been written then.
+      ConfigError: if the config does not fit the data or the run to resume. Nothing
+        has been written then.
     """
-    data = _dataset(config)
+    data = load_data(config)
+    _check_batch_size(config, data)
+    folder = RunFolder(out)
+    if resume:
+        check_resumable(config, read_config(folder))
+    else:
+        _check_empty(out)
+    program = build_run(config, data)
+    state = program.init(jax.random.key(config.seed))
+    _make(out)
+    with Checkpointer(folder.checkpoints, retention=_retention(config)) as checkpoints:
+        checkpoints.acquire()
+        if resume:
+            state = _restored(checkpoints, state)
+        _check_ticks(config, state)
+        write_json(folder.config, to_dict(config))
+        folder.summary.unlink(missing_ok=True)
+        ticks = int(state.ticks)
+        session = _Session(
+            config=config,
+            data=data,
+            program=program,
+            folder=folder,
+            checkpoints=checkpoints,
+            log=EventLog(folder, program.gates, ticks, int(state.governor.rollbacks)),
+            metrics=Metrics(folder, ticks),
+        )
+        state = _train(session, state, console)
+    return _conclude(session, state)
+
+
+def evaluate_run(out: Path) -> dict[str, Any]:
+    """Step, accuracy and loss on test data of the newest sound checkpoint in ``out``.
+
+    Newer checkpoints that are damaged are named in the log.
+
+    Raises:
+      RunError: if ``out`` holds no run.
+      CheckpointError: if there is no sound checkpoint.
+    """
+    folder = RunFolder(out)
+    config = read_config(folder)
+    data = load_data(config)
+    program = build_run(config, data)
+    like = program.init(jax.random.key(config.seed))
+    state = Checkpointer(folder.checkpoints).restore(like).state
+    loss, accuracy = _test(program, state, data)
+    return {"step": int(state.step), "accuracy": accuracy, "loss": loss}
+
+
+def _check_batch_size(config: RunConfig, data: Dataset) -> None:
     rows = len(data.train[0])
     if config.train.batch_size > rows:
         raise ConfigError(
             f"train.batch_size: expected at most the {rows} training rows of "
             f"{config.data.name}, got {config.train.batch_size}"
         )
-    if resume:
-        check_same(config, read_config(out))
-    elif out.exists() and not out.is_dir():
+
+
+def _check_empty(out: Path) -> None:
+    if out.exists() and not out.is_dir():
         raise RunError(f"{out} is no folder: choose another --out")
-    elif out.exists() and any(out.iterdir()):
+    if out.exists() and any(out.iterdir()):
         raise RunError(f"{out} is not empty: choose another --out, or --resume the run")
-    program = build_run(config, data)
-    state = program.init(jax.random.key(config.seed))
+
+
+def _make(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunError(
             f"{out} cannot be written to ({error.strerror}): choose another --out"
         ) from None
-    with Checkpointer(out / "checkpoints", retention=_retention(config)) as checkpoints:
-        checkpoints.acquire()
-        if resume and not checkpoints.steps():
-            _log.warning("%s holds no checkpoint: starts anew", checkpoints.directory)
-        elif resume:
-            found = checkpoints.restore(state)
-            state = found.state
-            for name, (before, after) in found.resized.items():
-                _log.warning(
-                    "layer %s of step %d goes on with capacity %d instead of %d",
-                    name,
-                    found.step,
-                    after,
-                    before,
-                )
-        if config.train.ticks < int(state.ticks):
-            raise ConfigError(
-                f"train.ticks: expected at least {int(state.ticks)}, which the run to "
-                f"resume has done; got {config.train.ticks}"
-            )
-        write_json(out / "config.json", to_dict(config))
-        (out / "summary.json").unlink(missing_ok=True)
-        log = EventLog(
-            out / "events.jsonl",
-            program.gates,
-            keep_until=int(state.ticks),
-            rollbacks=int(state.governor.rollbacks),
-        )
-        metrics = Metrics(out / "ticks.jsonl", keep_until=int(state.ticks))
-        state = _train(program, state, config, data, log, metrics, checkpoints, console)
-    summary = _summary(program, state, data, log)
-    if config.compare.static:
-        parameters = summary["host_params"] + summary["grown_params"]
-        summary["static"] = train_static(config, data, parameters, build_run)
-    if config.compare.plot:
-        plot.accuracy(
-            out / "accuracy.png",
-            read_lines(out / "ticks.jsonl"),
-            summary["events"],
-            summary.get("static"),
-        )
-    write_json(out / "summary.json", summary)
-    return summary
-
-
-def _train(
-    program: Program,
-    state: TrainState,
-    config: RunConfig,
-    data: Dataset,
-    log: "EventLog",
-    metrics: "Metrics",
-    checkpoints: Checkpointer,
-    console: Console | None,
-) -> TrainState:
-    """Trains to the last tick, with live view, events, checkpoints and governor."""
-    ticks = config.train.ticks
-    tables = to_dict(config)
-    with LiveView(ticks, console) as view:
-        said = Reason.NOT_YET
-
-        def on_tick(state: TrainState, report: TickReport) -> None:
-            nonlocal said
-            view.update(report, log.add(report))
-            metrics.add(report)
-            reason = Reason(int(report.reason))
-            if reason not in (said, Reason.NOT_YET, Reason.GERMINATED):
-                view.note(f"tick {int(report.tick)}: {why(reason)}")
-                said = reason
-            if report.tick % config.checkpoint.every == 0 or report.tick == ticks:
-                checkpoints.save(
-                    int(report.step),
-                    state,
-                    metrics={
-                        "loss": float(report.loss),
-                        "accuracy": float(report.accuracy),
-                    },
-                    config=tables,
-                )
-
-        def on_rollback(rollback: Rollback) -> None:
-            for line in log.add_rollback(rollback):
-                view.note(line)
-
-        try:
-            return fit(
-                program,
-                state,
-                data.train,
-                data.held_out,
-                ticks=ticks,
-                batch_size=config.train.batch_size,
-                seed=config.seed,
-                on_tick=on_tick,
-                governor=_governor(config, program, data, on_rollback),
-            )
-        except TrainingStopped as stop:
-            step = int(stop.state.step)
-            checkpoints.save(step, stop.state, config=tables)
-            checkpoints.wait()  # so that what is said next is true
-            raise RunError(
-                f"{stop}. The last good state is saved as step {step} in "
-                f"{checkpoints.directory}; once the cause is gone, --resume goes on "
-                "from it"
-            ) from None
-
-
-def _dataset(config: RunConfig) -> Dataset:
-    try:
-        return DATASETS[config.data.name](config.data.seed)
-    except ImportError as error:
-        raise ConfigError(f"data.name: {error}") from None
 
 
 def _retention(config: RunConfig) -> Retention:
@@ -254,51 +172,131 @@ def _retention(config: RunConfig) -> Retention:
     )
 
 
-def evaluate_run(out: Path) -> dict[str, Any]:
-    """Step, accuracy and loss on the test data of the newest checkpoint in ``out``.
+def _restored(checkpoints: Checkpointer, state: TrainState) -> TrainState:
+    """The newest sound checkpoint, or ``state`` if there is no checkpoint yet."""
+    if not checkpoints.steps():
+        _log.warning("%s holds no checkpoint: starts anew", checkpoints.directory)
+        return state
+    found = checkpoints.restore(state)
+    for name, (before, after) in found.resized.items():
+        _log.warning(
+            "layer %s of step %d goes on with capacity %d instead of %d",
+            name,
+            found.step,
+            after,
+            before,
+        )
+    return found.state
 
-    A damaged checkpoint is named in the log, and the next older one used.
 
-    Raises:
-      RunError: if there is no run.
-      CheckpointError: if there is no sound checkpoint.
+def _check_ticks(config: RunConfig, state: TrainState) -> None:
+    if config.train.ticks < int(state.ticks):
+        raise ConfigError(
+            f"train.ticks: expected at least {int(state.ticks)}, which the run to "
+            f"resume has done; got {config.train.ticks}"
+        )
+
+
+def _train(session: _Session, state: TrainState, console: Console | None) -> TrainState:
+    """Trains to the last tick, with live view, logs, checkpoints and governor."""
+    config, data = session.config, session.data
+    with LiveView(config.train.ticks, console) as view:
+        reporter = _Reporter(session, view)
+        try:
+            return fit(
+                session.program,
+                state,
+                data.train,
+                data.held_out,
+                ticks=config.train.ticks,
+                batch_size=config.train.batch_size,
+                seed=config.seed,
+                on_tick=reporter.on_tick,
+                governor=_governor(session, reporter),
+            )
+        except TrainingStopped as stop:
+            step = int(stop.state.step)
+            checkpoints = session.checkpoints
+            checkpoints.save(step, stop.state, config=to_dict(config))
+            checkpoints.wait()  # the message below claims that it is saved
+            raise RunError(
+                f"{stop}. The last good state is saved as step {step} in "
+                f"{checkpoints.directory}; once the cause is gone, --resume goes on "
+                "from it"
+            ) from None
+
+
+class _Reporter:
+    """Writes down, shows and saves what `fit` hands over after each tick.
+
+    Remembers which reason for not germinating it has shown, to show each once in a row.
     """
-    config = read_config(out)
-    data = _dataset(config)
-    program = build_run(config, data)
-    like = program.init(jax.random.key(config.seed))
-    state = Checkpointer(out / "checkpoints").restore(like).state
-    loss, accuracy = program.evaluate(state, jax.tree.map(jnp.asarray, data.test))
-    return {
-        "step": int(state.step),
-        "accuracy": number(accuracy),
-        "loss": number(loss),
-    }
+
+    def __init__(self, session: _Session, view: LiveView) -> None:
+        self._session = session
+        self._view = view
+        self._shown = Reason.NOT_YET
+
+    def on_tick(self, state: TrainState, report: TickReport) -> None:
+        self._view.update(report, self._session.log.add(report))
+        self._session.metrics.add(report)
+        reason = Reason(int(report.reason))
+        if reason not in (self._shown, Reason.NOT_YET, Reason.GERMINATED):
+            self._view.note(f"tick {int(report.tick)}: {why(reason)}")
+            self._shown = reason
+        config = self._session.config
+        last = report.tick == config.train.ticks
+        if last or report.tick % config.checkpoint.every == 0:
+            self._save(state, report)
+
+    def on_rollback(self, rollback: Rollback) -> None:
+        for line in self._session.log.add_rollback(rollback):
+            self._view.note(line)
+
+    def _save(self, state: TrainState, report: TickReport) -> None:
+        self._session.checkpoints.save(
+            int(report.step),
+            state,
+            metrics={"loss": float(report.loss), "accuracy": float(report.accuracy)},
+            config=to_dict(self._session.config),
+        )
 
 
-def _governor(
-    config: RunConfig,
-    program: Program,
-    data: Dataset,
-    on_rollback: Callable[[Rollback], None],
-) -> Governor | None:
-    if not config.governor.enabled:
+def _governor(session: _Session, reporter: _Reporter) -> Governor | None:
+    if not session.config.governor.enabled:
         return None
     return Governor(
-        program,
-        config.governor,
-        num_classes=data.num_classes,
-        on_rollback=on_rollback,
+        session.program,
+        session.config.governor,
+        num_classes=session.data.num_classes,
+        on_rollback=reporter.on_rollback,
     )
 
 
-def _summary(
-    program: Program, state: TrainState, data: Dataset, log: EventLog
-) -> dict[str, Any]:
-    loss, accuracy = program.evaluate(state, jax.tree.map(jnp.asarray, data.test))
+def _conclude(session: _Session, state: TrainState) -> dict[str, Any]:
+    """Writes the summary, and beside it what ``compare`` asks for."""
+    compare, folder = session.config.compare, session.folder
+    summary = _summary(session, state)
+    if compare.static:
+        parameters = summary["host_params"] + summary["grown_params"]
+        summary["static"] = train_static(session.config, session.data, parameters)
+    if compare.plot:
+        plot.accuracy(
+            folder.picture,
+            read_lines(folder.ticks),
+            summary["events"],
+            summary.get("static"),
+        )
+    write_json(folder.summary, summary)
+    return summary
+
+
+def _summary(session: _Session, state: TrainState) -> dict[str, Any]:
+    program, log = session.program, session.log
+    loss, accuracy = _test(program, state, session.data)
     return {
-        "final_accuracy": number(accuracy),
-        "final_loss": number(loss),
+        "final_accuracy": accuracy,
+        "final_loss": loss,
         "state_hash": state_hash(state),
         "host_params": sum(int(np.size(p)) for p in state.params.values()),
         "grown_params": _grown_params(program, state),
@@ -309,11 +307,20 @@ def _summary(
     }
 
 
+def _test(
+    program: Program, state: TrainState, data: Dataset
+) -> tuple[float | None, float | None]:
+    """Loss and accuracy on the test data, as JSON can hold them."""
+    loss, accuracy = program.evaluate(state, jax.tree.map(jnp.asarray, data.test))
+    return finite_or_none(loss), finite_or_none(accuracy)
+
+
 def _grown_params(program: Program, state: TrainState) -> int:
     """Parameters of the blueprints that count in the output."""
     total = 0
     for name, seeds in state.seeds.items():
-        counts = param_counts(program.kinds[name], program.layouts[name].sizes)
-        grown = np.flatnonzero(coefficients(seeds)[0] != 0)
-        total += int(counts[np.asarray(seeds.blueprint)[grown], grown].sum())
+        costs = param_counts(program.kinds[name], program.layouts[name].sizes)
+        alpha, _ = coefficients(seeds)
+        own = living_parameters(costs, seeds.blueprint, alpha != 0)
+        total += int(np.asarray(own).sum())
     return total

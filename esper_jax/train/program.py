@@ -21,7 +21,7 @@ from esper_jax.chunks import ChunkLayout
 from esper_jax.growth.capacity import grow_capacity
 from esper_jax.growth.evaluation import evaluate
 from esper_jax.growth.parts import split_model, values_of
-from esper_jax.growth.recipe import Batch, Loss, Recipe
+from esper_jax.growth.recipe import AT_ONCE, Batch, Loss, Recipe
 from esper_jax.growth.reports import TickReport
 from esper_jax.growth.state import Arrays, TrainState
 from esper_jax.growth.tick import tick
@@ -37,9 +37,6 @@ from esper_jax.train.tracing import count_recompiles, counted
 from esper_jax.trees import is_key
 
 __all__ = ["Program", "build", "classification"]
-
-_AT_ONCE = 4
-"""Counterfactuals that are evaluated side by side, which bounds their memory."""
 
 
 class Program(NamedTuple):
@@ -168,7 +165,7 @@ def build(
         decide=decide,
         eval_batch=eval_batch,
         # JAX cannot vmap a branch whose operands vary along a mapped axis.
-        at_once=_AT_ONCE if axis_name is None else 1,
+        at_once=AT_ONCE if axis_name is None else 1,
         axis_name=axis_name,
         debug=debug,
     )
