@@ -23,6 +23,7 @@ from test_capacity import living, make_program
 from esper_jax.checkpoint import CheckpointError, Retention, step_folder
 from esper_jax.checkpoint.checkpointer import Checkpointer
 from esper_jax.checkpoint.host_leaves import to_host
+from esper_jax.checkpoint.manifest import Header, encode
 from esper_jax.cli import main
 from esper_jax.lifecycle.state import SeedState, init_seeds
 from esper_jax.migrations.chain import CURRENT, from_tree, migrate
@@ -174,7 +175,7 @@ def test_an_array_that_orbax_reads_wrong_is_found(copied):
     leaves = dict(manifest.leaves)
     leaves[name] = dataclasses.replace(leaves[name], sha256="0" * 64)
     forged = dataclasses.replace(manifest, leaves=leaves)
-    (folder / "manifest.json").write_bytes(step_folder._encode(forged))
+    (folder / "manifest.json").write_bytes(encode(forged))
     assert f"leaf {name} has other values" in Checkpointer(copied).verify(3).damage
 
 
@@ -452,11 +453,7 @@ def write_old(directory, step, tree, schema):
     step_folder.write(
         directory / str(step),
         to_host(tree),
-        schema=schema,
-        step=step,
-        saved=time.time(),
-        metrics={},
-        config=None,
+        Header(schema=schema, step=step, saved=time.time(), metrics={}, config=None),
     )
 
 

@@ -7,8 +7,6 @@ arrays follow another capacity, in ``resizing.py``.
 """
 
 import contextlib
-import dataclasses
-import hashlib
 import json
 import logging
 import operator
@@ -20,24 +18,24 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from esper_jax.checkpoint import step_folder
 from esper_jax.checkpoint.host_leaves import (
     HostLeaf,
     LeafError,
     check_equal_in_all,
-    flatten,
-    nest,
     place,
     to_host,
 )
+from esper_jax.checkpoint.manifest import Damaged, Header, Manifest
+from esper_jax.checkpoint.newest import agreed
 from esper_jax.checkpoint.resizing import resized
 from esper_jax.checkpoint.retention import Retention
 from esper_jax.checkpoint.step_directory import CheckpointError, StepDirectory
-from esper_jax.checkpoint.step_folder import Damaged, Manifest
-from esper_jax.migrations.chain import CURRENT, MigrationError, migrate
-from esper_jax.parallel.processes import exchange, together
+from esper_jax.checkpoint.upgrading import upgraded
+from esper_jax.migrations.chain import CURRENT
+from esper_jax.migrations.schema import MigrationError
+from esper_jax.parallel.processes import together
 
 __all__ = ["Checkpointer", "Restored", "Verdict"]
 
@@ -69,15 +67,6 @@ class Verdict(NamedTuple):
         if self.manifest is None:
             return f"step {self.step}: damaged: {self.damage}"
         return f"step {self.step}: sound (schema {self.manifest.schema})"
-
-
-class _Found(NamedTuple):
-    """A sound step as read from disk."""
-
-    step: int
-    damaged: dict[int, str]
-    manifest: Manifest
-    leaves: dict[str, HostLeaf]
 
 
 class Checkpointer:
@@ -167,7 +156,7 @@ class Checkpointer:
             state or config cannot be saved, or if the save before failed.
         """
         self.wait()
-        content = together(
+        header = together(
             lambda: self._prepared(step, metrics or {}, config), CheckpointError
         )
         try:
@@ -178,7 +167,7 @@ class Checkpointer:
         self._pending = True
         if self._writes:
             self._saving = threading.Thread(
-                target=self._save, args=(leaves, content), name="esper-jax-save"
+                target=self._save, args=(leaves, header), name="esper-jax-save"
             )
             self._saving.start()
 
@@ -256,11 +245,13 @@ class Checkpointer:
             layer that would lose a living seed; or if it was saved by a newer program.
         """
         self.wait()
-        found = self._found(step)
+        found = agreed(self._steps, step)
         folder = self._steps.folder(found.step)
 
         def fitted() -> Restored:
-            leaves, _ = _migrated(folder, found.manifest, found.leaves, like)
+            leaves, notes = _upgraded(folder, found.manifest, found.leaves, like)
+            for note in notes:
+                _log.warning("%s: %s", folder, note)
             try:
                 leaves, changed = resized(leaves, like)
                 state = place(leaves, like)
@@ -297,23 +288,20 @@ class Checkpointer:
             manifest, leaves = step_folder.read(folder, step)
         except Damaged as damage:
             raise CheckpointError(f"{folder} is damaged: {damage}") from None
-        if manifest.schema == CURRENT:
-            return []
-        leaves, notes = _migrated(folder, manifest, leaves)
-        content = {
-            "schema": CURRENT,
-            "step": step,
-            "saved": manifest.saved,
-            "metrics": manifest.metrics,
-            "config": manifest.config,
-        }
-        self._steps.write(leaves, content)
+        leaves, notes = _upgraded(folder, manifest, leaves)
+        if manifest.schema < CURRENT or notes:
+            header = Header(
+                schema=CURRENT,
+                step=step,
+                saved=manifest.saved,
+                metrics=manifest.metrics,
+                config=manifest.config,
+            )
+            self._steps.write(leaves, header)
         return notes
 
-    def _prepared(
-        self, step: int, metrics: Mapping[str, float], config: Any
-    ) -> dict[str, Any]:
-        """What is saved beside the state, once the directory is ours."""
+    def _prepared(self, step: int, metrics: Mapping[str, float], config: Any) -> Header:
+        """What is saved beside the state, once this object holds the directory."""
         step = operator.index(step)
         if step < 0:
             raise CheckpointError(f"step must be at least 0, got {step}")
@@ -322,23 +310,23 @@ class Checkpointer:
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"config must be JSON: {error}") from None
         self._acquire()
-        return {
-            "schema": CURRENT,
-            "step": step,
-            "saved": time.time(),
-            "metrics": {name: float(v) for name, v in metrics.items()},
-            "config": config,
-        }
+        return Header(
+            schema=CURRENT,
+            step=step,
+            saved=time.time(),
+            metrics={name: float(v) for name, v in metrics.items()},
+            config=config,
+        )
 
     def _acquire(self) -> None:
         if self._writes:
             self._steps.acquire()
 
-    def _save(self, leaves: dict[str, HostLeaf], content: dict[str, Any]) -> None:
+    def _save(self, leaves: dict[str, HostLeaf], header: Header) -> None:
         """What a save does in the background."""
         try:
-            self._steps.write(leaves, content)
-            self._steps.prune(self.retention, content["step"])
+            self._steps.write(leaves, header)
+            self._steps.prune(self.retention, header.step)
         except Exception as error:  # surfaces at the next call
             self._failure = error
 
@@ -350,93 +338,17 @@ class Checkpointer:
         if failure is not None:
             raise failure
 
-    def _found(self, step: int | None) -> _Found:
-        """The step to restore: the same in all processes."""
-        if jax.process_count() == 1:
-            return self._newest(step)
-        own = together(
-            lambda: self._newest(step) if self._writes else None, CheckpointError
-        )
-        chosen = "" if own is None else json.dumps([own.step, _seal(own), own.damaged])
-        number, seal, damaged = json.loads(exchange(chosen)[0])
 
-        def same() -> _Found:
-            if own is not None:
-                return own
-            there = self._newest(number)
-            if _seal(there) != seal:
-                raise CheckpointError(
-                    f"step {number} of {self.directory} is not the one that process 0 "
-                    "has: all processes must see one directory"
-                )
-            return there._replace(damaged={int(n): why for n, why in damaged.items()})
-
-        return together(same, CheckpointError)
-
-    def _newest(self, step: int | None) -> _Found:
-        """The newest sound step, or the given one."""
-        damaged: dict[int, str] = {}
-        for number in self.steps()[::-1] if step is None else [step]:
-            folder = self._steps.folder(number)
-            try:
-                manifest, leaves = step_folder.read(folder, number)
-            except Damaged as damage:
-                damaged[number] = str(damage)
-                _log.warning("checkpoint %s is damaged: %s", folder, damage)
-                continue
-            if damaged:
-                _log.warning("fell back to step %d of %s", number, self.directory)
-            return _Found(number, damaged, manifest, leaves)
-        if not damaged:
-            raise CheckpointError(f"{self.directory} holds no checkpoint")
-        reasons = "; ".join(f"step {n}: {why}" for n, why in damaged.items())
-        raise CheckpointError(
-            f"{self.directory} holds no sound checkpoint: {reasons}. Restore the "
-            "directory from a copy, or start the run anew elsewhere"
-        )
-
-
-def _seal(found: _Found) -> str:
-    """What two copies of a step have in common, and no other step."""
-    content = json.dumps(dataclasses.asdict(found.manifest), sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()
-
-
-def _migrated(
+def _upgraded(
     folder: Path, manifest: Manifest, leaves: dict[str, HostLeaf], like: Any = None
 ) -> tuple[dict[str, HostLeaf], list[str]]:
-    """The leaves of a step in today's schema, and what was dropped or assumed.
-
-    Args:
-      folder: of the step.
-      manifest: of the step.
-      leaves: of the step.
-      like: what it is restored into, whose layers say how many slots they have.
-    """
-    if manifest.schema == CURRENT:
-        return leaves, []
+    """`upgraded`, with errors that name the folder of the step."""
     if manifest.schema > CURRENT:
         raise CheckpointError(
             f"{folder} is of schema {manifest.schema}, newer than {CURRENT}, the "
             "newest that this program knows: use the esper_jax that wrote it, or later"
         )
-    slots = {name: np.shape(leaf) for name, (_, leaf) in flatten(like).items()}
-    notes: list[str] = []
-
-    def walk(branch: Any, path: tuple[str, ...]) -> Any:
-        """``branch`` with the seeds of each layer in it migrated."""
-        if not isinstance(branch, dict):
-            return branch
-        if "state_tensor" not in branch:
-            return {key: walk(value, (*path, key)) for key, value in branch.items()}
-        arrays = {key: leaf.array for key, leaf in branch.items()}
-        (capacity,) = slots.get("/".join((*path, "seed_of_slot")), (None,))
-        new, more = migrate(manifest.schema, arrays, capacity=capacity)
-        notes.extend(more)
-        return new
-
     try:
-        tree = walk(nest(leaves), ())
+        return upgraded(manifest, leaves, like)
     except MigrationError as error:
         raise CheckpointError(f"{folder} cannot be migrated: {error}") from None
-    return to_host(tree), notes

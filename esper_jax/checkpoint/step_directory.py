@@ -13,12 +13,11 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from esper_jax.checkpoint import step_folder
 from esper_jax.checkpoint.host_leaves import HostLeaf
+from esper_jax.checkpoint.manifest import Damaged, Header
 from esper_jax.checkpoint.retention import Retention
-from esper_jax.checkpoint.step_folder import Damaged
 
 __all__ = ["CheckpointError", "StepDirectory"]
 
@@ -109,20 +108,20 @@ class StepDirectory:
             os.close(self._lock)
             self._lock = None
 
-    def write(self, leaves: Mapping[str, HostLeaf], content: Mapping[str, Any]) -> None:
+    def write(self, leaves: Mapping[str, HostLeaf], header: Header) -> None:
         """Adds a step, or replaces the one of the same number.
 
         Args:
           leaves: by name.
-          content: everything else that `step_folder.write` takes, by name.
+          header: what the manifest says of the step beside its leaves and files.
 
         Raises:
-          CheckpointError: if that fails, of whatever kind. All is as it was then.
+          CheckpointError: if that fails for any reason. Nothing has changed then.
         """
         try:
-            self._write(leaves, content)
+            self._write(leaves, header)
         except Exception as error:
-            raise self._cannot_save(content["step"], error) from None
+            raise self._cannot_save(header.step, error) from None
 
     def prune(self, retention: Retention, saved: int) -> None:
         """Removes the sound steps that no rule keeps; never the one just saved.
@@ -135,14 +134,12 @@ class StepDirectory:
         except OSError as error:
             raise self._cannot_write(error) from None
 
-    def _write(
-        self, leaves: Mapping[str, HostLeaf], content: Mapping[str, Any]
-    ) -> None:
-        step = content["step"]
+    def _write(self, leaves: Mapping[str, HostLeaf], header: Header) -> None:
+        step = header.step
         scratch = self.path / f"{_SAVING}{step}"
         try:
             scratch.mkdir()
-            step_folder.write(scratch, leaves, **content)
+            step_folder.write(scratch, leaves, header)
         except BaseException:
             shutil.rmtree(scratch, ignore_errors=True)
             raise
@@ -156,7 +153,7 @@ class StepDirectory:
         self._known.add(step)
 
     def _prune(self, retention: Retention, saved: int) -> None:
-        sound: dict[int, dict[str, float]] = {}
+        sound: dict[int, Mapping[str, float]] = {}
         for step in self.steps():
             with contextlib.suppress(Damaged):
                 new = step not in self._known
