@@ -24,5 +24,5 @@ SCHEMA = Schema(
     codes={
         "stage": ("DORMANT", "LOADING", "ACTIVE", "ERROR_RECOVERY", "FOSSILIZED"),
     },
-    digest="",
+    digest="299d0f3aab03a349dbbd45219e89a3a84e0729a0c4fd3e3c3462a74e8a24b246",
 )

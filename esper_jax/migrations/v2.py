@@ -132,5 +132,5 @@ SCHEMA = Schema(
         "blueprint": range(127),
     },
     upgrade=_upgrade,
-    digest="",
+    digest="8deea22e7333c522ccb876e34adde79535ae6687e7145e4cc0b3444e17fdab3c",
 )

@@ -325,5 +325,5 @@ SCHEMA = Schema(
     },
     consistent=consistent,
     upgrade=_upgrade,
-    digest="",
+    digest="3fe32197c0d3f337b69b6dd1eef3e5c8a0acc1d6e911370727f90f29aa9709e5",
 )
