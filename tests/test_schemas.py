@@ -130,7 +130,7 @@ def test_the_layout_of_today_is_that_of_the_current_schema(today):
 @pytest.mark.parametrize(
     ("name", "kind", "told"),
     [
-        ("seeds/<layer>/colour", "int8[S]", "colour: int8[S] is new"),
+        ("seeds/<layer>/made_up", "int8[S]", "made_up: int8[S] is new"),
         ("seeds/<layer>/stage", "int16[S]", "int16[S], but int8[S] is frozen"),
         ("governor/losses", "float32[17, 2]", "but float32[16, 2] is frozen"),
         ("memory/stale", None, "memory/stale: no leaf has this name"),
@@ -234,7 +234,7 @@ from esper_jax.migrations import v{before}
 from esper_jax.migrations.schema import Leaf, fresh, nested
 
 OLD = v{before}.SCHEMA
-SEEDS = {{**OLD.seeds, "colour": Leaf("int16", "S", 7)}}
+SEEDS = {{**OLD.seeds, "made_up": Leaf("int16", "S", 7)}}
 
 def upgrade(tree, capacity=None):
     old = OLD.checked(tree)
@@ -263,11 +263,11 @@ def test_a_new_version_is_one_new_file(tmp_path, monkeypatch):
     assert list(found) == [*SCHEMAS, version]
     old = to_tree(init_seeds(3, 2))
     new, notes = found[version].upgrade(old)
-    assert new["colour"].tolist() == [7, 7, 7]
-    assert set(flat(new)) == {*flat(old), "colour"}
+    assert new["made_up"].tolist() == [7, 7, 7]
+    assert set(flat(new)) == {*flat(old), "made_up"}
     assert notes == []
     assert changes(frozen_layout(found[version]), frozen_layout(SCHEMAS[CURRENT])) == [
-        "seeds/<layer>/colour: no leaf has this name"
+        "seeds/<layer>/made_up: no leaf has this name"
     ]
 
 
