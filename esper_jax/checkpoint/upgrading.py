@@ -1,9 +1,10 @@
-"""The leaves of a saved step in today's schema.
+"""Brings the leaves of a saved step to today's schema.
 
-The seeds of each layer go through the chain of migrations. What a run's state had not
-yet when it was saved gets the starting value that the frozen layout gives it.
+The seeds of each layer go through the chain of migrations. A leaf that the state of a
+run did not have yet when it was saved gets the starting value in the frozen layout.
 """
 
+import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -18,18 +19,22 @@ __all__ = ["upgraded"]
 
 Leaves = dict[str, HostLeaf]
 
+_log = logging.getLogger(__name__)
+
 
 def upgraded(
     header: Header, leaves: Leaves, like: Any = None
 ) -> tuple[Leaves, list[str]]:
-    """The leaves of a step in today's schema, and what was dropped or assumed.
+    """The leaves of a step in today's schema, and notes on what was assumed.
+
+    The notes are logged, too.
 
     Args:
       header: of the step, of schema `CURRENT` or older.
       leaves: of the step, by name; not changed.
-      like: the state to restore into. It says how many slots the seeds of schemas
-        without slots get, and which leaves to fill in. None fills in all that a run
-        of today has.
+      like: the state to restore into. It decides how many slots seeds of schemas 1
+        and 2 get, and which missing leaves to fill in. With None all leaves that a run
+        of today has are filled in.
 
     Raises:
       MigrationError: if the step cannot be brought to today's schema, or holds a code
@@ -41,11 +46,11 @@ def upgraded(
         filled = _late(header, new, prefix, None if like is None else wanted)
         if filled:
             new |= filled
-            names = ", ".join("/".join(leaf.keys) for leaf in filled.values())
             notes.append(
-                f"not in this early form of schema {header.schema}, start as in a new "
-                f"run: {names}"
+                f"not saved by this early form of schema {header.schema}, start as in "
+                f"a new run: {', '.join(filled)}"
             )
+            _log.warning("step %d: %s", header.step, notes[-1])
         _check_codes(new, prefix)
     return new, notes
 
@@ -62,9 +67,11 @@ def _with_seeds(
         if schema.mark not in branch:
             return {key: walk(value, (*path, key)) for key, value in branch.items()}
         arrays = _arrays(branch)
-        if version == CURRENT:  # other shapes than a layer's are left to the caller
+        if version == CURRENT:  # not checked: seeds of any shape may be saved
             new, more = schema.modern(arrays)
             new = new if more else branch
+            for note in more:
+                _log.warning("%s: %s", "/".join(path), note)
         else:
             slots = wanted.get("/".join((*path, "seed_of_slot")))
             capacity = None if slots is None else int(np.shape(slots)[-1])
@@ -83,7 +90,7 @@ def _arrays(branch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _runs(leaves: Leaves) -> Iterator[tuple[str, ...]]:
-    """Where in the saved tree the state of a run is."""
+    """The keys above each state of a run in the saved tree."""
     for leaf in list(leaves.values()):
         *prefix, last = leaf.keys or ("",)
         beside = ("/".join((*prefix, name)) for name in ("ticks", "rng"))
@@ -100,7 +107,7 @@ def _late(
     prefix: tuple[str, ...],
     wanted: Mapping[str, Any] | None,
 ) -> Leaves:
-    """What the state of a run lacks of today's layout, at its starting value."""
+    """The leaves that a run's state lacks, at their starting values."""
     before = SCHEMAS[header.schema].rest
     seeds = _seeds_by_layer(leaves, prefix)
     known = _blueprints(header, prefix, wanted)
@@ -140,7 +147,7 @@ def _seeds_by_layer(
 def _blueprints(
     header: Header, prefix: tuple[str, ...], wanted: Mapping[str, Any] | None
 ) -> dict[str, int]:
-    """``N``, the blueprints that the policy's memory counts, if it is known."""
+    """``N``, the number of blueprints in the policy's memory, if it is known."""
     tried = (wanted or {}).get("/".join((*prefix, "memory", "tried")))
     if tried is not None:
         return {"N": int(np.shape(tried)[0])}
