@@ -1,18 +1,18 @@
-"""What damage does to a checkpoint, what a save costs the training loop, and bytes.
+"""Damages checkpoints, and times saves and restores.
 
     python benchmarks/durability.py [--damages 200] [--seed 0]
 
 Damage: each trial copies three saved steps of the training state of ``configs/
-digits.toml``, damages one file of the newest and restores. Half of the trials choose
-the file by the byte, so that large ones are hit more often. *found*: the damage was
-named and the step before came back bit for bit; *harmless*: the newest came back bit
-for bit; *wrong*: anything else came back; *crashed*: an error, though two sound steps
-were there. The last columns give the same trial to Orbax alone, which has only the
-newest step: *refused* is any error.
+digits.toml``, damages one file of the newest step and restores. Half of the trials
+choose the file by its size, so that large files are hit more often. *found*: the damage
+was named and the step before came back bit for bit. *harmless*: the newest step came
+back bit for bit. *wrong*: anything else came back. *crashed*: an error, although two
+sound steps were left. The last columns run the same trial with Orbax alone, which has
+only the newest step; *refused* is any error.
 
-Time: `Checkpointer.save` returns when the state has been copied to the host; "on disk"
-is when it has been written, synced, read back and compared. "Orbax" is `save` of the
-same arrays, which blocks. Medians.
+Time: "held up" is until `Checkpointer.save` returns, when the state has been copied to
+the host. "On disk" is until it has been written, synced, read back and compared.
+"Orbax" is `save` of the same arrays, which blocks. All are medians.
 """
 
 import argparse
@@ -114,7 +114,7 @@ def foreign(path: Path, rng: random.Random) -> None:
 
 
 def older(path: Path, rng: random.Random) -> None:
-    """Puts in the file of the same name, or of the same place, of the step before."""
+    """Overwrites the file with the one of the same name or folder in step 2."""
     folder = path
     while folder.name != "3":
         folder = folder.parent
@@ -142,10 +142,10 @@ def same(a: Any, b: Any) -> bool:
 
 
 def trial(folder: Path, states: dict[int, Any]) -> str:
-    """What the checkpointer makes of a damaged newest step."""
+    """What the checkpointer restores when the newest step is damaged."""
     try:
         found = Checkpointer(folder).restore(states[1])
-    except Exception:  # even its own: two sound steps were there
+    except Exception:  # even a CheckpointError: two sound steps are left
         return "crashed"
     if not same(found.state, states[found.step]):
         return "wrong"
@@ -154,7 +154,7 @@ def trial(folder: Path, states: dict[int, Any]) -> str:
 
 @contextlib.contextmanager
 def silence() -> Iterator[None]:
-    """Orbax prints thousands of lines where it fails, from outside of Python, too."""
+    """Hides stderr: a failing Orbax prints thousands of lines, also from C++."""
     sys.stderr.flush()
     kept = os.dup(2)
     with open(os.devnull, "wb") as nothing:
@@ -168,7 +168,7 @@ def silence() -> Iterator[None]:
 
 
 def orbax_trial(folder: Path, expected: dict[str, np.ndarray]) -> str:
-    """What Orbax alone makes of it."""
+    """What Orbax alone reads from the damaged step."""
     try:
         with silence():
             found = ocp.load(folder / "3" / "state")
@@ -203,12 +203,12 @@ def damage(count: int, seed: int) -> None:
                 for path in sorted((work / "3").rglob("*"))
                 if path.is_file() and (path.stat().st_size or kind in (delete, extend))
             ]
-            # Half of the trials by the byte: most bytes are in few files.
+            # Half of the trials weigh files by size: few files hold most bytes.
             sizes = [path.stat().st_size for path in files]
             [path] = rng.choices(files, sizes if rng.random() < 0.5 else None)
             before = content(work)
             kind(path, rng)
-            while content(work) == before:  # the bytes were zero, or equal, already
+            while content(work) == before:  # the new bytes happen to be the old ones
                 kind(rng.choice(files), rng)
             counts[kind.__name__][trial(work, states)] += 1
             counts[kind.__name__][orbax_trial(work, expected)] += 1

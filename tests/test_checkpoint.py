@@ -23,6 +23,7 @@ from test_capacity import living, make_program
 from esper_jax.checkpoint import CheckpointError, Retention, step_folder
 from esper_jax.checkpoint.checkpointer import Checkpointer
 from esper_jax.checkpoint.host_leaves import to_host
+from esper_jax.checkpoint.manifest import Header, encode
 from esper_jax.cli import main
 from esper_jax.lifecycle.state import SeedState, init_seeds
 from esper_jax.migrations.chain import CURRENT, from_tree, migrate
@@ -174,7 +175,7 @@ def test_an_array_that_orbax_reads_wrong_is_found(copied):
     leaves = dict(manifest.leaves)
     leaves[name] = dataclasses.replace(leaves[name], sha256="0" * 64)
     forged = dataclasses.replace(manifest, leaves=leaves)
-    (folder / "manifest.json").write_bytes(step_folder._encode(forged))
+    (folder / "manifest.json").write_bytes(encode(forged))
     assert f"leaf {name} has other values" in Checkpointer(copied).verify(3).damage
 
 
@@ -452,11 +453,7 @@ def write_old(directory, step, tree, schema):
     step_folder.write(
         directory / str(step),
         to_host(tree),
-        schema=schema,
-        step=step,
-        saved=time.time(),
-        metrics={},
-        config=None,
+        Header(schema=schema, step=step, saved=time.time(), metrics={}, config=None),
     )
 
 
@@ -480,15 +477,17 @@ def test_an_older_schema_restores_into_todays(version, tmp_path, monkeypatch, ca
     assert_same(restored["rng"], old["rng"])
     assert esper("checkpoint", "migrate", tmp_path, patch=monkeypatch) == 0
     printed = capsys.readouterr().out
-    assert f"step 4: sound (schema 3), was {version}" in printed
+    assert f"step 4: sound (schema {CURRENT}), was {version}" in printed
     assert Checkpointer(tmp_path).verify(4).manifest.schema == CURRENT
     assert esper("checkpoint", "migrate", tmp_path, patch=monkeypatch) == 0
-    assert "step 4: sound (schema 3), as it was" in capsys.readouterr().out
+    assert f"step 4: sound (schema {CURRENT}), as it was" in capsys.readouterr().out
 
 
 def test_a_newer_schema_is_refused(tmp_path):
     write_old(tmp_path, 1, {"x": np.zeros(2)}, CURRENT + 1)
-    with pytest.raises(CheckpointError, match="schema 4, newer than 3"):
+    with pytest.raises(
+        CheckpointError, match=f"schema {CURRENT + 1}, newer than {CURRENT}"
+    ):
         Checkpointer(tmp_path).restore({"x": np.zeros(2)})
 
 
@@ -505,7 +504,7 @@ def test_the_command_line(copied, monkeypatch, capsys):
     run = copied.parent
     copied.rename(run / "checkpoints")
     assert esper("checkpoint", "verify", run, patch=monkeypatch) == 0
-    lines = [f"step {n}: sound (schema 3)" for n in (1, 2, 3)]
+    lines = [f"step {n}: sound (schema {CURRENT})" for n in (1, 2, 3)]
     assert capsys.readouterr().out.splitlines() == lines
     (run / "checkpoints" / "2" / "manifest.json").unlink()
     assert esper("checkpoint", "verify", run / "checkpoints", patch=monkeypatch) == 1
@@ -514,7 +513,7 @@ def test_the_command_line(copied, monkeypatch, capsys):
     assert esper("checkpoint", "list", run, patch=monkeypatch) == 0
     listed = capsys.readouterr().out.splitlines()
     assert listed[1] == lines[1]
-    assert listed[2].startswith("step 3: schema 3, 20")
+    assert listed[2].startswith(f"step 3: schema {CURRENT}, 20")
     assert listed[2].endswith(", loss 0.333333")
     assert esper("checkpoint", "migrate", run, patch=monkeypatch) == 1
     assert esper("checkpoint", "verify", run / "no", patch=monkeypatch) == 2

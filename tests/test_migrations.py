@@ -11,7 +11,7 @@ import pytest
 
 from esper_jax.lifecycle.history import pack_history
 from esper_jax.lifecycle.state import init_seeds
-from esper_jax.migrations.chain import (
+from esper_jax.migrations import (
     CURRENT,
     MigrationError,
     from_tree,
@@ -148,7 +148,7 @@ def test_schema_1_to_3_loses_nothing_that_has_a_meaning(caplog):
     assert [record.getMessage()[15:] for record in caplog.records] == notes
     middle, first = v1_to_v2(load(1))
     last, second = v2_to_v3(middle)
-    same(new, last)
+    same({name: new[name] for name in last}, last)
     assert notes == first + second
     old = load(1)
     np.testing.assert_array_equal(new["health"], old["health"])  # not rounded
@@ -193,14 +193,18 @@ def test_the_current_schema_goes_through_a_state_and_back():
 
 
 V1, V2 = load(1), load(2)
-V3 = to_tree(init_seeds(4, 2))
+NOW = to_tree(init_seeds(4, 2))
 
 
 @pytest.mark.parametrize(
     ("version", "tree", "message"),
     [
-        (4, V3, r"schema version 4 is newer than 3.*use the esper_jax that wrote it"),
-        (0, V1, r"schema version: expected an integer from 1 to 3, got 0"),
+        (
+            CURRENT + 1,
+            NOW,
+            rf"{CURRENT + 1} is newer than {CURRENT}.*use the esper_jax t",
+        ),
+        (0, V1, rf"schema version: expected an integer from 1 to {CURRENT}, got 0"),
         ("1", V1, r"schema version: .* got '1'"),
         (1, [1], r"tree: expected a dictionary of arrays, got list"),
         (1, {}, r"schema 1: state_tensor is missing"),
@@ -222,15 +226,47 @@ V3 = to_tree(init_seeds(4, 2))
         (2, with_entry(V2, "transition_history", (1, 4, 1), 12), r"seed 1.*to 10.*12"),
         (1, with_entry(V1, "alpha_blend", 2, np.nan), r"alpha_blend of seed 2.*nan"),
         (1, with_entry(V1, "alpha_blend", 2, 1.5), r"alpha_blend of seed 2.*1.5"),
-        (3, {**V3, "stage": V3["stage"].astype(int)}, r"stage: expected int8.*int64"),
-        (3, {**V3, "graft": V3["stage"]}, r"graft: expected a dictionary"),
-        (3, {**V3, "graft": {}}, r"graft.alpha is missing"),
-        (3, {**V3, "gain": np.zeros(3, np.float32)}, r"gain: expected float32\(2,\)"),
-        (3, with_entry(V3, "stage", 1, 11), r"stage of seed 1"),
-        (3, with_entry(V3, "stage", 1, 2), r"slot_of_seed of seed 1.*got -1"),
-        (3, with_entry(V3, "seed_of_slot", 1, 3), r"seed_of_slot: expected \[-1, -1\]"),
+        (
+            CURRENT,
+            {**NOW, "stage": NOW["stage"].astype(int)},
+            r"stage: expected int8.*int64",
+        ),
+        (CURRENT, {**NOW, "graft": NOW["stage"]}, r"graft: expected a dictionary"),
+        (CURRENT, {**NOW, "graft": {}}, r"graft.alpha is missing"),
+        (
+            CURRENT,
+            {**NOW, "gain": np.zeros(3, np.float32)},
+            r"gain: expected float32 of shape \(K\) with K = 2, got float32\(3,\)",
+        ),
+        (CURRENT, with_entry(NOW, "stage", 1, 11), r"stage of seed 1"),
+        (CURRENT, with_entry(NOW, "stage", 1, 2), r"slot_of_seed of seed 1.*got -1"),
+        (
+            CURRENT,
+            with_entry(NOW, "seed_of_slot", 1, 3),
+            r"seed_of_slot: expected \[-1, -1\]",
+        ),
     ],
 )
 def test_what_cannot_be_migrated_is_refused_by_name(version, tree, message):
     with pytest.raises(MigrationError, match=message):
         migrate(version, tree)
+
+
+def test_early_forms_of_schema_3():
+    """Bytes for the history, and a wider count or none."""
+    entries = np.uint8([[0x12, 0x01, 0, 0, 0x34, 0, 0, 0, 0x45, 0x56], [0] * 10])
+    final, _ = v2_to_v3(v1_to_v2(load(1))[0])
+    entries = np.concatenate([entries, np.zeros((3, 10), np.uint8)])
+    ticks = np.uint16([300, 7, 0, 0, 65535])
+    early = {**final, "history": entries, "worth_ticks": ticks}
+    tree, notes = migrate(3, early)
+    same(tree["history"], packed(entries))
+    np.testing.assert_array_equal(tree["worth_ticks"], np.uint8([255, 7, 0, 0, 255]))
+    assert tree["worth_ticks"].dtype == np.uint8
+    assert [note.split(":")[0] for note in notes] == ["history", "worth_ticks"]
+    del early["worth_ticks"]
+    tree, notes = migrate(3, early)
+    assert tree["worth_ticks"].tolist() == [0] * 5
+    assert "worth_ticks: not in this early form of schema 3; starts at 0" in notes
+    with pytest.raises(MigrationError, match="health is missing"):
+        migrate(3, {name: early[name] for name in early if name != "health"})

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from esper_jax.checkpoint import CheckpointError, Retention, step_folder
 from esper_jax.checkpoint.checkpointer import Checkpointer
 from esper_jax.checkpoint.host_leaves import to_host
-from esper_jax.checkpoint.step_folder import _digest
+from esper_jax.checkpoint.manifest import digest
 from esper_jax.parallel.replicas import check_replicas
 from esper_jax.train.loop import fit
 from esper_jax.train.mesh import over_mesh
@@ -45,7 +45,7 @@ def make(value):
 
 
 def digests(state):
-    return {name: _digest(leaf.array) for name, leaf in to_host(state).items()}
+    return {name: digest(leaf.array) for name, leaf in to_host(state).items()}
 
 
 def said(work):
@@ -106,8 +106,8 @@ def die():
     checkpoints.wait()
     write = step_folder.write
 
-    def half(folder, leaves, **content):
-        write(folder, leaves, **content)
+    def half(folder, leaves, header):
+        write(folder, leaves, header)
         os._exit(9)  # all is written, and not yet renamed
 
     if action == "die0":

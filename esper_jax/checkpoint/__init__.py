@@ -1,4 +1,4 @@
-"""Checkpoints that are whole, or found to be damaged: never silently wrong."""
+"""Checkpoints with checksums: a restore gives what was saved, or says why not."""
 
 from esper_jax.checkpoint.checkpointer import Checkpointer, Restored, Verdict
 from esper_jax.checkpoint.retention import Retention

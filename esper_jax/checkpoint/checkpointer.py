@@ -1,14 +1,12 @@
-"""Checkpoints that are whole, or found to be damaged: never silently wrong.
+"""`Checkpointer`: saves the state of a run in the background and restores it.
 
-A `Checkpointer` holds one directory with a folder for each step, named by its number.
-How it is written to is in ``step_directory.py``; what is in a folder, and how it is
-checked, in ``step_folder.py``; which steps are kept, in ``retention.py``; how saved
-arrays follow another capacity, in ``resizing.py``.
+A directory holds one folder a step, named by its number. ``step_directory.py`` adds and
+removes folders, ``step_folder.py`` writes and checks one, ``newest.py`` chooses the
+step to restore, ``upgrading.py`` brings its leaves to today's schema, ``resizing.py``
+to another capacity, and ``retention.py`` says which steps stay.
 """
 
 import contextlib
-import dataclasses
-import hashlib
 import json
 import logging
 import operator
@@ -20,24 +18,24 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from esper_jax.checkpoint import step_folder
 from esper_jax.checkpoint.host_leaves import (
     HostLeaf,
     LeafError,
     check_equal_in_all,
-    flatten,
-    nest,
     place,
     to_host,
 )
+from esper_jax.checkpoint.manifest import Damaged, Header, Manifest
+from esper_jax.checkpoint.newest import agreed
 from esper_jax.checkpoint.resizing import resized
 from esper_jax.checkpoint.retention import Retention
 from esper_jax.checkpoint.step_directory import CheckpointError, StepDirectory
-from esper_jax.checkpoint.step_folder import Damaged, Manifest
-from esper_jax.migrations.chain import CURRENT, MigrationError, migrate
-from esper_jax.parallel.processes import exchange, together
+from esper_jax.checkpoint.upgrading import upgraded
+from esper_jax.migrations.chain import CURRENT
+from esper_jax.migrations.schema import MigrationError
+from esper_jax.parallel.processes import together
 
 __all__ = ["Checkpointer", "Restored", "Verdict"]
 
@@ -50,10 +48,10 @@ class Restored(NamedTuple):
     state: Any
     step: int
     damaged: dict[int, str]
-    """Newer steps that were passed over, and what is wrong with each."""
+    """Newer steps that were skipped, and what is wrong with each."""
     manifest: Manifest
     resized: dict[str, tuple[int, int]]
-    """Capacity as saved and as restored, of each layer where they differ."""
+    """Capacity as saved and as restored, for each layer where they differ."""
 
 
 class Verdict(NamedTuple):
@@ -61,9 +59,9 @@ class Verdict(NamedTuple):
 
     step: int
     damage: str | None
-    """What is wrong with it; None if it is sound."""
+    """What is wrong with the step; None if it is sound."""
     manifest: Manifest | None
-    """Of a sound step."""
+    """None if the step is damaged."""
 
     def __str__(self) -> str:
         if self.manifest is None:
@@ -71,35 +69,26 @@ class Verdict(NamedTuple):
         return f"step {self.step}: sound (schema {self.manifest.schema})"
 
 
-class _Found(NamedTuple):
-    """A sound step as read from disk."""
-
-    step: int
-    damaged: dict[int, str]
-    manifest: Manifest
-    leaves: dict[str, HostLeaf]
-
-
 class Checkpointer:
     """Saves the state of a run in a directory, and restores the newest sound step.
 
-    Any number may read a directory; one at a time writes to it. `save` takes it for
-    this object until `close`; another one, in this or any other program, is refused
-    until then.
+    Any number of objects may read a directory; one at a time may write to it. The first
+    `save` locks the directory for this object until `close`. Another `Checkpointer`, in
+    this or any other program, cannot save there until then.
 
-    In a program of several processes (`jax.distributed`) each makes one, on a directory
-    that all of them see, and all call the same methods in the same order; `steps` and
-    `describe` alone may be called by some. Process 0 writes, checks and holds the lock,
-    in the background as ever; the others wait for it where they would for a save of
-    their own. What fails in one process is raised in all. Leaves that are spread over
-    processes are gathered by `save`; those that each process has for itself must be
+    With several processes (`jax.distributed`) each process makes a `Checkpointer` on a
+    directory that all of them see, and all call the same methods in the same order;
+    only `steps` and `describe` may be called by some. Process 0 holds the lock and
+    writes in the background. The other processes wait for it where they would wait for
+    a save of their own. An error in one process is raised in all. `save` gathers leaves
+    that are spread over processes; leaves that each process holds for itself must be
     equal in all.
 
     Args:
       directory: made by the first save. Anything in it that is not named by a number
         is left alone.
-      retention: which steps are kept. What was saved last is always kept. Damaged
-        steps count for nothing and are left where they are.
+      retention: which steps to keep. The step saved last is always kept. Damaged steps
+        do not count, and are never removed.
     """
 
     def __init__(
@@ -128,7 +117,7 @@ class Checkpointer:
     ) -> None:
         if error is None:
             self.close()
-        else:  # which is what the caller must hear of, and may be of one process alone
+        else:  # the caller's error matters more, and may be in one process alone
             self._pending = False
             with contextlib.suppress(Exception):
                 self._join()
@@ -138,7 +127,7 @@ class Checkpointer:
         """All steps in the directory, damaged ones included, oldest first.
 
         Raises:
-          CheckpointError: if it cannot be read.
+          CheckpointError: if the directory cannot be read.
         """
         return self._steps.steps()
 
@@ -150,24 +139,24 @@ class Checkpointer:
         metrics: Mapping[str, float] | None = None,
         config: Any = None,
     ) -> None:
-        """Starts to save a state, and returns as soon as it may be changed or donated.
+        """Starts a save, and returns as soon as the state may be changed or donated.
 
-        If the save before is not finished, waits for it first. A step is in the
-        directory whole or not at all; one that was there under the same number is
-        replaced. It has been read back and compared before it appears there.
+        Waits for the save before, if it is not finished. A step appears in the
+        directory only when it is complete and has been read back and compared. It
+        replaces a step of the same number.
 
         Args:
           step: number, at least 0.
-          state: any tree of arrays, random keys and numbers, however they are sharded.
-          metrics: what was measured of it, for `Retention.best`.
-          config: of the run, as JSON can hold it.
+          state: any tree of arrays, random keys and numbers, in any sharding.
+          metrics: measurements of the state, for `Retention.best`.
+          config: of the run; anything that JSON can hold.
 
         Raises:
           CheckpointError: if the directory cannot be written to or is in use, if the
             state or config cannot be saved, or if the save before failed.
         """
         self.wait()
-        content = together(
+        header = together(
             lambda: self._prepared(step, metrics or {}, config), CheckpointError
         )
         try:
@@ -178,7 +167,7 @@ class Checkpointer:
         self._pending = True
         if self._writes:
             self._saving = threading.Thread(
-                target=self._save, args=(leaves, content), name="esper-jax-save"
+                target=self._save, args=(leaves, header), name="esper-jax-save"
             )
             self._saving.start()
 
@@ -186,14 +175,14 @@ class Checkpointer:
         """Waits until the last save is on disk.
 
         Raises:
-          CheckpointError: if it failed. Said once.
+          CheckpointError: if the save failed; raised once for each failure.
         """
         if self._pending:
             self._pending = False
             together(self._join, CheckpointError)
 
     def close(self) -> None:
-        """Waits, and lets others write to the directory.
+        """Waits for the last save and unlocks the directory.
 
         Raises:
           CheckpointError: if the last save failed.
@@ -204,12 +193,12 @@ class Checkpointer:
             self._steps.release()
 
     def acquire(self) -> None:
-        """Takes the directory for this object to write to; `save` does it by itself.
+        """Locks the directory for this object; `save` calls it by itself.
 
-        Cleans up what a save that was cut off has left.
+        Removes what an interrupted save has left.
 
         Raises:
-          CheckpointError: if it is in use or cannot be written to.
+          CheckpointError: if the directory is locked or cannot be written to.
         """
         together(self._acquire, CheckpointError)
 
@@ -223,7 +212,7 @@ class Checkpointer:
         return Verdict(step, None, manifest)
 
     def describe(self, step: int) -> str:
-        """One line of what the manifest says of a step; its arrays are not read."""
+        """One line about a step from its manifest; the arrays are not read."""
         folder = self._steps.folder(step)
         try:
             manifest = step_folder.check(folder, step, contents=False)
@@ -235,32 +224,35 @@ class Checkpointer:
         return f"step {step}: schema {manifest.schema}, {saved}, {size} bytes{metrics}"
 
     def restore(self, like: Any, *, step: int | None = None) -> Restored:
-        """The newest sound step, or the given one, in the form of ``like``.
+        """Restores the newest sound step, or the given one, into the form of ``like``.
 
-        A damaged step is named in the log, as a warning, and the next older one used.
-        With several processes it is the newest that is sound for process 0.
+        A damaged step is logged as a warning, and the next older one is tried. With
+        several processes, process 0 decides which step is the newest sound one.
 
-        Where ``like`` is or holds a `TrainState` whose layers have another capacity
-        than was saved, they get it as `functional.grow_capacity` would give it to them;
-        new slots are as ``like`` has them.
+        A step of an older schema is brought to today's in memory, and what had to be
+        assumed is logged; the files stay as they are (see `migrate`).
+
+        If ``like`` is or holds a `TrainState` whose layers have another capacity than
+        was saved, `restore` adapts the checkpoint to it, as `grow_capacity` would. New
+        slots get the values that ``like`` has there.
 
         Args:
-          like: a state of the same structure, shapes (but for the capacity) and dtypes,
-            which says where each array goes: on whichever devices and in whichever
-            sharding it was when it was saved. Not changed.
-          step: restore this one or none.
+          like: a state with the structure, shapes (but for the capacity) and dtypes to
+            restore. Each restored array is placed on the devices, and in the sharding,
+            that it has in ``like``, wherever it was when it was saved. Not changed.
+          step: restore exactly this step; by default the newest sound one.
 
         Raises:
-          CheckpointError: if there is no sound step, naming what is wrong with each; or
+          CheckpointError: if there is no sound step, naming what is wrong with each;
             if the step does not fit ``like``, naming the leaves that do not, or the
-            layer that would lose a living seed; or if it was saved by a newer program.
+            layer that would lose a living seed; or if a newer program saved it.
         """
         self.wait()
-        found = self._found(step)
+        found = agreed(self._steps, step)
         folder = self._steps.folder(found.step)
 
         def fitted() -> Restored:
-            leaves, _ = _migrated(folder, found.manifest, found.leaves, like)
+            leaves, _ = _upgraded(folder, found.manifest, found.leaves, like)
             try:
                 leaves, changed = resized(leaves, like)
                 state = place(leaves, like)
@@ -274,12 +266,13 @@ class Checkpointer:
         return together(fitted, CheckpointError)
 
     def migrate(self, step: int) -> list[str]:
-        """Replaces a sound step of an older schema by the same in today's.
+        """Rewrites a sound step of an older schema in today's.
 
-        The old one is removed only when the new one has been read back.
+        The old files are removed only when the new ones have been read back.
 
         Returns:
-          What was dropped or assumed; nothing if the step is of today's schema.
+          Notes on what was dropped or assumed; none if the step is in today's schema
+          already, and then it is left as it is.
 
         Raises:
           CheckpointError: if the step is damaged or of a newer schema, if it cannot be
@@ -297,23 +290,20 @@ class Checkpointer:
             manifest, leaves = step_folder.read(folder, step)
         except Damaged as damage:
             raise CheckpointError(f"{folder} is damaged: {damage}") from None
-        if manifest.schema == CURRENT:
-            return []
-        leaves, notes = _migrated(folder, manifest, leaves)
-        content = {
-            "schema": CURRENT,
-            "step": step,
-            "saved": manifest.saved,
-            "metrics": manifest.metrics,
-            "config": manifest.config,
-        }
-        self._steps.write(leaves, content)
+        leaves, notes = _upgraded(folder, manifest, leaves)
+        if manifest.schema < CURRENT or notes:
+            header = Header(
+                schema=CURRENT,
+                step=step,
+                saved=manifest.saved,
+                metrics=manifest.metrics,
+                config=manifest.config,
+            )
+            self._steps.write(leaves, header)
         return notes
 
-    def _prepared(
-        self, step: int, metrics: Mapping[str, float], config: Any
-    ) -> dict[str, Any]:
-        """What is saved beside the state, once the directory is ours."""
+    def _prepared(self, step: int, metrics: Mapping[str, float], config: Any) -> Header:
+        """What is saved beside the state, once this object holds the directory."""
         step = operator.index(step)
         if step < 0:
             raise CheckpointError(f"step must be at least 0, got {step}")
@@ -322,24 +312,24 @@ class Checkpointer:
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"config must be JSON: {error}") from None
         self._acquire()
-        return {
-            "schema": CURRENT,
-            "step": step,
-            "saved": time.time(),
-            "metrics": {name: float(v) for name, v in metrics.items()},
-            "config": config,
-        }
+        return Header(
+            schema=CURRENT,
+            step=step,
+            saved=time.time(),
+            metrics={name: float(v) for name, v in metrics.items()},
+            config=config,
+        )
 
     def _acquire(self) -> None:
         if self._writes:
             self._steps.acquire()
 
-    def _save(self, leaves: dict[str, HostLeaf], content: dict[str, Any]) -> None:
-        """What a save does in the background."""
+    def _save(self, leaves: dict[str, HostLeaf], header: Header) -> None:
+        """The part of a save that runs in the background."""
         try:
-            self._steps.write(leaves, content)
-            self._steps.prune(self.retention, content["step"])
-        except Exception as error:  # surfaces at the next call
+            self._steps.write(leaves, header)
+            self._steps.prune(self.retention, header.step)
+        except Exception as error:  # raised by the next call
             self._failure = error
 
     def _join(self) -> None:
@@ -350,93 +340,17 @@ class Checkpointer:
         if failure is not None:
             raise failure
 
-    def _found(self, step: int | None) -> _Found:
-        """The step to restore: the same in all processes."""
-        if jax.process_count() == 1:
-            return self._newest(step)
-        own = together(
-            lambda: self._newest(step) if self._writes else None, CheckpointError
-        )
-        chosen = "" if own is None else json.dumps([own.step, _seal(own), own.damaged])
-        number, seal, damaged = json.loads(exchange(chosen)[0])
 
-        def same() -> _Found:
-            if own is not None:
-                return own
-            there = self._newest(number)
-            if _seal(there) != seal:
-                raise CheckpointError(
-                    f"step {number} of {self.directory} is not the one that process 0 "
-                    "has: all processes must see one directory"
-                )
-            return there._replace(damaged={int(n): why for n, why in damaged.items()})
-
-        return together(same, CheckpointError)
-
-    def _newest(self, step: int | None) -> _Found:
-        """The newest sound step, or the given one."""
-        damaged: dict[int, str] = {}
-        for number in self.steps()[::-1] if step is None else [step]:
-            folder = self._steps.folder(number)
-            try:
-                manifest, leaves = step_folder.read(folder, number)
-            except Damaged as damage:
-                damaged[number] = str(damage)
-                _log.warning("checkpoint %s is damaged: %s", folder, damage)
-                continue
-            if damaged:
-                _log.warning("fell back to step %d of %s", number, self.directory)
-            return _Found(number, damaged, manifest, leaves)
-        if not damaged:
-            raise CheckpointError(f"{self.directory} holds no checkpoint")
-        reasons = "; ".join(f"step {n}: {why}" for n, why in damaged.items())
-        raise CheckpointError(
-            f"{self.directory} holds no sound checkpoint: {reasons}. Restore the "
-            "directory from a copy, or start the run anew elsewhere"
-        )
-
-
-def _seal(found: _Found) -> str:
-    """What two copies of a step have in common, and no other step."""
-    content = json.dumps(dataclasses.asdict(found.manifest), sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()
-
-
-def _migrated(
+def _upgraded(
     folder: Path, manifest: Manifest, leaves: dict[str, HostLeaf], like: Any = None
 ) -> tuple[dict[str, HostLeaf], list[str]]:
-    """The leaves of a step in today's schema, and what was dropped or assumed.
-
-    Args:
-      folder: of the step.
-      manifest: of the step.
-      leaves: of the step.
-      like: what it is restored into, whose layers say how many slots they have.
-    """
-    if manifest.schema == CURRENT:
-        return leaves, []
+    """`upgraded`, with errors that name the folder of the step."""
     if manifest.schema > CURRENT:
         raise CheckpointError(
             f"{folder} is of schema {manifest.schema}, newer than {CURRENT}, the "
             "newest that this program knows: use the esper_jax that wrote it, or later"
         )
-    slots = {name: np.shape(leaf) for name, (_, leaf) in flatten(like).items()}
-    notes: list[str] = []
-
-    def walk(branch: Any, path: tuple[str, ...]) -> Any:
-        """``branch`` with the seeds of each layer in it migrated."""
-        if not isinstance(branch, dict):
-            return branch
-        if "state_tensor" not in branch:
-            return {key: walk(value, (*path, key)) for key, value in branch.items()}
-        arrays = {key: leaf.array for key, leaf in branch.items()}
-        (capacity,) = slots.get("/".join((*path, "seed_of_slot")), (None,))
-        new, more = migrate(manifest.schema, arrays, capacity=capacity)
-        notes.extend(more)
-        return new
-
     try:
-        tree = walk(nest(leaves), ())
+        return upgraded(manifest, leaves, like)
     except MigrationError as error:
         raise CheckpointError(f"{folder} cannot be migrated: {error}") from None
-    return to_host(tree), notes

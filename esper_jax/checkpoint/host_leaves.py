@@ -1,6 +1,6 @@
-"""A state as arrays in the host's memory by name, and back onto the devices.
+"""Copies a state into arrays in the host's memory, by name, and back onto devices.
 
-A leaf's name is its keys in the state's tree, whatever their kind, joined by slashes:
+The name of a leaf is its keys in the state's tree, of any kind, joined by slashes:
 ``params/layers/0/base/kernel``, ``seeds/layers/0/graft/alpha``.
 """
 
@@ -32,7 +32,7 @@ _State = TypeVar("_State")
 
 
 class LeafError(ValueError):
-    """Leaves that cannot be saved or do not fit; names them."""
+    """Leaves that cannot be saved or do not fit; the message names them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,9 +42,9 @@ class HostLeaf:
     keys: tuple[str, ...]
     """Its path in the state."""
     array: np.ndarray
-    """The values; the raw data where the leaf holds random keys."""
+    """The values; for random keys, their raw data."""
     key_impl: str | None = None
-    """Name of the generator where the leaf holds random keys."""
+    """For random keys, the name of their generator."""
 
     @property
     def kind(self) -> str:
@@ -71,7 +71,7 @@ def flatten(tree: Any) -> dict[str, tuple[tuple[str, ...], Any]]:
 
 
 def nest(leaves: Mapping[str, HostLeaf]) -> dict[str, Any]:
-    """Plain dictionaries of `HostLeaf`, as their keys say."""
+    """Nested dictionaries of `HostLeaf`, by their keys."""
     tree: dict[str, Any] = {}
     for leaf in leaves.values():
         *parents, last = leaf.keys or ("",)
@@ -83,10 +83,10 @@ def nest(leaves: Mapping[str, HostLeaf]) -> dict[str, Any]:
 
 
 def to_host(state: Any) -> dict[str, HostLeaf]:
-    """Copies of all leaves; the state may be donated or changed afterwards.
+    """Copies all leaves; the state may be donated or changed afterwards.
 
-    A `HostLeaf` in the state stays as it is. All processes must call it if leaves are
-    spread over several (`processes.whole`).
+    A `HostLeaf` in the state is taken as it is. If leaves are spread over several
+    processes, all of them must call this (`processes.whole`).
 
     Raises:
       LeafError: if a leaf is not an array of numbers or random keys.
@@ -116,10 +116,10 @@ def to_host(state: Any) -> dict[str, HostLeaf]:
 
 
 def check_equal_in_all(state: Any) -> None:
-    """Makes sure that all processes hold one and the same state.
+    """Checks that all processes hold the same state.
 
-    Compared are its structure and the values of those leaves that each process has for
-    itself; not what JAX knows to be one array over several of them.
+    Compares the structure, and the values of leaves that each process holds for itself.
+    An array that JAX spreads over several processes is one array already.
 
     Raises:
       LeafError: in all processes, naming the first leaf that differs.
@@ -142,7 +142,7 @@ def check_equal_in_all(state: Any) -> None:
 
 
 def _mark(leaf: Any) -> str:
-    """Shape, dtype and, of a leaf that is this process's own, a checksum."""
+    """Shape, dtype and, for a leaf that only this process holds, a checksum."""
     kind = _kind_of(leaf)
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         return f"{kind} over several processes"
@@ -151,11 +151,11 @@ def _mark(leaf: Any) -> str:
 
 
 def place(leaves: Mapping[str, HostLeaf], like: _State) -> _State:
-    """The leaves in the structure of ``like``, each where its leaf is.
+    """The leaves in the structure of ``like``, each on the devices of its leaf there.
 
     Raises:
-      LeafError: naming every leaf that is missing, too many, or of another shape, dtype
-        or kind of key.
+      LeafError: naming every leaf that is missing or unknown, or has another shape,
+        dtype or kind of key.
     """
     wanted = flatten(like)
     wrong = [
@@ -175,7 +175,7 @@ def place(leaves: Mapping[str, HostLeaf], like: _State) -> _State:
 
 
 def _is_shared(leaf: Any) -> bool:
-    """Whether numpy may look into the leaf's own memory, which can be donated."""
+    """Whether numpy may share the leaf's memory, which can be donated later."""
     if not isinstance(leaf, jax.Array):
         return True
     on_cpu = any(device.platform == "cpu" for device in leaf.devices())
@@ -183,7 +183,7 @@ def _is_shared(leaf: Any) -> bool:
 
 
 def path_of(path: tuple[Any, ...]) -> tuple[str, ...]:
-    """The keys of a path in a tree, as JAX gives it, in words."""
+    """The keys of a path that JAX gives for a leaf, as text."""
     return tuple(map(_key, path))
 
 
@@ -222,7 +222,7 @@ def _placed(array: np.ndarray, like: Any) -> Any:
 
 def _on_devices(array: np.ndarray, like: Any) -> jax.Array:
     sharding = getattr(like, "sharding", None)
-    # As fresh arrays are on the default device: free to go where others are.
+    # Like a fresh array: on the default device, uncommitted.
     if sharding is None or not getattr(like, "committed", True):
         return jnp.array(array)
     if sharding.is_fully_addressable:

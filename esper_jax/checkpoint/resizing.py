@@ -1,7 +1,7 @@
-"""A saved `TrainState` with another number of slots, in the host's memory.
+"""Changes the number of slots of a saved `TrainState`, in the host's memory.
 
-A checkpoint holds as many slots a layer as the run had that saved it. Here its arrays
-follow the layers of the state that it is restored into, before anything is placed.
+A checkpoint holds as many slots a layer as the run that saved it had. Before its arrays
+are placed on devices they are adapted to the state that they are restored into.
 """
 
 import dataclasses
@@ -28,24 +28,23 @@ Leaves = dict[str, HostLeaf]
 
 
 def resized(leaves: Leaves, like: Any) -> tuple[Leaves, dict[str, tuple[int, int]]]:
-    """The leaves of a saved state with as many slots as those of ``like``.
+    """The leaves of a saved state with as many slots as ``like`` has.
 
-    As `functional.grow_capacity` does it: in a larger capacity every slot keeps its
-    place, and the new ones get the blueprints and moments that ``like`` has there; in
-    a smaller one the slots of living seeds are moved together. What does not fit
-    for any other reason is left as it is.
+    In a larger capacity every slot keeps its place, and new slots get the blueprints
+    and moments that ``like`` has there. In a smaller one the slots of living seeds are
+    moved together. `lifecycle.slots` does both, as for `grow_capacity`. Leaves that do
+    not fit for another reason are left as they are.
 
     Args:
       leaves: by name; not changed.
-      like: any tree. Each `TrainState` in it says how many slots its layers have.
+      like: any tree. Each `TrainState` in it decides how many slots its layers get.
 
     Returns:
-      The leaves, and the capacities before and after of the layers that differ, by
-      layer.
+      The leaves, and the old and new capacity of each layer where they differ.
 
     Raises:
-      LeafError: naming the layer, if a living seed would be lost, or if the capacity is
-        larger and ``like`` holds shapes instead of arrays.
+      LeafError: naming the layer, if a living seed would be lost, or if the capacity
+        grows and ``like`` holds shapes instead of arrays.
     """
     wanted = flatten(like)
     new, changed = dict(leaves), {}
@@ -90,7 +89,7 @@ def _train_states(like: Any) -> Iterator[tuple[tuple[str, ...], TrainState]]:
 def _seeds(
     leaves: Leaves, path: tuple[str, ...], target: SeedState
 ) -> SeedState | None:
-    """The saved seeds of a layer as host arrays; None if they are not of its kind."""
+    """The saved seeds of a layer as host arrays; None if their shapes do not fit."""
     arrays = []
     for name, (_, like) in flatten(target).items():
         leaf = leaves.get("/".join((*path, name)))
@@ -103,7 +102,7 @@ def _seeds(
 
 
 def _has_slots(keys: tuple[str, ...], prefix: tuple[str, ...], layer: str) -> bool:
-    """Whether a leaf outside the seeds has the slots of a layer as its first axis."""
+    """Whether a leaf outside the seeds belongs to the slots of a layer."""
     if keys[: len(prefix)] != prefix:
         return False
     field, name, *_ = (*keys[len(prefix) :], "", "")
@@ -116,7 +115,7 @@ def _probes(
     prefix: tuple[str, ...],
     layer: str,
 ) -> Leaves:
-    """The probe of a layer, or of the stack that it is of: always 0."""
+    """The probe of a layer, or of its stack; always 0."""
     owner = layer.split("[")[0]
     bed = f"{owner}/" if owner else ""
     names = [
@@ -130,24 +129,26 @@ def _probes(
 
 
 def _moved(leaves: Leaves, slots: Mapping[str, Any], source: np.ndarray) -> Leaves:
-    """The leaves with slots, those of new ones as the given state has them."""
-    if not (source < 0).any():
-        return {name: _with(leaves[name], leaves[name].array[source]) for name in slots}
-    for name, leaf in slots.items():
-        if not isinstance(leaf, jax.Array | np.ndarray):
-            raise LeafError(
-                f"leaf {name}: expected an array, whose new slots a larger capacity "
-                f"can take over; got {type(leaf).__name__}"
-            )
-    new = {}
-    for name, fresh in to_host(dict(slots)).items():
-        old = leaves[name]
-        if (fresh.array.shape[1:], fresh.array.dtype) == (
-            old.array.shape[1:],
-            old.array.dtype,
-        ):
-            new[name] = _with(old, move_slots(old.array, fresh.array, source))
-    return new
+    """The leaves with their slots moved; ``slots`` are the leaves to restore into."""
+    old = {name: leaves[name].array for name in slots}
+    if (source >= 0).all():  # no new slot, so nothing is read from the given state
+        fresh = {
+            name: np.zeros_like(a, shape=(len(source), *a.shape[1:]))
+            for name, a in old.items()
+        }
+    else:
+        for name, leaf in slots.items():
+            if not isinstance(leaf, jax.Array | np.ndarray):
+                raise LeafError(
+                    f"leaf {name}: expected an array with values for the new slots of "
+                    f"a larger capacity, got {type(leaf).__name__}"
+                )
+        fresh = {name: leaf.array for name, leaf in to_host(dict(slots)).items()}
+    return {
+        name: _with(leaves[name], move_slots(array, fresh[name], source))
+        for name, array in old.items()
+        if (array.shape[1:], array.dtype) == (fresh[name].shape[1:], fresh[name].dtype)
+    }
 
 
 def _with(leaf: HostLeaf, array: np.ndarray) -> HostLeaf:

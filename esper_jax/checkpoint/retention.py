@@ -1,4 +1,4 @@
-"""Which checkpoints are kept."""
+"""Rules for which checkpoints to keep."""
 
 import dataclasses
 import math
@@ -9,15 +9,14 @@ __all__ = ["Retention"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Retention:
-    """A step is kept if any of these rules keeps it.
+    """Keeps a step if any of these rules keeps it.
 
     Args:
-      keep_last: the newest so many; None keeps all.
-      best: ``(metric, "min" or "max")``: the one with the best value of a metric. NaN
-        and infinity never win, nor does a step that has no such metric; of equals the
-        newest.
-      every: steps that are a multiple of it.
-      pinned: steps that are never removed.
+      keep_last: keep this many of the newest steps; None keeps all.
+      best: ``(metric, "min" or "max")``: keep the step with the best value of a metric,
+        the newest of equals. NaN, infinity and steps without the metric never win.
+      every: keep steps whose number is a multiple of this.
+      pinned: steps to keep always.
 
     Raises:
       ValueError: if a number is out of its range or ``best`` is of another form.
@@ -42,7 +41,7 @@ class Retention:
         object.__setattr__(self, "pinned", frozenset(self.pinned))
 
     def keeps(self, steps: Mapping[int, Mapping[str, float]]) -> set[int]:
-        """The steps to keep, given the metrics of each sound one."""
+        """The steps to keep, given the metrics of each sound step."""
         newest = sorted(steps, reverse=True)
         kept = set(newest if self.keep_last is None else newest[: self.keep_last])
         kept |= {step for step in steps if step in self.pinned}

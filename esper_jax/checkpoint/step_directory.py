@@ -1,8 +1,7 @@
-"""A directory of checkpoints: whole steps, one writer at a time.
+"""A directory of checkpoints: complete steps, one writer at a time.
 
-A step is in the directory whole or not at all, whenever its writer is killed: it is
-written into a hidden folder and renamed. What is in the folder of a step, and how it is
-checked, is in ``step_folder.py``; which steps are kept, in ``retention.py``.
+A step is written into a hidden folder, which is then renamed. So the directory never
+shows a part of a step, even if the writer is killed.
 """
 
 import contextlib
@@ -13,12 +12,11 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from esper_jax.checkpoint import step_folder
 from esper_jax.checkpoint.host_leaves import HostLeaf
+from esper_jax.checkpoint.manifest import Damaged, Header
 from esper_jax.checkpoint.retention import Retention
-from esper_jax.checkpoint.step_folder import Damaged
 
 __all__ = ["CheckpointError", "StepDirectory"]
 
@@ -33,7 +31,7 @@ class CheckpointError(ValueError):
 
 
 class StepDirectory:
-    """The steps in a directory. Only who has acquired it may write or remove one.
+    """The steps in a directory. Call `acquire` before writing or removing one.
 
     Args:
       path: made by `acquire`. Anything in it that is not named by a number is left
@@ -43,10 +41,10 @@ class StepDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock: int | None = None
-        self._known: set[int] = set()  # steps whose contents were checked
+        self._known: set[int] = set()  # steps whose contents have been checked
 
     def folder(self, step: int) -> Path:
-        """Of a step, whether it is there or not."""
+        """The folder of a step, which may not exist."""
         return self.path / str(step)
 
     def steps(self) -> list[int]:
@@ -68,10 +66,10 @@ class StepDirectory:
         )
 
     def acquire(self) -> None:
-        """Takes the directory to write to, and cleans up what was cut off there.
+        """Locks the directory, and removes what an interrupted save has left.
 
         Raises:
-          CheckpointError: if it is in use or cannot be written to.
+          CheckpointError: if the directory is locked or cannot be written to.
         """
         if self._lock is not None:
             return
@@ -104,28 +102,28 @@ class StepDirectory:
             raise self._cannot_write(error) from None
 
     def release(self) -> None:
-        """Lets others write to the directory."""
+        """Unlocks the directory."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
-    def write(self, leaves: Mapping[str, HostLeaf], content: Mapping[str, Any]) -> None:
+    def write(self, leaves: Mapping[str, HostLeaf], header: Header) -> None:
         """Adds a step, or replaces the one of the same number.
 
         Args:
           leaves: by name.
-          content: everything else that `step_folder.write` takes, by name.
+          header: what the manifest says of the step beside its leaves and files.
 
         Raises:
-          CheckpointError: if that fails, of whatever kind. All is as it was then.
+          CheckpointError: if that fails for any reason. Nothing has changed then.
         """
         try:
-            self._write(leaves, content)
+            self._write(leaves, header)
         except Exception as error:
-            raise self._cannot_save(content["step"], error) from None
+            raise self._cannot_save(header.step, error) from None
 
     def prune(self, retention: Retention, saved: int) -> None:
-        """Removes the sound steps that no rule keeps; never the one just saved.
+        """Removes sound steps that no rule keeps, but never the one just saved.
 
         Raises:
           CheckpointError: if the directory cannot be changed.
@@ -135,14 +133,12 @@ class StepDirectory:
         except OSError as error:
             raise self._cannot_write(error) from None
 
-    def _write(
-        self, leaves: Mapping[str, HostLeaf], content: Mapping[str, Any]
-    ) -> None:
-        step = content["step"]
+    def _write(self, leaves: Mapping[str, HostLeaf], header: Header) -> None:
+        step = header.step
         scratch = self.path / f"{_SAVING}{step}"
         try:
             scratch.mkdir()
-            step_folder.write(scratch, leaves, **content)
+            step_folder.write(scratch, leaves, header)
         except BaseException:
             shutil.rmtree(scratch, ignore_errors=True)
             raise
@@ -156,7 +152,7 @@ class StepDirectory:
         self._known.add(step)
 
     def _prune(self, retention: Retention, saved: int) -> None:
-        sound: dict[int, dict[str, float]] = {}
+        sound: dict[int, Mapping[str, float]] = {}
         for step in self.steps():
             with contextlib.suppress(Damaged):
                 new = step not in self._known
@@ -165,12 +161,12 @@ class StepDirectory:
                 self._known.add(step)
         for step in set(sound) - retention.keeps(sound) - {saved}:
             doomed = self.path / f"{_REMOVING}{step}"
-            self.folder(step).rename(doomed)  # at once gone for any reader
+            self.folder(step).rename(doomed)  # no reader sees it half removed
             _remove(doomed)
             self._known.discard(step)
 
     def _clean_up(self) -> None:
-        """Removes what was cut off; puts back a step whose replacement was."""
+        """Removes unfinished saves; puts back steps whose replacement failed."""
         for path in self.path.iterdir():
             if path.name.startswith(_REPLACED):
                 final = self.path / path.name.removeprefix(_REPLACED)
@@ -182,20 +178,19 @@ class StepDirectory:
 
     def _cannot_write(self, error: OSError) -> CheckpointError:
         return CheckpointError(
-            f"{self.path} cannot be written to: {error.strerror}; give it room "
-            "and permission, or save elsewhere"
+            f"{self.path} cannot be written to: {error.strerror}; make room or give "
+            "permission, or save elsewhere"
         )
 
     def _cannot_save(self, step: int, error: BaseException) -> CheckpointError:
         return CheckpointError(
-            f"step {step} could not be saved in {self.path}: {_reason(error)}; "
-            "what was there before is as it was. Give it room and permission, or save "
-            "elsewhere"
+            f"step {step} could not be saved in {self.path}: {_reason(error)}; the "
+            "steps there are unchanged. Make room or give permission, or save elsewhere"
         )
 
 
 def _reason(error: BaseException) -> str:
-    """Why a save failed; in the system's words where they are in Orbax's."""
+    """Why a save failed: the system's message if Orbax's error contains one."""
     text = str(error)
     for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
         if os.strerror(code) in text:
@@ -204,7 +199,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _remove(path: Path) -> None:
-    """Removes a folder or file, if it is there and can be."""
+    """Removes a folder or file if possible; never raises."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
