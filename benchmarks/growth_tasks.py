@@ -1,7 +1,7 @@
 """The tasks of `growth.py`: data, hosts, what may grow in them, and what is tuned.
 
-Everything that was chosen by looking at results stands here. `benchmarks/RESULTS.md`
-tells what else was tried, and how.
+All settings that were chosen by looking at results are in this file.
+`benchmarks/RESULTS.md` says what else was tried, and how.
 """
 
 import dataclasses
@@ -16,12 +16,18 @@ from flax import nnx
 from esper_jax import data
 from esper_jax.data import Dataset
 from esper_jax.hosts import MLP, CharMLP, ConvNet
-from esper_jax.lifecycle.grafting import GraftConfig
-from esper_jax.lifecycle.rules import LifecycleConfig
-from esper_jax.lifecycle.stages import Stage
-from esper_jax.policy.config import ControllerConfig
+from esper_jax.lifecycle import GraftConfig, LifecycleConfig, Stage
+from esper_jax.policy import ControllerConfig
 
-__all__ = ["TASKS", "Task", "lifecycle"]
+__all__ = [
+    "TASKS",
+    "Task",
+    "bare_host",
+    "host_size",
+    "layer_names",
+    "lifecycle",
+    "widen",
+]
 
 
 def lifecycle(
@@ -33,9 +39,19 @@ def lifecycle(
     embargo: int = 3,
     min_alpha: float = 0.0,
 ) -> LifecycleConfig:
-    """Short lives; a seed is judged by its worth, and not by how calm the loss is.
+    """Gates of short lives that judge a seed by its worth alone.
 
-    That is measured when something is decided by it, and not throughout.
+    The gates on reconstruction and stability are wide open. The worth of a seed in
+    FINE_TUNING is measured only when a decision is near, since each measurement costs
+    an evaluation.
+
+    Args:
+      training: epochs a seed spends in TRAINING at least.
+      grafting: epochs in GRAFTING at least, and of the ramp.
+      fine_tuning: epochs in FINE_TUNING at least.
+      evaluating: epochs in EVALUATING at least.
+      embargo: epochs that a removed seed waits at least until it is dormant again.
+      min_alpha: of the ramp's first epoch.
     """
     epochs = dict.fromkeys(Stage, 0) | {
         Stage.TRAINING: training,
@@ -62,25 +78,26 @@ class Task:
     """A data set, a host, and how it grows.
 
     Args:
-      data: makes the three-way split.
-      pooled: whether each run draws anew which rows of the training and held-out data
-        are the one and which the other.
-      make: ``make(rngs, widths, **options) -> model``; the options are those of the
-        layers' `SeedBed`, with ``num_seeds``.
-      widths: of the host's layers.
-      num_seeds: seeds of each layer, and its slots.
-      blueprints: what may grow.
-      positions: places that each layer is applied at for one row.
-      budget: parameters that a grown model may have, host included; 0 for no limit.
-      epochs: passes over the training data; in each phase.
-      ticks_per_epoch: how often the model is measured, and may grow.
+      data: makes the three-way split from a random seed.
+      make: ``make(rngs, widths, **options) -> model``; the options are ``num_seeds``
+        and those of the layers' `SeedBed`.
+      widths: width of each of the host's layers.
+      num_seeds: seeds, and slots, of each layer.
+      blueprints: names of the blueprints that may grow.
+      positions: how often each layer, the readout last, is applied to one row.
+      budget: most parameters of a grown model, host included; 0 for no limit.
+      epochs: passes over the training data in each phase.
       batch: rows a step.
-      phases: how often the data are changed, and learned anew.
-      change: ``change(key, rows) -> rows`` as they are in a phase.
-      grid: ``(learning rate, weight decay, blueprints' rate over the host's)`` that
-        every arm is tuned over.
-      policy: of the controller; its ``budget`` is filled in.
-      gates: of the lifecycle.
+      grid: the points that every arm is tuned over, each ``(learning rate, weight
+        decay, blueprints' rate over the host's)``.
+      policy: numbers of the controller; the runner fills in its ``budget``.
+      gates: numbers of the lifecycle.
+      pooled: whether each run draws for itself which rows of the training and held-out
+        data it learns from and which are held out.
+      ticks_per_epoch: ticks an epoch.
+      phases: how many data sets a run learns one after the other.
+      change: ``change(key, rows) -> rows`` makes a phase's data; None leaves them as
+        they are.
     """
 
     data: Callable[[int], Dataset]
@@ -122,9 +139,9 @@ def _char(rngs: nnx.Rngs, widths: Sequence[int], **options: Any) -> nnx.Module:
 
 
 def _fresh_mnist1d(seed: int) -> Dataset:
-    """`data.mnist1d` with other test data: those that the recipe makes of seed 43.
+    """`data.mnist1d` with the test data that the recipe makes from random seed 43.
 
-    No choice was made by a result on them.
+    No setting was chosen by looking at results on them.
     """
     from mnist1d.data import get_dataset_args, make_dataset
 
@@ -149,13 +166,12 @@ _POLICY = ControllerConfig(
 _EARLY = dataclasses.replace(
     _POLICY, period=2, births=4, max_training=8, tuning_limit=65535
 )
-"""All that the budget allows within a few ticks, and a long time to learn together."""
-
+"""Grows all that the budget allows within a few ticks, then lets it learn together."""
 
 _AT_ONCE = dataclasses.replace(
     _EARLY, period=1, births=16, max_training=16, shift_tolerance=0.5
 )
-"""All that there is, as soon as it may be; and again when the data have changed."""
+"""Grows every seed at the first tick, and again whenever the data have changed."""
 
 
 def _grid(
@@ -165,13 +181,13 @@ def _grid(
 
 
 def _other_labels(key: Any, rows: Any) -> Any:
-    """The ten classes under other names."""
+    """``rows`` with the ten labels permuted."""
     x, y = rows
     return x, jax.random.permutation(key, 10)[y]
 
 
 def _other_inputs(key: Any, rows: Any) -> Any:
-    """The inputs in another order."""
+    """``rows`` with the inputs permuted."""
     x, y = rows
     return x[:, jax.random.permutation(key, x.shape[1])], y
 
@@ -292,21 +308,23 @@ for _name in [name for name in TASKS if name.startswith("mnist1d")]:
     TASKS[f"{_name}-fresh"] = dataclasses.replace(TASKS[_name], data=_fresh_mnist1d)
 
 
+def bare_host(task: Task, widths: Sequence[int]) -> nnx.Module:
+    """A host of the given widths with as little in it that can grow as possible."""
+    return task.make(nnx.Rngs(0), widths, num_seeds=1, capacity=1, blueprints=("noop",))
+
+
 def host_size(task: Task, widths: Sequence[int]) -> int:
     """Parameters of the host with the given widths, counted on the model itself."""
 
     def values() -> Any:
-        model = task.make(
-            nnx.Rngs(0), widths, num_seeds=1, capacity=1, blueprints=("noop",)
-        )
-        return nnx.state(model, nnx.All(nnx.Param, _not_blueprint))
+        return nnx.state(bare_host(task, widths), nnx.All(nnx.Param, _not_blueprint))
 
     shapes = jax.tree.leaves(jax.eval_shape(values))
     return sum(int(np.prod(leaf.shape)) for leaf in shapes)
 
 
 def layer_names(task: Task) -> list[str]:
-    """Names of the layers that can grow, as a `TrainState` has them."""
+    """Names of the layers that can grow, as in ``state.seeds`` of a `TrainState`."""
     inner = "mlp/" if task.make is _char else ""
     return [f"{inner}layers/{i}" for i in range(len(task.widths))]
 
@@ -316,7 +334,10 @@ def _not_blueprint(path: Any, value: Any) -> bool:
 
 
 def widen(task: Task, parameters: float) -> tuple[int, ...]:
-    """The narrowest host of the same shape with at least so many parameters."""
+    """Widths of the narrowest host with at least so many parameters.
+
+    They keep the proportions of the task's widths, to rounding.
+    """
     step = 0
     while True:
         widths = tuple(w + round(step * w / max(task.widths)) for w in task.widths)

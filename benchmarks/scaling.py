@@ -1,22 +1,24 @@
-"""Weak scaling of training on several devices, with growth going on.
+"""Weak scaling of training on several devices while the model grows.
 
     python benchmarks/scaling.py [--smoke] [--modes MODE ...]
 
-The rows per device stay the same while the devices grow from 1 to all that there are
-(by powers of two). A block is some train steps and one tick: the seeds of the model go
-through their lives during the measurement, several of them at a time. The same model
-without seeds runs the same steps, and evaluates the held-out rows once a block. Blocks
-of all variants take turns; a cell is the median over the blocks.
+The number of devices goes from 1 to all there are, by powers of two; each device keeps
+the same number of rows. A block is some train steps and one tick. During the
+measurement the seeds go through their lives, several of them at a time. The same model
+without seeds runs the same steps and evaluates the held-out rows once a block. Blocks
+of all variants take turns, and a cell is the median over the blocks.
 
-Efficiency is a block's time on one device over that on N. "to plain" is the efficiency
-over that of the model without seeds: what growth costs of the scaling.
+Efficiency is a block's time on one device over its time on N. "to plain" is the
+efficiency of the model with seeds over that of the model without: what growth costs of
+the scaling.
 """
 
 import argparse
+import dataclasses
 import functools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -26,31 +28,70 @@ import optax
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from esper_jax.layers.chunked import ChunkedLayer
-from esper_jax.lifecycle import GraftConfig
-from esper_jax.lifecycle.rules import LifecycleConfig
-from esper_jax.lifecycle.stages import Stage
+from esper_jax import ChunkedLayer, over_mesh
+from esper_jax.lifecycle import GraftConfig, LifecycleConfig, Stage
 from esper_jax.parallel.replicas import check_replicas, split_rows
-from esper_jax.policy.config import ControllerConfig
-from esper_jax.train.mesh import over_mesh
-from esper_jax.train.program import build, classification
+from esper_jax.policy import ControllerConfig
+from esper_jax.train import build, classification
 
 GATES = LifecycleConfig(
     min_epochs=(0, 0, 1, 1, 1, 1, 2, 0, 1, 0, 1),
     reconstruction_threshold=1e9,
     min_stability=-1e9,
     cull_delta=-1e9,
-    min_improvement=1e9,  # what has been tuned is culled, so that growth never ends
+    min_improvement=1e9,  # culls every tuned seed, so that growth never ends
     grafting=GraftConfig(ramp_duration=2),
 )
 POLICY = ControllerConfig(patience=1, threshold=0.9, max_training=2, tuning_limit=3)
 MODES = ["pmap", "shard_map", "jit"]
 P = PartitionSpec
 Block = Callable[[], None]
+Rows = tuple[np.ndarray, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """How large a measurement is."""
+
+    width: int
+    """Of both hidden layers."""
+    seeds: int
+    """Of each hidden layer."""
+    rows: int
+    """Of a batch, on each device."""
+    steps: int
+    """Train steps of a block."""
+    blocks: int
+    """Timed blocks of each variant."""
+
+
+SIZES = Sizes(width=4096, seeds=64, rows=8192, steps=20, blocks=24)
+SMOKE = Sizes(width=64, seeds=4, rows=32, steps=4, blocks=3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What the variants of one number of devices share."""
+
+    sizes: Sizes
+    mesh: Mesh
+    data: list[Rows]
+    """Batches, which the steps take in turn."""
+    held_out: Rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What one number of devices came to."""
+
+    seconds: dict[tuple[str, str], float]
+    """Median seconds of a block, by mode and ``"plain"`` or ``"grown"``."""
+    stages: dict[str, set[int]]
+    """Stages that the seeds were seen in, by mode."""
 
 
 class Net(nnx.Module):
-    """Two wide hidden layers in bfloat16; with ``seeds`` 0 they are plain."""
+    """Two wide hidden layers in bfloat16, without seeds if ``seeds`` is 0."""
 
     def __init__(self, width: int, seeds: int, sharding: Any = None) -> None:
         rngs = nnx.Rngs(0)
@@ -70,15 +111,16 @@ class Net(nnx.Module):
         return self.last(x)
 
 
-def rows_for(count: int, width: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def rows_for(count: int, width: int, seed: int) -> Rows:
+    """Random inputs in bfloat16, (count, width), and labels of 16 classes."""
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((count, width), np.float32)
     return x.astype(jnp.bfloat16), rng.integers(0, 16, count).astype(np.int32)
 
 
-def plain_block(mode: str, mesh: Mesh, args: Any, data: Any, held_out: Any) -> Block:
-    """Steps and one evaluation of the model without seeds."""
-    graph, params = nnx.split(Net(args.width, 0))
+def plain_block(mode: str, setting: Setting) -> Block:
+    """A block of the model without seeds: steps and one evaluation."""
+    graph, params = nnx.split(Net(setting.sizes.width, 0))
     optimizer = optax.adam(1e-3)
     axis = None if mode == "jit" else "data"
 
@@ -102,13 +144,14 @@ def plain_block(mode: str, mesh: Mesh, args: Any, data: Any, held_out: Any) -> B
         value = loss(state[0], batch)
         return jax.lax.pmean(value, axis) if axis else value
 
-    step_on, evaluate_on, place = mapped(mode, mesh, step, evaluate)
+    step_on, evaluate_on, place = mapped(mode, setting.mesh, step, evaluate)
     state = place((params, optimizer.init(params)), whole=True)
-    data, held_out = [place(d) for d in data], place(held_out)
+    data = [place(batch) for batch in setting.data]
+    held_out = place(setting.held_out)
 
     def block() -> None:
         nonlocal state
-        for i in range(args.steps):
+        for i in range(setting.sizes.steps):
             state = step_on(state, data[i % len(data)])
         jax.block_until_ready((state, evaluate_on(state, held_out)))
 
@@ -116,7 +159,12 @@ def plain_block(mode: str, mesh: Mesh, args: Any, data: Any, held_out: Any) -> B
 
 
 def mapped(mode: str, mesh: Mesh, step: Any, other: Any) -> tuple[Any, Any, Any]:
-    """Both functions on all devices of the mesh, and how their arguments get there."""
+    """``step`` and ``other`` on all devices of a mesh.
+
+    Returns:
+      Both functions, and ``place(tree, whole=False) -> tree``, which puts rows (divided
+      among the devices) or a state (``whole`` on each) where the functions want it.
+    """
     devices = list(mesh.devices.flat)
     if mode == "pmap":
         pmap = functools.partial(jax.pmap, axis_name="data", devices=devices)
@@ -139,13 +187,12 @@ def mapped(mode: str, mesh: Mesh, step: Any, other: Any) -> tuple[Any, Any, Any]
     return jax.jit(step, donate_argnums=0), jax.jit(other), put
 
 
-def grown_block(
-    mode: str, mesh: Mesh, args: Any, data: Any, held_out: Any
-) -> tuple[Block, Callable[[], Any]]:
-    """Steps and one tick of the model with seeds, and its state."""
+def grown_block(mode: str, setting: Setting) -> tuple[Block, Callable[[], Any]]:
+    """A block of the model with seeds (steps and one tick), and its state's reader."""
+    sizes, mesh = setting.sizes, setting.mesh
     sharding = NamedSharding(mesh, P("data", None)) if mode == "jit" else None
     program = build(
-        Net(args.width, args.seeds, sharding),
+        Net(sizes.width, sizes.seeds, sharding),
         optax.adam(1e-3),
         optax.adam(1e-3),
         lifecycle_config=GATES,
@@ -172,11 +219,12 @@ def grown_block(
         else:
             step, tick = program.step, program.tick
         state = place(program.init(key), whole=True)
-    data, held_out = [place(d) for d in data], place(held_out)
+    data = [place(batch) for batch in setting.data]
+    held_out = place(setting.held_out)
 
     def block() -> None:
         nonlocal state
-        for i in range(args.steps):
+        for i in range(setting.sizes.steps):
             state = step(state, data[i % len(data)])
         state, report = tick(state, held_out)
         jax.block_until_ready((state, report))
@@ -184,72 +232,82 @@ def grown_block(
     return block, lambda: state
 
 
-def stages_of(state: Any) -> list[int]:
-    return np.concatenate([np.ravel(s.stage) for s in state.seeds.values()]).tolist()
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--smoke", action="store_true", help="tiny, to see it run")
-    parser.add_argument("--modes", nargs="+", default=MODES, choices=MODES)
-    args = parser.parse_args()
-    sizes = (64, 4, 32, 4, 3) if args.smoke else (4096, 64, 8192, 20, 24)
-    args.width, args.seeds, args.rows, args.steps, args.blocks = sizes
-    count = len(jax.devices())
-    print(f"{count} x {jax.devices()[0].device_kind}, jax {jax.__version__}")
-    print(
-        f"width {args.width}, {args.seeds} seeds in each of 2 layers, {args.rows} rows "
-        f"a device, bfloat16; {args.steps} steps and a tick a block, {args.blocks} "
-        "blocks"
+def stages_of(state: Any) -> set[int]:
+    """Stages that some seed of the state is in."""
+    return set(
+        np.concatenate([np.ravel(s.stage) for s in state.seeds.values()]).tolist()
     )
-    if count == 1:
-        print("only one device was found: there is nothing to scale over")
 
-    numbers = [n for n in (1, 2, 4, 8) if n <= count]
-    times: dict[tuple[str, str, int], float] = {}
-    seen: dict[tuple[str, int], set[int]] = {}
-    for n in numbers:
-        mesh = jax.make_mesh(
-            (n,), ("data",), (AxisType.Auto,), devices=jax.devices()[:n]
-        )
-        data = [rows_for(args.rows * n, args.width, seed) for seed in range(4)]
-        held_out = rows_for(1024 * n, args.width, 9)
-        blocks: dict[tuple[str, str], Block] = {}
-        states = {}
-        for mode in args.modes:
-            blocks[mode, "plain"] = plain_block(mode, mesh, args, data, held_out)
-            grown, states[mode] = grown_block(mode, mesh, args, data, held_out)
-            blocks[mode, "grown"] = grown
-            seen[mode, n] = set()
-        taken: dict[Any, list[float]] = {key: [] for key in blocks}
-        for round_ in range(args.blocks + 2):
-            for key, block in blocks.items():
-                start = time.perf_counter()
-                block()
-                if round_ > 1:  # the first two compile
-                    taken[key].append(time.perf_counter() - start)
-                if key[1] == "grown":
-                    seen[key[0], n] |= set(stages_of(states[key[0]]()))
-        for (mode, model), values in taken.items():
-            times[mode, model, n] = statistics.median(values)
-        for mode, state in states.items():
-            check_replicas(state(), stacked=mode == "pmap")
 
-    print(
-        "\n| devices | mode | plain ms | grown ms | plain eff. | grown eff. | ", end=""
+def measure(devices: int, modes: Sequence[str], sizes: Sizes) -> Measured:
+    """Times the blocks of all variants on so many devices.
+
+    Raises:
+      ValueError: if the devices end with different states.
+    """
+    mesh = jax.make_mesh(
+        (devices,), ("data",), (AxisType.Auto,), devices=jax.devices()[:devices]
     )
-    print("to plain | stages seen |\n|---|---|---|---|---|---|---|---|")
-    for n in numbers:
-        for mode in args.modes:
-            plain, grown = (times[mode, model, n] for model in ("plain", "grown"))
-            first = [times[mode, model, 1] for model in ("plain", "grown")]
+    data = [rows_for(sizes.rows * devices, sizes.width, seed) for seed in range(4)]
+    held_out = rows_for(1024 * devices, sizes.width, 9)
+    setting = Setting(sizes, mesh, data, held_out)
+    blocks: dict[tuple[str, str], Block] = {}
+    states = {}
+    for mode in modes:
+        blocks[mode, "plain"] = plain_block(mode, setting)
+        blocks[mode, "grown"], states[mode] = grown_block(mode, setting)
+    seen: dict[str, set[int]] = {mode: set() for mode in modes}
+    taken: dict[tuple[str, str], list[float]] = {key: [] for key in blocks}
+    for round_ in range(sizes.blocks + 2):
+        for (mode, model), block in blocks.items():
+            start = time.perf_counter()
+            block()
+            if round_ > 1:  # the first two compile
+                taken[mode, model].append(time.perf_counter() - start)
+            if model == "grown":
+                seen[mode] |= stages_of(states[mode]())
+    for mode, state in states.items():
+        check_replicas(state(), stacked=mode == "pmap")
+    return Measured({key: statistics.median(t) for key, t in taken.items()}, seen)
+
+
+def report(measured: dict[int, Measured], modes: Sequence[str]) -> None:
+    """Prints the table, a row for each number of devices and mode."""
+    print(
+        "\n| devices | mode | plain ms | grown ms | plain eff. | grown eff. | "
+        "to plain | stages seen |\n|---|---|---|---|---|---|---|---|"
+    )
+    for devices, at in measured.items():
+        for mode in modes:
+            plain, grown = (at.seconds[mode, model] for model in ("plain", "grown"))
+            first = [measured[1].seconds[mode, model] for model in ("plain", "grown")]
             efficiency = first[0] / plain, first[1] / grown
-            names = ", ".join(Stage(s).name[:6] for s in sorted(seen[mode, n]))
+            names = ", ".join(Stage(s).name[:6] for s in sorted(at.stages[mode]))
             print(
-                f"| {n} | {mode} | {1e3 * plain:.1f} | {1e3 * grown:.1f} | "
+                f"| {devices} | {mode} | {1e3 * plain:.1f} | {1e3 * grown:.1f} | "
                 f"{efficiency[0]:.3f} | {efficiency[1]:.3f} | "
                 f"{efficiency[1] / efficiency[0]:.3f} | {names} |"
             )
+
+
+def main() -> None:
+    """Runs the benchmark from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--smoke", action="store_true", help="tiny, to see it run")
+    parser.add_argument("--modes", nargs="+", default=MODES, choices=MODES)
+    options = parser.parse_args()
+    sizes = SMOKE if options.smoke else SIZES
+    count = len(jax.devices())
+    print(f"{count} x {jax.devices()[0].device_kind}, jax {jax.__version__}")
+    print(
+        f"width {sizes.width}, {sizes.seeds} seeds in each of 2 layers, {sizes.rows} "
+        f"rows a device, bfloat16; {sizes.steps} steps and a tick a block, "
+        f"{sizes.blocks} blocks"
+    )
+    if count == 1:
+        print("only one device was found: there is nothing to scale over")
+    measured = {n: measure(n, options.modes, sizes) for n in (1, 2, 4, 8) if n <= count}
+    report(measured, options.modes)
     print("\nThe replicas of every variant were equal, bit for bit, at the end.")
 
 

@@ -1,12 +1,12 @@
-"""Time of a jitted train step of an MLP that can grow, over the same MLP that cannot.
+"""Times a jitted train step of an MLP with seeds, over the same MLP without.
 
-    python benchmarks/step.py [--quick]
+    python benchmarks/step.py [--quick] [--rounds N]
 
-The step is forward, backward, Adam for the host and `per_slot` Adam for the bank, in
-float32 on split states; every hidden layer has 64 seeds. All variants of a size run in
-one process, interleaved: each round times every variant once, in random order. A cell
-is the variant's median time over the plain model's. "plain again" is the plain model a
-second time: how far it is from 1 tells how much of the other figures is noise.
+A step is forward, backward, Adam for the host and `per_slot` Adam for the bank, in
+float32 on split states. Every hidden layer has 64 seeds. All variants of a size run in
+one process: each round times every variant once, in random order. A cell is the
+variant's median time over the plain model's. "plain again" times the plain model twice:
+its distance from 1 shows how much of the other cells is noise.
 """
 
 import argparse
@@ -25,11 +25,16 @@ import numpy as np
 import optax
 from flax import nnx
 
-from esper_jax.layers.bed import BlueprintParam, GraftProbe, SeedVariable
-from esper_jax.layers.chunked import ChunkedLayer
-from esper_jax.lifecycle.stages import Stage
-from esper_jax.lifecycle.state import SeedState, slot_coefficients
-from esper_jax.optim import per_slot
+from esper_jax import (
+    BlueprintParam,
+    ChunkedLayer,
+    GraftProbe,
+    SeedState,
+    SeedVariable,
+    Stage,
+    per_slot,
+)
+from esper_jax.lifecycle.state import slot_coefficients
 
 SEEDS = 64
 LIVING = (1, 4, 16, 64)
@@ -38,7 +43,7 @@ INPUTS, CLASSES = 64, 10
 
 
 class MLP(nnx.Module):
-    """Two hidden layers; with ``capacity`` 0 they are plain."""
+    """Two hidden layers, without seeds if ``capacity`` is 0."""
 
     def __init__(self, width: int, capacity: int, rngs: nnx.Rngs) -> None:
         def layer(inputs: int) -> Any:
@@ -57,7 +62,7 @@ class MLP(nnx.Module):
 
 
 def alive(seeds: SeedState, living: int) -> SeedState:
-    """The first ``living`` seeds in FINE_TUNING: computed in full, and learning."""
+    """``seeds`` with the first ``living`` in FINE_TUNING: they count, and learn."""
     index = jnp.arange(living)
     return dataclasses.replace(
         seeds,
@@ -72,7 +77,13 @@ def _is_seeds(x: Any) -> bool:
 
 
 def train_step(width: int, capacity: int, living: int) -> tuple[Callable, Any]:
-    """A jitted ``step(carry, x, labels) -> carry, loss``, and its first carry."""
+    """A jitted ``step(carry, x, labels) -> carry, loss``, and its first carry.
+
+    Args:
+      width: of the hidden layers.
+      capacity: slots of each; 0 for the plain model.
+      living: seeds of each that live.
+    """
     model = MLP(width, capacity, nnx.Rngs(0))
     graph, host, bank, probe, seeds = nnx.split(
         model,
@@ -122,7 +133,14 @@ def train_step(width: int, capacity: int, living: int) -> tuple[Callable, Any]:
 def ratios(
     variants: dict[str, tuple[int, int]], batch: int, width: int, rounds: int
 ) -> tuple[float, dict[str, float]]:
-    """Median time of the plain step in ms, and each variant's ratio to it."""
+    """Median time of the plain step in ms, and each variant's ratio to it.
+
+    Args:
+      variants: ``(capacity, living)`` of each, ``"plain"`` among them.
+      batch: rows a step.
+      width: of the hidden layers.
+      rounds: timed steps of each variant.
+    """
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(batch, INPUTS)), jnp.float32)
     labels = jnp.asarray(rng.integers(0, CLASSES, batch))
@@ -136,7 +154,7 @@ def ratios(
             start = time.perf_counter()
             carries[name], loss = steps[name][0](carries[name], x, labels)
             jax.block_until_ready((carries[name], loss))
-            if i >= 3:
+            if i >= 3:  # the first three warm up
                 times[name].append(time.perf_counter() - start)
     plain = times["plain"]
     ratio = {
@@ -147,6 +165,7 @@ def ratios(
 
 
 def main() -> None:
+    """Runs the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one size, few rounds")
     parser.add_argument("--rounds", type=int, default=60)
