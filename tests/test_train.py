@@ -330,7 +330,10 @@ def test_signals_of_a_tick(program):
 def test_stability_of_a_loss_below_zero_and_after_an_infinite_one(program, first):
     monitor = program.init(jax.random.key(0)).monitor
     monitor = dataclasses.replace(
-        monitor, initial_loss=first, loss_mean=-2.0, loss_variance=1.0
+        monitor,
+        initial_loss=jnp.float32(first),
+        loss_mean=jnp.float32(-2.0),
+        loss_variance=jnp.float32(1.0),
     )
     state = dataclasses.replace(start(program), monitor=monitor)
     new, _, stability, _ = _measure(

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Int, UInt
 
 from esper_jax.lifecycle.grafting import GraftConfig
 from esper_jax.lifecycle.signals import Signals
@@ -165,7 +165,7 @@ LEGAL_PAIRS = [
 
 def minimum_epochs(
     stage: Int[Array, "*S"], config: LifecycleConfig
-) -> Int[Array, "*S"]:
+) -> UInt[Array, "*S"]:
     """``config.min_epochs[stage]``: selects vectorise where a gather does not."""
     minimum = jnp.zeros(stage.shape, jnp.uint16)
     for code, epochs in enumerate(config.min_epochs):
