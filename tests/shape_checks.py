@@ -183,7 +183,9 @@ class _Decorate(ast.NodeTransformer):
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.FunctionDef:
         # Innermost, so that jit, vmap and properties stay what they are.
-        path = ast.parse(f"__import__('sys').modules[{__name__!r}].checked", mode="eval")
+        path = ast.parse(
+            f"__import__('sys').modules[{__name__!r}].checked", mode="eval"
+        )
         node.decorator_list.append(path.body)
         return node
 

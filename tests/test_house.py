@@ -121,7 +121,9 @@ def test_no_import_reaches_up() -> None:
 
 def test_no_imports_go_in_a_circle() -> None:
     modules = package()
-    above = {name: set(imports(tree, modules)) - {name} for name, tree in modules.items()}
+    above = {
+        name: set(imports(tree, modules)) - {name} for name, tree in modules.items()
+    }
     while free := {name for name, others in above.items() if not others}:
         above = {n: others - free for n, others in above.items() if n not in free}
     # What is left is in a circle, or imports what is in one.

@@ -1,7 +1,7 @@
 """What a tick measured and did; leaves the device once a tick."""
 
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt
 
 from esper_jax.lifecycle.signals import Signals
 
@@ -21,9 +21,9 @@ class LayerReport:
     stage: Int[Array, " S"]
     """The stage after the tick."""
     alpha: Float[Array, " S"]
-    epochs: Int[Array, " S"]
+    epochs: UInt[Array, " S"]
     """Epochs in the source stage."""
-    errors: Int[Array, " S"]
+    errors: UInt[Array, " S"]
     signals: Signals
 
 

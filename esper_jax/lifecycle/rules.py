@@ -10,7 +10,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int, UInt
+from jaxtyping import Array, Bool, Int, Integer, UInt
 
 from esper_jax.lifecycle.grafting import GraftConfig
 from esper_jax.lifecycle.signals import Signals
@@ -176,7 +176,7 @@ def minimum_epochs(
 
 def gates_pass(
     state: SeedState,
-    target: Int[Array, "*S"],
+    target: Integer[Array, "*S"],
     signals: Signals,
     config: LifecycleConfig,
 ) -> Bool[Array, "*S"]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, UInt
 
 from esper_jax.lifecycle import grafting
 from esper_jax.lifecycle.commands import Commands
@@ -33,7 +33,7 @@ __all__ = ["age", "step", "transition"]
 
 def _judge(
     state: SeedState, commands: Commands, signals: Signals, config: LifecycleConfig
-) -> tuple[Int[Array, " S"], Int[Array, " S"], Int[Array, " S"]]:
+) -> tuple[Int[Array, " S"], UInt[Array, " S"], UInt[Array, " S"]]:
     """The `Outcome` of each seed's request as far as it hangs on the seed alone, the
     stage that it asks for, and both stages as the history has them."""
     requested = commands.target != NO_REQUEST
