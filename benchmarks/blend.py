@@ -26,8 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from esper_jax.blueprints.bank import hidden_width
-from esper_jax.blueprints.registry import resolve
+from esper_jax.blueprints import hidden_width, resolve
 from esper_jax.kernels.blend import reference, triton
 from esper_jax.kernels.blend.arg_specs import ARG_SPECS, ArgSpec
 from esper_jax.kernels.blend.config import Blocks, Config, choose

@@ -19,7 +19,7 @@ from flax import nnx, struct
 from growth_tasks import Task, host_size, layer_names
 
 from esper_jax import policy
-from esper_jax.blueprints.costs import operations, param_counts
+from esper_jax.blueprints import operations, param_counts
 from esper_jax.growth.state import TrainState
 from esper_jax.layers.bed import SeedBed
 from esper_jax.lifecycle.commands import no_commands

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from esper_jax.blueprints.dense import ACTIVATIONS
+from esper_jax.blueprints import ACTIVATIONS
 from esper_jax.layers.chunked import ChunkedLayer
 
 __all__ = ["MLP", "CharMLP", "ConvNet"]

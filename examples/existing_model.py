@@ -1,4 +1,4 @@
-"""A model that knows nothing of growth grows: layers of every kind, chosen by path.
+"""Make layers of an existing model growable, without rewriting the model, and train it.
 
 python examples/existing_model.py
 """
@@ -12,7 +12,7 @@ from esper_jax import ChunkedLayer, ControllerConfig, build, fit, make_growable
 
 
 class Model(nnx.Module):
-    """As you have it."""
+    """Your model, as it is."""
 
     def __init__(self, rngs: nnx.Rngs) -> None:
         self.embed = nnx.Embed(11, 16, rngs=rngs)
@@ -37,8 +37,8 @@ rngs = nnx.Rngs(1)
 make_growable(model, nnx.Embed, num_seeds=2, rngs=rngs)  # by type
 make_growable(model, ["conv", "attention", "norm"], 4, rngs=rngs)  # by path
 make_growable(model, "head", 8, features=32, rngs=rngs)  # a whole sub-model
-assert np.array_equal(model(tokens), before)  # nothing has changed until a seed grafts
-print("kernel of the convolution, as ever:", model.conv.kernel.shape)
+assert np.array_equal(model(tokens), before)  # the same until a seed grafts
+print("the convolution's kernel is still there:", model.conv.kernel.shape)
 
 program = build(
     model,
@@ -53,5 +53,5 @@ for path, seeds in state.seeds.items():
     print(f"{path:10} stages {seeds.stage.tolist()}")
 
 grown = program.model(state)
-grown.set_attributes(ChunkedLayer, enabled=False)  # the plain model, as it was
+grown.set_attributes(ChunkedLayer, enabled=False)  # runs the plain model
 print("accuracy of the host alone:", float((grown(tokens).argmax(-1) == labels).mean()))

@@ -1,6 +1,7 @@
 """Growth without Flax: `blend`, `lifecycle` and `per_slot` on dictionaries of arrays.
 
-A linear layer cannot fit the target. One seed, led through its life by hand, does.
+A linear layer cannot fit the target. We lead one seed through its life by hand; with it
+the layer fits.
 """
 
 import jax
@@ -9,8 +10,7 @@ import optax
 
 import esper_jax as ej
 from esper_jax import Stage, lifecycle
-from esper_jax.blueprints.bank import init_bank
-from esper_jax.blueprints.registry import resolve
+from esper_jax.blueprints import init_bank, resolve
 from esper_jax.lifecycle.state import slot_coefficients
 
 layout, kinds = ej.ChunkLayout(features=8, num_seeds=4), resolve(["residual_mlp"])
@@ -44,9 +44,9 @@ def step(params, bank, seeds, states):
 
 
 tick = jax.jit(lifecycle.step, static_argnums=3)
-measured = ("reconstruction_loss", "performance_delta", "total_improvement")
-signals = dict.fromkeys(("stability_score", "final_stability"), 1.0)
-signals = ej.Signals.unmeasured(**dict.fromkeys(measured, 0.01), **signals)
+signals = ej.Signals.unmeasured(
+    reconstruction_loss=0.01, worth=0.01, mean_worth=0.01, stability=1.0
+)
 wait = [None] * 10
 for goal in [*wait, *list(Stage)[1:4], *wait, *list(Stage)[4:7], *wait, Stage(7)]:
     commands = lifecycle.commands_for(4, {1: goal} if goal else {})

@@ -1,4 +1,4 @@
-"""One program on all devices: each has the whole state and an equal part of the rows.
+"""Train on all devices: each holds the whole state and an equal part of the rows.
 
 XLA_FLAGS=--xla_force_host_platform_device_count=4 python examples/several_devices.py
 """
@@ -26,7 +26,7 @@ program = over_mesh(
     mesh,
 )
 data = digits()
-rows = len(data.held_out[0]) // devices * devices  # the devices have to divide them
+rows = len(data.held_out[0]) // devices * devices  # a multiple of the devices
 held_out = (data.held_out[0][:rows], data.held_out[1][:rows])
 state = program.init(jax.random.key(0))
 state = fit(program, state, data.train, held_out, ticks=8, batch_size=64)

@@ -123,20 +123,18 @@ def gate(seed: Seed, target: int, m: dict[str, float], config: Any) -> bool:
     if (seed.stage, target) == (TRAINING, GRAFTING):
         return m["reconstruction_loss"] <= f32(config.reconstruction_threshold)
     if (seed.stage, target) == (EVALUATING, FINE_TUNING):
-        return m["performance_delta"] > 0 and m["stability_score"] >= f32(
-            config.min_stability
-        )
+        return m["worth"] > 0 and m["stability"] >= f32(config.min_stability)
     if (seed.stage, target) == (EVALUATING, CULLED):
         return (
-            m["performance_delta"] < f32(config.cull_delta)
+            m["worth"] < f32(config.cull_delta)
             or m["error_rate"] > f32(config.cull_error_rate)
             or seed.errors > config.cull_error_count
             or (config.max_epochs > 0 and seed.epochs >= config.max_epochs)
         )
     if (seed.stage, target) == (FINE_TUNING, FOSSILIZED):
-        return m["total_improvement"] >= f32(config.min_improvement) and m[
-            "final_stability"
-        ] >= f32(config.min_final_stability)
+        return m["mean_worth"] >= f32(config.min_improvement) and m["stability"] >= f32(
+            config.min_final_stability
+        )
     return True
 
 
@@ -163,7 +161,7 @@ def _drift_controlled(seed: Seed, m: dict[str, float], c: Any, base: float) -> f
 
 
 def _momentum(seed: Seed, m: dict[str, float], c: Any, base: float) -> float:
-    delta = m["performance_delta"]
+    delta = m["worth"]
     gain = 0.01 * delta if math.isfinite(delta) else 0.0
     seed.velocity = c.momentum_factor * seed.velocity + gain
     return max(0.0, base + seed.velocity)
@@ -172,7 +170,7 @@ def _momentum(seed: Seed, m: dict[str, float], c: Any, base: float) -> float:
 def _adaptive(seed: Seed, m: dict[str, float], c: Any, base: float) -> float:
     if seed.pause > 0 or m["drift"] > 0.5 * np.float32(c.drift_threshold):
         return _drift_controlled(seed, m, c, base)
-    if m["performance_delta"] > np.float32(0.01):
+    if m["worth"] > np.float32(0.01):
         return _momentum(seed, m, c, base)
     return base
 

@@ -50,7 +50,7 @@ def _is_struct(hint: Any) -> bool:
 
 @functools.cache
 def _field_hints(struct: type) -> dict[str, Any]:
-    hints = typing.get_type_hints(struct)
+    hints = typing.get_type_hints(struct, include_extras=True)
     return {f.name: hints[f.name] for f in dataclasses.fields(struct)}
 
 
@@ -63,8 +63,8 @@ def _says_something(hint: Any, inside: tuple[Any, ...] = ()) -> bool:
             _says_something(field, (*inside, hint))
             for field in _field_hints(hint).values()
         )
-    if typing.get_origin(hint) is Callable:
-        return False
+    if typing.get_origin(hint) in (Callable, typing.Annotated):
+        return False  # what is annotated so has other shapes than its class says
     return any(_says_something(part, inside) for part in typing.get_args(hint))
 
 
@@ -140,7 +140,7 @@ def _shown(value: Any) -> str:
 
 def hints_of(function: Callable[..., Any]) -> dict[str, Any]:
     """Annotations of the arguments and of the result that speak of arrays."""
-    resolved = typing.get_type_hints(function)
+    resolved = typing.get_type_hints(function, include_extras=True)
     hints = {name: h for name, h in resolved.items() if _says_something(h)}
     for kind in inspect.signature(function).parameters.values():
         if kind.name in hints and kind.kind is kind.VAR_POSITIONAL:

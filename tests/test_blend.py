@@ -9,10 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from esper_jax.blueprints.bank import init_bank
-from esper_jax.blueprints.custom import Custom, context
-from esper_jax.blueprints.dense import bottleneck, low_rank, residual_mlp
-from esper_jax.blueprints.registry import resolve
+from esper_jax.blueprints import (
+    Custom,
+    bottleneck,
+    context,
+    init_bank,
+    low_rank,
+    residual_mlp,
+    resolve,
+)
 from esper_jax.chunks import ChunkLayout
 from esper_jax.kernels.blend import blend, oracle, reference
 from esper_jax.lifecycle.signals import Statistics

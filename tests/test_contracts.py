@@ -19,7 +19,6 @@ from jaxtyping import Array, Float, Int
 
 from esper_jax import blueprints as bp
 from esper_jax import lifecycle
-from esper_jax.blueprints import registry
 from esper_jax.chunks import ChunkLayout
 from esper_jax.hosts import MLP
 from esper_jax.kernels.blend import blend
@@ -45,8 +44,8 @@ GATE = bp.Custom(
     init=lambda key, width: {"gate": jnp.zeros(width), "slope": jnp.ones(())},
     apply=lambda p, y: p["gate"] * jnp.tanh(p["slope"] * y),
 )
-NAMES = [*registry._REGISTRY, "gate"]
-KINDS = bp.resolve([*registry._REGISTRY, GATE])
+NAMES = [*bp.registered(), "gate"]
+KINDS = bp.resolve([*bp.registered(), GATE])
 N, WIDTH = len(KINDS), 5
 LAYOUT = ChunkLayout(2 * N * WIDTH - N, 2 * N)
 WIDE, NARROW = np.arange(N, dtype=np.int32), np.arange(N, 2 * N, dtype=np.int32)

@@ -131,11 +131,10 @@ def test_a_seed_whose_turn_does_not_come_is_cancelled():
 
 GOOD = {
     "reconstruction_loss": 0.0,
-    "performance_delta": 0.1,
-    "stability_score": 1.0,
+    "worth": 0.1,
     "error_rate": 0.0,
-    "total_improvement": 0.1,
-    "final_stability": 1.0,
+    "mean_worth": 0.1,
+    "stability": 1.0,
 }
 
 
@@ -149,8 +148,8 @@ GOOD = {
         ("GRAFTING", 400, GOOD, Stage.ROLLED_BACK),
         ("STABILIZATION", 0, {}, Stage.EVALUATING),
         ("EVALUATING", 0, GOOD, Stage.FINE_TUNING),
-        ("EVALUATING", 0, {**GOOD, "performance_delta": -0.1}, Stage.CULLED),
-        ("EVALUATING", 200, {**GOOD, "performance_delta": 0.0}, Stage.ROLLED_BACK),
+        ("EVALUATING", 0, {**GOOD, "worth": -0.1}, Stage.CULLED),
+        ("EVALUATING", 200, {**GOOD, "worth": 0.0}, Stage.ROLLED_BACK),
         ("FINE_TUNING", 0, GOOD, Stage.FOSSILIZED),
         ("FINE_TUNING", 200, {}, Stage.CULLED),
         ("FOSSILIZED", 500, GOOD, NO_REQUEST),
@@ -319,8 +318,7 @@ def test_what_is_kept_is_booked_to_its_blueprint():
     _, _, memory = ask(
         state,
         ControllerConfig(enabled=False),
-        total_improvement=worth,
-        final_stability=1.0,
+        mean_worth=worth,
     )
     assert memory.kept.tolist() == [0, 0, 1]
     np.testing.assert_allclose(memory.earned, [0, 0, 0.25])
@@ -422,7 +420,7 @@ def test_a_budget_needs_costs():
         ask(seeds(), dataclasses.replace(NOW, budget=5), costs=None)
 
 
-TUNED = {"total_improvement": 0.1, "final_stability": 1.0}
+TUNED = {"mean_worth": 0.1, "stability": 1.0}
 
 
 @pytest.mark.parametrize(
@@ -458,9 +456,7 @@ def test_a_seed_that_the_host_was_better_without_is_not_kept(now, kept):
     state = dataclasses.replace(
         state, epochs_in_stage=state.epochs_in_stage.at[2].set(200)
     )
-    measured = Signals.unmeasured(
-        held_out_loss=now, total_improvement=5.0, final_stability=1.0
-    )
+    measured = Signals.unmeasured(held_out_loss=now, mean_worth=5.0)
     commands, _ = decide(
         {"a": state}, {"a": measured}, memory, ControllerConfig(), FREE
     )

@@ -82,9 +82,12 @@ def _outcomes(rows: list[dict[str, Any]], config: LifecycleConfig) -> np.ndarray
     )
     nothing = jnp.full((n,), -1, jnp.int8)
     commands = Commands(target=jnp.asarray(target), blueprint=nothing, strategy=nothing)
-    names = {name for row in rows for name in row["metrics"]}
     signals = Signals.unmeasured(
-        **{name: _column([row["metrics"].get(name) for row in rows]) for name in names}
+        **{
+            name: _column([row["metrics"].get(_read(name, row)) for row in rows])
+            for name in ("reconstruction_loss", "worth", "mean_worth", "stability")
+        },
+        error_rate=_column([row["metrics"].get("error_rate") for row in rows]),
     )
     signals = jax.tree.map(lambda x: jnp.broadcast_to(x, (n,)), signals)
     run = jax.jit(lifecycle.transition, static_argnums=3)
@@ -92,6 +95,16 @@ def _outcomes(rows: list[dict[str, Any]], config: LifecycleConfig) -> np.ndarray
     accepted = np.asarray(outcome) == Outcome.OK
     np.testing.assert_array_equal(after.stage, np.where(accepted, target, source))
     return np.asarray(outcome)
+
+
+def _read(name: str, row: dict[str, Any]) -> str:
+    """The original's name of a signal; it had two for the stability, by gate."""
+    last_gate = row["target"] == Stage.FOSSILIZED.name
+    return {
+        "worth": "performance_delta",
+        "mean_worth": "total_improvement",
+        "stability": "final_stability" if last_gate else "stability_score",
+    }.get(name, name)
 
 
 def _column(values: list[float | None]) -> np.ndarray:
@@ -126,7 +139,8 @@ def _alphas(rows: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
         for t, step in enumerate(row["steps"]):
             expected[t, i] = step["alpha"]
             for name, value in step["signals"].items():
-                measured[name][t, i] = np.nan if value is None else value
+                ours = {"performance_delta": "worth"}.get(name, name)
+                measured[ours][t, i] = np.nan if value is None else value
     signals = Signals(**{k: jnp.asarray(v, jnp.float32) for k, v in measured.items()})
 
     @jax.jit

@@ -22,7 +22,7 @@ from esper_jax.lifecycle.state import init_seeds
 EPOCHS = 100
 CALM = {
     "drift": 0.0,
-    "performance_delta": 0.0,
+    "worth": 0.0,
     "loss_variance": 0.0,
     "accuracy_variance": 0.0,
     "grad_norm": 0.5,
@@ -30,7 +30,7 @@ CALM = {
 }
 VALUES = {
     "drift": [0.0, 0.01, 0.0625, 0.07, 0.125, 0.13, 0.5, math.nan, math.inf],
-    "performance_delta": [0.0, 0.01, 0.02, 0.3, -0.3, -5.0, math.nan, math.inf],
+    "worth": [0.0, 0.01, 0.02, 0.3, -0.3, -5.0, math.nan, math.inf],
     "loss_variance": [0.0, 0.05, 0.1, 0.2, math.nan, math.inf],
     "accuracy_variance": [0.0, 0.01, 0.05, 0.1, math.nan],
     "grad_norm": [0.0, 0.1, 0.5, 1.0, 1.1, 10.0, 20.0, math.nan, math.inf],
@@ -209,7 +209,7 @@ def test_momentum_gathers_and_decays() -> None:
     delta = [0.1, 0.0, -1.0, -9.0, 0.0]
     velocity = [0.001, 0.000875, -0.009234375, -0.098080078, -0.085820068]
     steps = [max(0.0, 1 + 50 * v) for v in velocity]
-    expect(ramp(Strategy.MOMENTUM, performance_delta=delta), steps)
+    expect(ramp(Strategy.MOMENTUM, worth=delta), steps)
 
 
 def test_adaptive_waits_then_hurries_then_walks() -> None:
@@ -218,7 +218,7 @@ def test_adaptive_waits_then_hurries_then_walks() -> None:
     # Drift between half the threshold and the threshold: as drift_controlled, walks.
     velocity = 0.875 * 0.001 + 0.002
     expect(
-        ramp(Strategy.ADAPTIVE, drift=drift, performance_delta=delta),
+        ramp(Strategy.ADAPTIVE, drift=drift, worth=delta),
         [1.05, 1.0, 1.0, 0.0] + [0.0] * 10 + [1 + 50 * velocity],
     )
 

@@ -10,7 +10,7 @@ import optax
 import pytest
 from flax import nnx
 
-from esper_jax.blueprints.custom import Custom
+from esper_jax.blueprints import Custom
 from esper_jax.hosts import MLP
 from esper_jax.lifecycle.grafting import GraftConfig
 from esper_jax.lifecycle.rules import LifecycleConfig
@@ -123,7 +123,7 @@ def test_a_seed_that_helps_on_training_data_only_is_culled():
     layer = next(iter(report.ticks.layers.values()))
     evaluated = np.asarray(layer.stage) == Stage.EVALUATING
     assert evaluated.any(), "no seed came as far as being judged"
-    worth = np.asarray(layer.signals.performance_delta)[1:][evaluated[:-1]]
+    worth = np.asarray(layer.signals.worth)[1:][evaluated[:-1]]
     assert np.all(worth < 0)
     lived = stages(report)
     assert (lived >= Stage.CULLED).any()
@@ -145,7 +145,7 @@ def test_worth_is_a_paired_counterfactual_and_not_before_against_after():
     _, report = run(model, (x[:128], y[:128]), (x[128:], y[128:]), EAGER, ticks=30)
     layer = next(iter(report.ticks.layers.values()))
     counted = np.asarray(layer.stage) == Stage.EVALUATING
-    worth = np.asarray(layer.signals.performance_delta)[1:][counted[:-1]]
+    worth = np.asarray(layer.signals.worth)[1:][counted[:-1]]
     assert worth.size
     np.testing.assert_array_equal(worth, 0.0)
     loss = np.asarray(report.ticks.loss)

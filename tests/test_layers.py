@@ -330,10 +330,9 @@ def test_a_whole_life_without_a_retrace() -> None:
         traces.append("tick")
         signals = Signals.unmeasured(
             reconstruction_loss=0.0,
-            performance_delta=1.0,
-            stability_score=1.0,
-            total_improvement=1.0,
-            final_stability=1.0,
+            worth=1.0,
+            stability=1.0,
+            mean_worth=1.0,
         )
         return jax.tree.map(
             lambda s: lifecycle.step(s, commands, signals, config),

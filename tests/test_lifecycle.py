@@ -47,11 +47,10 @@ FAST = LifecycleConfig(
 
 PASSING = {
     "reconstruction_loss": 0.005,
-    "performance_delta": 0.02,
-    "stability_score": 0.9,
+    "worth": 0.02,
+    "stability": 0.96,
     "error_rate": 0.0,
-    "total_improvement": 0.02,
-    "final_stability": 0.96,
+    "mean_worth": 0.02,
     "drift": 0.0,
     "loss_variance": 0.0,
     "accuracy_variance": 0.0,
@@ -415,15 +414,15 @@ def test_coefficients_by_stage() -> None:
     [
         (Stage.TRAINING, Stage.GRAFTING, {"reconstruction_loss": 0.01}, "OK"),
         (Stage.TRAINING, Stage.GRAFTING, {"reconstruction_loss": 0.0101}, "GATE"),
-        (Stage.EVALUATING, Stage.FINE_TUNING, {"performance_delta": 0.0}, "GATE"),
-        (Stage.EVALUATING, Stage.FINE_TUNING, {"stability_score": 0.79}, "GATE"),
-        (Stage.EVALUATING, Stage.FINE_TUNING, {"stability_score": 0.8}, "OK"),
-        (Stage.EVALUATING, Stage.CULLED, {"performance_delta": -0.05}, "GATE"),
-        (Stage.EVALUATING, Stage.CULLED, {"performance_delta": -0.06}, "OK"),
+        (Stage.EVALUATING, Stage.FINE_TUNING, {"worth": 0.0}, "GATE"),
+        (Stage.EVALUATING, Stage.FINE_TUNING, {"stability": 0.79}, "GATE"),
+        (Stage.EVALUATING, Stage.FINE_TUNING, {"stability": 0.8}, "OK"),
+        (Stage.EVALUATING, Stage.CULLED, {"worth": -0.05}, "GATE"),
+        (Stage.EVALUATING, Stage.CULLED, {"worth": -0.06}, "OK"),
         (Stage.EVALUATING, Stage.CULLED, {"error_rate": 0.11}, "OK"),
-        (Stage.FINE_TUNING, Stage.FOSSILIZED, {"total_improvement": 0.01}, "OK"),
-        (Stage.FINE_TUNING, Stage.FOSSILIZED, {"total_improvement": 0.009}, "GATE"),
-        (Stage.FINE_TUNING, Stage.FOSSILIZED, {"final_stability": 0.94}, "GATE"),
+        (Stage.FINE_TUNING, Stage.FOSSILIZED, {"mean_worth": 0.01}, "OK"),
+        (Stage.FINE_TUNING, Stage.FOSSILIZED, {"mean_worth": 0.009}, "GATE"),
+        (Stage.FINE_TUNING, Stage.FOSSILIZED, {"stability": 0.94}, "GATE"),
     ],
 )
 def test_gates(

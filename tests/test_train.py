@@ -192,7 +192,7 @@ def test_worth_is_the_held_out_loss_without_the_seed_less_the_loss_with_it(progr
         without, _ = program.evaluate(
             put(grown(), layer, 3, Stage.TRAINING, 1), HELD_OUT
         )
-        delta = report.layers[layer].signals.performance_delta
+        delta = report.layers[layer].signals.worth
         np.testing.assert_allclose(delta[3], without - as_it_is, rtol=1e-4, atol=1e-6)
         assert abs(delta[3]) > 1e-3
         assert np.isnan(delta[:3]).all()  # nothing to take away
@@ -300,7 +300,7 @@ def test_signals_of_a_tick(program):
     state, report = program.tick(state, HELD_OUT)
     signals = report.layers["layers/0"].signals
     assert signals.grad_norm > 0
-    assert signals.stability_score == 1
+    assert signals.stability == 1
     assert np.isnan(np.asarray(signals.reconstruction_loss)).all()
     health = np.asarray(state.seeds["layers/0"].health)
     assert ((health > 0) & (health <= 1)).all()
@@ -322,7 +322,7 @@ def test_signals_of_a_tick(program):
     variance = 0.9 * 0.1 * (new - old) ** 2
     np.testing.assert_allclose(signals.loss_variance, variance, rtol=1e-3)
     np.testing.assert_allclose(
-        signals.stability_score, 1 - np.sqrt(variance) / old, rtol=1e-4
+        signals.stability, 1 - np.sqrt(variance) / old, rtol=1e-4
     )
 
 
@@ -472,7 +472,7 @@ def test_every_seed_on_probation_has_its_own_counterfactual(program):
     want["layers/0"][3] = loss_without("layers/0", 3) - base
     _, report = program.tick(state, HELD_OUT)
     for layer, expected in want.items():
-        worth = report.layers[layer].signals.performance_delta
+        worth = report.layers[layer].signals.worth
         np.testing.assert_allclose(worth, expected, rtol=1e-3, atol=1e-6)
 
 
@@ -507,10 +507,10 @@ def test_worth_is_the_mean_of_the_ticks_that_measured_it(program):
         state = dataclasses.replace(state, seeds={**state.seeds, "layers/0": seeds})
         state, report = program.tick(state, HELD_OUT)
         signals = report.layers["layers/0"].signals
-        measured.append(float(signals.performance_delta[1]))
+        measured.append(float(signals.worth[1]))
     assert np.isnan(measured[0])
     assert np.isfinite(measured[1:]).all()
-    mean = float(signals.total_improvement[1])
+    mean = float(signals.mean_worth[1])
     np.testing.assert_allclose(mean, np.mean(measured[1:]), rtol=1e-4)
 
 

@@ -12,10 +12,13 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 
-from esper_jax.blueprints.bank import hidden_width
-from esper_jax.blueprints.custom import Custom
-from esper_jax.blueprints.dense import ACTIVATIONS, residual_mlp
-from esper_jax.blueprints.registry import resolve
+from esper_jax.blueprints import (
+    ACTIVATIONS,
+    Custom,
+    hidden_width,
+    residual_mlp,
+    resolve,
+)
 from esper_jax.kernels.blend import blend, oracle, triton
 from esper_jax.kernels.blend.arg_specs import ARG_SPECS, KINDS, ArgSpec
 from esper_jax.kernels.blend.config import TUNED, Blocks, choose

@@ -6,8 +6,8 @@ newborn's correction is 0. The built-in ones are one form,
     r(y) = W2 act(W1 y + b1) + b2 + scale * y,
 
 with some of its parts switched off, so that all of them share one set of arrays and one
-kernel, and a seed's blueprint is a run-time number. `Custom` takes any function; `glu`,
-`context` and `context_glu` are made of it.
+kernel, and a seed's blueprint is a run-time number. `Custom` takes any function;
+`glu`, `context` and `context_glu` are made with it.
 
 The `Bank` of a layer holds the parameters of its ``K`` slots.
 """
@@ -19,18 +19,17 @@ from esper_jax.blueprints.bank import (
     init_bank,
     init_slots,
 )
-from esper_jax.blueprints.costs import operations, param_counts
-from esper_jax.blueprints.custom import Blueprint, Custom, context, context_glu, glu
+from esper_jax.blueprints.costs import living_parameters, operations, param_counts
+from esper_jax.blueprints.custom import context, context_glu, glu
 from esper_jax.blueprints.dense import (
-    ACTIVATIONS,
-    Dense,
     affine,
     bottleneck,
     low_rank,
     noop,
     residual_mlp,
 )
-from esper_jax.blueprints.registry import register, resolve
+from esper_jax.blueprints.kinds import ACTIVATIONS, Blueprint, Custom, Dense
+from esper_jax.blueprints.registry import register, registered, resolve
 
 __all__ = [
     "ACTIVATIONS",
@@ -47,11 +46,13 @@ __all__ = [
     "hidden_width",
     "init_bank",
     "init_slots",
+    "living_parameters",
     "low_rank",
     "noop",
     "operations",
     "param_counts",
     "register",
+    "registered",
     "residual_mlp",
     "resolve",
 ]

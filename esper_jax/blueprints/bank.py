@@ -11,10 +11,9 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from esper_jax.blueprints.custom import Blueprint, Custom
-from esper_jax.blueprints.dense import Dense
+from esper_jax.blueprints.kinds import Blueprint, Custom, Dense
 
-__all__ = ["Bank", "hidden_width", "init_bank", "init_slots"]
+__all__ = ["Bank", "dense_masks", "hidden_width", "init_bank", "init_slots"]
 
 
 @struct.dataclass
@@ -46,8 +45,11 @@ def _init_slot(
     width: int,
     features: int | None,
 ) -> Bank:
-    """One slot for the blueprint with id ``kind`` (traced): ``W1`` LeCun-normal in the
-    hidden units that it uses, all else of the common form 0."""
+    """Fresh parameters of one slot for the blueprint with id ``kind`` (traced).
+
+    ``W1`` is LeCun-normal in the hidden units that the blueprint uses. All else of the
+    common form is 0.
+    """
     hidden = hidden_width(blueprints, width)
     used = jnp.asarray(dense_masks(blueprints, width)[0])[kind]
     w1 = jax.random.normal(key, (width, hidden), jnp.float32) / math.sqrt(width)

@@ -1,71 +1,20 @@
-"""Blueprints with a function of their own."""
+"""The built-in blueprints that are not of the common form: gated, or reading more.
 
-import dataclasses
+To add one, write a function here that returns a `Custom`, and register it.
+"""
+
 import functools
 import math
-from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from esper_jax.blueprints.dense import ACTIVATIONS, Dense
+from esper_jax.blueprints.kinds import ACTIVATIONS, Custom
+from esper_jax.blueprints.registry import register
 
-__all__ = ["Blueprint", "Custom", "context", "context_glu", "glu"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Custom:
-    """A blueprint of one's own. It runs through the plain path of `blend`.
-
-    Args:
-      name: its name.
-      init: ``init(key, width) -> params``, a pytree of float arrays; where it reads the
-        layer, ``init(key, width, features)``. The correction of fresh parameters should
-        be 0, so that a newborn is the identity.
-      apply: ``apply(params, y) -> correction``, float32 of shape (N, C). Over uneven
-        chunks a narrow chunk has a last column of zeros, and what the correction holds
-        there is dropped.
-      reads: what ``y`` is: the seed's ``"chunk"``, (N, C), or the whole ``"layer"``,
-        (N, F), float32. It writes its chunk either way.
-    """
-
-    name: str
-    init: Callable[..., Any]
-    apply: Callable[[Any, Any], Any]
-    reads: Literal["chunk", "layer"] = "chunk"
-
-    def __post_init__(self) -> None:
-        if self.reads not in ("chunk", "layer"):
-            raise ValueError(f"reads must be 'chunk' or 'layer', got {self.reads!r}")
-
-    def fresh(self, key: Any, width: int, features: int | None) -> Any:
-        """New parameters for a chunk of ``width`` of a layer's ``features``."""
-        if self.reads == "chunk":
-            return self.init(key, width)
-        if features is None:
-            raise ValueError(
-                f"features must be given: blueprint {self.name!r} reads the whole layer"
-            )
-        return self.init(key, width, features)
-
-    def param_count(
-        self, width: int, widest: int | None = None, features: int | None = None
-    ) -> int:
-        """Number of parameters over a chunk of ``width`` of a layer's ``features``.
-
-        They are made for the layer's ``widest`` chunk (default: ``width``), and how
-        many of them a narrower one leaves idle is not known here.
-        """
-        made_for = width if widest is None else widest
-        shapes = jax.eval_shape(
-            lambda: self.fresh(jax.random.key(0), made_for, features)
-        )
-        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
-
-
-Blueprint = Dense | Custom
+__all__ = ["context", "context_glu", "glu"]
 
 
 @functools.cache
@@ -76,8 +25,11 @@ def _hidden_layer(
     gated: bool,
     reads: Literal["chunk", "layer"],
 ) -> Custom:
-    """One hidden layer, gated or not. Cached: equal arguments give an equal blueprint,
-    as static arguments of jitted functions need."""
+    """One hidden layer, gated or not.
+
+    Cached, so that equal arguments give an equal blueprint, as static arguments of
+    jitted functions must be.
+    """
     if activation not in ACTIVATIONS:
         raise ValueError(
             f"activation must be one of {sorted(ACTIVATIONS)}, got {activation!r}"
@@ -128,3 +80,7 @@ def context(*, expansion: float = 2.0, activation: str = "gelu") -> Custom:
 def context_glu(*, expansion: float = 2.0, activation: str = "silu") -> Custom:
     """`glu` of the whole layer's output: reads all, writes its chunk."""
     return _hidden_layer("context_glu", expansion, activation, True, "layer")
+
+
+for _make in (glu, context, context_glu):
+    register(_make.__name__, _make)

@@ -1,77 +1,12 @@
-"""The built-in form of a blueprint, and the blueprints made of it."""
+"""The built-in blueprints of the common form.
 
-import dataclasses
-import math
-from collections.abc import Callable
+To add one, write a function here that returns a `Dense`, and register it.
+"""
 
-import jax
-import jax.numpy as jnp
-from jaxtyping import Array
+from esper_jax.blueprints.kinds import Dense
+from esper_jax.blueprints.registry import register
 
-__all__ = [
-    "ACTIVATIONS",
-    "Dense",
-    "affine",
-    "bottleneck",
-    "low_rank",
-    "noop",
-    "residual_mlp",
-]
-
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "gelu": jax.nn.gelu,
-    "relu": jax.nn.relu,
-    "silu": jax.nn.silu,
-    "tanh": jnp.tanh,
-    "identity": lambda x: x,
-}
-"""Activations of the built-in blueprints; each maps 0 to 0."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Dense:
-    """A built-in blueprint: which parts of the common form it uses.
-
-    Args:
-      name: its name.
-      expansion: hidden width over chunk width; 0 for no hidden layer.
-      activation: a key of `ACTIVATIONS`.
-      bias: whether ``b1`` and ``b2`` are used.
-      scale: whether ``scale`` is used.
-    """
-
-    name: str
-    expansion: float = 0.0
-    activation: str = "identity"
-    bias: bool = False
-    scale: bool = False
-
-    def __post_init__(self) -> None:
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(
-                f"activation must be one of {sorted(ACTIVATIONS)}, "
-                f"got {self.activation!r}"
-            )
-        if not (math.isfinite(self.expansion) and self.expansion >= 0):
-            raise ValueError(
-                f"expansion must be a finite number, at least 0; got {self.expansion}"
-            )
-
-    def hidden(self, width: int) -> int:
-        """Hidden width over a chunk of ``width`` features."""
-        return max(1, round(self.expansion * width)) if self.expansion else 0
-
-    def param_count(
-        self, width: int, widest: int | None = None, features: int | None = None
-    ) -> int:
-        """Number of parameters over a chunk of ``width`` features.
-
-        The hidden layer is as wide as the layer's ``widest`` chunk asks for (default:
-        ``width``), in all its chunks.
-        """
-        h = self.hidden(width if widest is None else widest)
-        biases = (h + width) if self.bias else 0
-        return 2 * h * width + biases + (width if self.scale else 0)
+__all__ = ["affine", "bottleneck", "low_rank", "noop", "residual_mlp"]
 
 
 def residual_mlp(*, expansion: float = 2.0, activation: str = "gelu") -> Dense:
@@ -105,3 +40,7 @@ def affine() -> Dense:
 def noop() -> Dense:
     """Nothing: a control that costs a slot and changes nothing."""
     return Dense(name="noop")
+
+
+for _make in (residual_mlp, bottleneck, low_rank, affine, noop):
+    register(_make.__name__, _make)

@@ -2,31 +2,12 @@
 
 from collections.abc import Callable, Sequence
 
-from esper_jax.blueprints.custom import Blueprint, Custom, context, context_glu, glu
-from esper_jax.blueprints.dense import (
-    Dense,
-    affine,
-    bottleneck,
-    low_rank,
-    noop,
-    residual_mlp,
-)
+from esper_jax.blueprints.kinds import Blueprint, Custom, Dense
+from esper_jax.lifecycle.state import MAX_BLUEPRINTS
 
-__all__ = ["register", "resolve"]
+__all__ = ["register", "registered", "resolve"]
 
-_REGISTRY: dict[str, Callable[[], Blueprint]] = {
-    f.__name__: f
-    for f in (
-        residual_mlp,
-        bottleneck,
-        low_rank,
-        affine,
-        noop,
-        glu,
-        context,
-        context_glu,
-    )
-}
+_REGISTRY: dict[str, Callable[[], Blueprint]] = {}
 
 
 def register(name: str, make: Callable[[], Blueprint]) -> None:
@@ -38,6 +19,11 @@ def register(name: str, make: Callable[[], Blueprint]) -> None:
     if name in _REGISTRY:
         raise ValueError(f"there is already a blueprint named {name!r}; choose another")
     _REGISTRY[name] = make
+
+
+def registered() -> dict[str, Blueprint]:
+    """Every registered blueprint by its name, in the order of registration."""
+    return {name: make() for name, make in _REGISTRY.items()}
 
 
 def resolve(blueprints: Sequence[str | Blueprint]) -> tuple[Blueprint, ...]:
@@ -68,8 +54,10 @@ def resolve(blueprints: Sequence[str | Blueprint]) -> tuple[Blueprint, ...]:
             raise TypeError(
                 f"blueprints must hold names, Dense or Custom, got {entry!r}"
             )
-    if not 1 <= len(resolved) <= 127:
-        raise ValueError(f"blueprints must number 1 to 127, got {len(resolved)}")
+    if not 1 <= len(resolved) <= MAX_BLUEPRINTS:
+        raise ValueError(
+            f"blueprints must number 1 to {MAX_BLUEPRINTS}, got {len(resolved)}"
+        )
     names = [b.name for b in resolved if isinstance(b, Custom)]
     twice = sorted({n for n in names if names.count(n) > 1})
     if twice:

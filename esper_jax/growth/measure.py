@@ -1,6 +1,7 @@
-"""What was summed over a tick becomes signals."""
+"""What was summed over a tick's steps becomes signals."""
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,54 +9,49 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
+from esper_jax.blueprints import living_parameters, operations
+from esper_jax.growth import gradients
 from esper_jax.growth.parts import ModelParts
 from esper_jax.growth.state import Monitor, TrainState
-from esper_jax.lifecycle.signals import Signals, health
+from esper_jax.lifecycle.signals import DECAY, Signals, health, running_mean
 from esper_jax.lifecycle.state import SeedState, saturating_add, start_tick
 
-__all__ = ["absorb", "measure", "parameters"]
-
-_DECAY = 0.9
-"""Of the running means and variances of held-out metrics, per tick."""
+__all__ = ["Measured", "layer_signals", "measure"]
 
 
-def _running(mean: Array, variance: Array, value: Array) -> tuple[Array, Array]:
-    """Exponential running mean and variance; NaN means that there is none yet.
+class Measured(NamedTuple):
+    """What a tick measured of the whole model."""
 
-    A value that is not finite leaves them as they were.
-    """
-    first, measured = jnp.isnan(mean), jnp.isfinite(value)
-    change = value - mean
-    new_mean = jnp.where(first, value, mean + (1 - _DECAY) * change)
-    new_variance = jnp.where(first, 0.0, _DECAY * (variance + (1 - _DECAY) * change**2))
-    return (
-        jnp.where(measured, new_mean, mean),
-        jnp.where(measured, new_variance, variance),
-    )
+    monitor: Monitor
+    """The new running means, its sums cleared."""
+    common: Signals
+    """The signals that all seeds share, each of shape ()."""
+    drift: dict[str, Float[Array, ""]]
+    """Drift of each layer's host weights."""
 
 
 def measure(
-    parts: ModelParts, state: TrainState, loss: Array, accuracy: Array
-) -> tuple[Monitor, dict[str, Float[Array, ""]], Float[Array, ""], Float[Array, ""]]:
-    """The new monitor, the drift of each layer's host weights, stability, grad norm."""
+    parts: ModelParts,
+    state: TrainState,
+    loss: Float[Array, ""],
+    accuracy: Float[Array, ""],
+) -> Measured:
+    """Measures what all seeds share.
+
+    Args:
+      parts: the model.
+      state: before the tick.
+      loss: on the held-out data.
+      accuracy: on the same data.
+    """
     old = state.monitor
     loss_mean, loss_variance = _running(old.loss_mean, old.loss_variance, loss)
     accuracy_mean, accuracy_variance = _running(
         old.accuracy_mean, old.accuracy_variance, accuracy
     )
     initial = jnp.where(jnp.isfinite(old.initial_loss), old.initial_loss, loss)
-    drift, host_mean = {}, {}
-    for name, mean in old.host_mean.items():
-        weights = parts.host_weights(state.params, name)
-        away = optax.tree.norm(jax.tree.map(jnp.subtract, weights, mean))
-        scale = optax.tree.norm(mean)
-        drift[name] = jnp.asarray(away / jnp.where(scale > 0, scale, jnp.nan))
-        host_mean[name] = jax.tree.map(
-            lambda m, w: _DECAY * m + (1 - _DECAY) * w, mean, weights
-        )
+    drift, host_mean = _drift(parts, state)
     stability = 1.0 - jnp.sqrt(loss_variance) / jnp.abs(initial)
-    stability = jnp.where(jnp.isfinite(loss), stability, jnp.nan)
-    grad_norm = old.grad_norm / jnp.where(old.steps > 0, old.steps, jnp.nan)
     zero = jnp.zeros_like
     monitor = Monitor(
         initial_loss=initial,
@@ -69,45 +65,103 @@ def measure(
         gradients=jax.tree.map(zero, old.gradients),
         steps=zero(old.steps),
     )
-    return monitor, drift, stability, grad_norm
+    common = Signals.unmeasured(
+        stability=jnp.where(jnp.isfinite(loss), stability, jnp.nan),
+        loss_variance=loss_variance,
+        accuracy_variance=accuracy_variance,
+        grad_norm=old.grad_norm / jnp.where(old.steps > 0, old.steps, jnp.nan),
+        held_out_loss=loss,
+        held_out_accuracy=accuracy,
+    )
+    return Measured(monitor, common, drift)
+
+
+def layer_signals(
+    state: TrainState,
+    name: str,
+    worth: Float[Array, " K"],
+    costs: Int[np.ndarray, "N S"],
+    measured: Measured,
+) -> tuple[SeedState, Signals]:
+    """The signals of one layer's seeds, and the seeds with the tick's sums absorbed.
+
+    Args:
+      state: before the tick.
+      name: of the layer.
+      worth: of the seed in each slot; NaN where it was not measured.
+      costs: parameters of each blueprint on each chunk.
+      measured: what all seeds share.
+    """
+    layer, sums = state.seeds[name], state.monitor.gradients[name]
+    lives = layer.slot_of_seed >= 0
+    owned = living_parameters(costs, layer.blueprint, lives).astype(jnp.float32)
+    parameters = jnp.where(lives, owned, jnp.nan)
+    delta = _by_seed(layer, worth)
+    mean_worth, worth_ticks = _mean_worth(layer, delta)
+    errors = jnp.nan_to_num(_by_seed(layer, layer.errors.astype(jnp.float32)))
+    steps = jnp.where(layer.steps > 0, layer.steps, jnp.nan).astype(jnp.float32)
+    score = health(layer.statistics).score
+    signals = dataclasses.replace(
+        measured.common,
+        drift=jnp.asarray(measured.drift[name], jnp.float32),
+        reconstruction_loss=_by_seed(layer, layer.reconstruction / steps),
+        worth=delta,
+        mean_worth=mean_worth,
+        error_rate=errors / steps,
+        gain=_by_seed(layer, -layer.gain / steps),
+        gradient_ratio=gradients.gradient_ratio(sums, layer),
+        chunk_gradient=gradients.chunk_gradient(sums, state.monitor.steps),
+        parameters=parameters,
+        operations=operations(parameters),
+    )
+    layer = dataclasses.replace(
+        start_tick(layer),
+        health=jnp.where(jnp.isnan(score), layer.health, score),
+        worth=mean_worth,
+        worth_ticks=worth_ticks,
+        error_count=saturating_add(layer.error_count, errors),
+    )
+    return layer, signals
+
+
+def _running(mean: Array, variance: Array, value: Array) -> tuple[Array, Array]:
+    """Running mean and variance with one more value; NaN before the first.
+
+    A value that is not finite leaves both as they were.
+    """
+    change = value - mean
+    moved = DECAY * (variance + (1 - DECAY) * change**2)
+    moved = jnp.where(jnp.isnan(mean), 0.0, moved)
+    return running_mean(mean, value), jnp.where(jnp.isfinite(value), moved, variance)
+
+
+def _drift(
+    parts: ModelParts, state: TrainState
+) -> tuple[dict[str, Float[Array, ""]], dict[str, dict[str, Array]]]:
+    """Drift of each layer's host weights from their running mean, and the new mean."""
+    drift, host_mean = {}, {}
+    for name, mean in state.monitor.host_mean.items():
+        weights = parts.host_weights(state.params, name)
+        away = optax.tree.norm(jax.tree.map(jnp.subtract, weights, mean))
+        scale = optax.tree.norm(mean)
+        drift[name] = jnp.asarray(away / jnp.where(scale > 0, scale, jnp.nan))
+        host_mean[name] = jax.tree.map(
+            lambda m, w: DECAY * m + (1 - DECAY) * w, mean, weights
+        )
+    return drift, host_mean
+
+
+def _mean_worth(
+    state: SeedState, delta: Float[Array, " S"]
+) -> tuple[Float[Array, " S"], Array]:
+    """Mean worth of each seed over the ticks in its stage, and how many those are."""
+    ticks = saturating_add(state.worth_ticks, ~jnp.isnan(delta))
+    change = (delta - state.worth) / ticks.astype(jnp.float32)
+    mean = jnp.where(jnp.isnan(state.worth), delta, state.worth + change)
+    return jnp.where(jnp.isnan(delta), state.worth, mean), ticks
 
 
 def _by_seed(state: SeedState, per_slot: Float[Array, " K"]) -> Float[Array, " S"]:
-    """A per-slot measurement seen from the seeds; NaN for a seed without a slot."""
+    """A measurement by slot, seen from the seeds; NaN for a seed without a slot."""
     slot = state.slot_of_seed
     return jnp.where(slot >= 0, per_slot[jnp.maximum(slot, 0)], jnp.nan)
-
-
-def parameters(state: SeedState, costs: Int[np.ndarray, "N S"]) -> Array:
-    """Parameters of each living seed's blueprint, float32; NaN for any other."""
-    kind = jnp.clip(state.blueprint.astype(jnp.int32), 0, len(costs) - 1)
-    own = jnp.asarray(costs, jnp.float32)[kind, jnp.arange(state.num_seeds)]
-    return jnp.where(state.slot_of_seed >= 0, own, jnp.nan)
-
-
-def absorb(state: SeedState, worth: Float[Array, " K"]) -> tuple[SeedState, Signals]:
-    """Turns the tick's sums into health, worth and error counts, and into the seed's
-    own signals. The sums are cleared."""
-    steps = jnp.where(state.steps > 0, state.steps, jnp.nan).astype(jnp.float32)
-    delta = _by_seed(state, worth)
-    ticks = saturating_add(state.worth_ticks, ~jnp.isnan(delta))
-    change = (delta - state.worth) / ticks.astype(jnp.float32)
-    running = jnp.where(jnp.isnan(state.worth), delta, state.worth + change)
-    mean_worth = jnp.where(jnp.isnan(delta), state.worth, running)
-    errors = jnp.nan_to_num(_by_seed(state, state.errors.astype(jnp.float32)))
-    score = health(state.statistics).score
-    signals = Signals.unmeasured(
-        reconstruction_loss=_by_seed(state, state.reconstruction / steps),
-        performance_delta=delta,
-        total_improvement=mean_worth,
-        error_rate=errors / steps,
-        gain=_by_seed(state, -state.gain / steps),
-    )
-    state = dataclasses.replace(
-        start_tick(state),
-        health=jnp.where(jnp.isnan(score), state.health, score),
-        worth=mean_worth,
-        worth_ticks=ticks,
-        error_count=saturating_add(state.error_count, errors),
-    )
-    return state, signals

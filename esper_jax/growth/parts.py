@@ -25,36 +25,39 @@ __all__ = ["Bed", "ModelParts", "split_model", "values_of"]
 
 @dataclasses.dataclass(frozen=True)
 class Bed:
-    """Where the `SeedBed` of a layer is in the model."""
+    """Where a layer's `SeedBed` is in the model."""
 
     path: str
     owner: str
-    """Path of the `ChunkedLayer` that it belongs to, or its own."""
+    """Path of the `ChunkedLayer` that holds the bed, or the bed's own path."""
     stack: tuple[int, ...] = ()
     """Leading axes of the variables of a stack of layers; () for a single one."""
     index: tuple[int, ...] = ()
-    """Which of the stack it is."""
+    """The layer's place in the stack."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelParts:
-    """A model taken apart: what is needed to put it together again from arrays."""
+    """A model taken apart: all that puts it together again from arrays."""
 
     graph: dict[bool, Any]
-    """The graph in training mode (True) and in evaluation mode (False)."""
+    """The model's graph in training mode (True) and in evaluation mode (False)."""
     own_graph: Any
-    """The graph in training mode as the user made it, with no axis set."""
+    """The graph in training mode as the user made it: for use outside a mapped axis."""
     variables: dict[str, tuple[tuple[Any, ...], Any]]
-    """Path, and the variable or the bare array there."""
+    """Path of each variable, and the variable (or bare array) there, by name."""
     beds: dict[str, Bed]
     """By layer name."""
     layouts: dict[str, ChunkLayout]
     kinds: dict[str, tuple[blueprints.Blueprint, ...]]
 
     def merge(self, values: Arrays, train: bool, alone: bool = False) -> Any:
-        """The model with the given values, variables by name.
+        """The model with the given values.
 
-        ``alone``: for use outside of the mapped axis that it is trained along.
+        Args:
+          values: by variable name.
+          train: whether the model is in training mode.
+          alone: for use outside the mapped axis that the model is trained along.
         """
         flat = [
             (path, _with_value(variable, values[name]))
@@ -64,7 +67,7 @@ class ModelParts:
         return nnx.merge(graph, nnx.from_flat_state(flat), copy=True)
 
     def host_params(self) -> list[str]:
-        """Names of the parameters that are not a blueprint's."""
+        """Names of the parameters that belong to no blueprint."""
         return [
             name
             for name, (_, variable) in self.variables.items()
@@ -73,7 +76,12 @@ class ModelParts:
         ]
 
     def values(self, state: TrainState, probes: Arrays | None = None) -> Arrays:
-        """The values of all variables, with other probes if given, by layer."""
+        """The values of all variables by name.
+
+        Args:
+          state: of the run.
+          probes: by layer, instead of the state's.
+        """
         values = {**state.params, **state.rest}
         parts: dict[str, Arrays] = {
             "bank": state.banks,
@@ -82,7 +90,7 @@ class ModelParts:
         }
         for name, by_layer in parts.items():
             members: dict[str, list[str]] = {}
-            # In the order of the stack: what was jitted has its keys sorted as text.
+            # In the order of the stack; a jitted dictionary has its keys sorted.
             for layer in filter(by_layer.__contains__, self.beds):
                 members.setdefault(self.beds[layer].path, []).append(layer)
             for path, layers in members.items():
@@ -94,7 +102,7 @@ class ModelParts:
         return values
 
     def take(self, values: Arrays, name: str) -> dict[str, Any]:
-        """The ``bank``, ``seeds`` or ``probe`` of each layer, from all values."""
+        """The ``bank``, ``seeds`` or ``probe`` of each layer, out of all values."""
         return {
             layer: jax.tree.map(
                 lambda x, index=bed.index: x[index] if index else x,
@@ -104,10 +112,10 @@ class ModelParts:
         }
 
     def host_weights(self, params: Arrays, layer: str) -> Arrays:
-        """Parameters that a layer's seeds stand beside.
+        """The parameters that a layer's seeds stand beside.
 
-        Those of the base of a `ChunkedLayer`; for a bare `SeedBed`, those of the
-        nearest module around it that has any.
+        For a `ChunkedLayer` these are its base's. For a bare `SeedBed` they are those
+        of the nearest module around it that has any.
         """
         bed = self.beds[layer]
         place = bed.owner.split("/") if bed.owner else []
@@ -124,7 +132,7 @@ class ModelParts:
         return {}
 
     def has_base(self, layer: str) -> bool:
-        """Whether the layer's host weights are known to be those that write it."""
+        """Whether the layer's host weights are known to write its output."""
         return any(p.startswith(self._base(layer)) for p in self.host_params())
 
     def _base(self, layer: str) -> str:
@@ -145,7 +153,7 @@ def values_of(model: nnx.Module) -> Arrays:
 
 
 def _value(leaf: Any) -> Any:
-    """The value of a variable; an array that is an attribute is its own."""
+    """The value of a variable, or the bare array itself."""
     return leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
 
 
@@ -158,7 +166,7 @@ def _name(path: tuple[Any, ...]) -> str:
 
 
 def _layers(node: SeedBed, path: str, owner: str) -> dict[str, Bed]:
-    """The layers that share a `SeedBed`: one, or each of a stack."""
+    """The layers that share a `SeedBed`: one, or each of a stack, by name."""
     stack = stack_of(node, path)
     if not stack:
         return {owner: Bed(path, owner)}
@@ -169,45 +177,27 @@ def _layers(node: SeedBed, path: str, owner: str) -> dict[str, Bed]:
 
 
 def split_model(model: nnx.Module, axis_name: str | None = None) -> ModelParts:
-    """Takes a model apart, and leaves it in training mode.
+    """Takes a model apart.
 
     Args:
-      model: is left as it was but for its mode.
-      axis_name: of the mapped axis that the rows are divided along, if there is one.
+      model: not changed, its mode included.
+      axis_name: the mapped axis that the rows are divided along, if there is one.
 
     Raises:
-      ValueError: if it holds nothing that can grow, or, with ``axis_name``, a random
-        key without a type, which could not be told from other numbers.
+      ValueError: if the model holds nothing that can grow, or, with ``axis_name``, a
+        random key without a type, which cannot be told from other numbers.
     """
-    beds, layouts, kinds = {}, {}, {}
-    nodes = []
-    for path, node in nnx.iter_graph(model):
-        if isinstance(node, SeedBed):
-            nodes.append(node)
-            owner = _name(path[:-1] if path and path[-1] == "bed" else path)
-            for name, bed in _layers(node, _name(path), owner).items():
-                beds[name], layouts[name] = bed, node.layout
-                kinds[name] = node.blueprints
-    if "" in [bed.path for bed in beds.values()]:
-        raise ValueError(
-            "model must hold a SeedBed, not be one: by itself it has no host to grow"
-        )
-    if not beds:
-        raise ValueError(
-            "model must hold at least one ChunkedLayer or SeedBed: without one there "
-            "is nothing that could grow"
-        )
+    model = nnx.merge(*nnx.split(model))  # the user's modules stay as they are
+    beds, layouts, kinds = _find_beds(model)
     model.train()
     own_graph, state = nnx.split(model)
-    before = [node.axis_name for node in nodes]
+    nodes = [node for _, node in nnx.iter_graph(model) if isinstance(node, SeedBed)]
     graph = {}
     for train in (False, True):
         (model.train if train else model.eval)()
-        for node, own in zip(nodes, before, strict=True):
-            node.axis_name = own if axis_name is None else axis_name
+        for node in nodes:
+            node.axis_name = node.axis_name if axis_name is None else axis_name
         graph[train] = nnx.graphdef(model)
-    for node, own in zip(nodes, before, strict=True):
-        node.axis_name = own
     abstract = jax.tree.map(
         lambda x: x if is_key(x) else jax.ShapeDtypeStruct(np.shape(x), _dtype(x)),
         state,
@@ -221,8 +211,34 @@ def split_model(model: nnx.Module, axis_name: str | None = None) -> ModelParts:
     return ModelParts(graph, own_graph, variables, beds, layouts, kinds)
 
 
+_Found = tuple[
+    dict[str, Bed], dict[str, ChunkLayout], dict[str, tuple[blueprints.Blueprint, ...]]
+]
+
+
+def _find_beds(model: nnx.Module) -> _Found:
+    """Each layer's bed, chunks and blueprints, by layer name."""
+    beds, layouts, kinds = {}, {}, {}
+    for path, node in nnx.iter_graph(model):
+        if isinstance(node, SeedBed):
+            owner = _name(path[:-1] if path and path[-1] == "bed" else path)
+            for name, bed in _layers(node, _name(path), owner).items():
+                beds[name], layouts[name] = bed, node.layout
+                kinds[name] = node.blueprints
+    if "" in [bed.path for bed in beds.values()]:
+        raise ValueError(
+            "model must hold a SeedBed, not be one: by itself it has no host to grow"
+        )
+    if not beds:
+        raise ValueError(
+            "model must hold at least one ChunkedLayer or SeedBed: without one there "
+            "is nothing that could grow"
+        )
+    return beds, layouts, kinds
+
+
 def _check_typed(name: str, variable: Any) -> None:
-    """Refuses a random key as `jax.random.PRNGKey` makes it, of plain integers."""
+    """Refuses a random key made by `jax.random.PRNGKey`, which is plain integers."""
     value = _value(variable)
     if not isinstance(value, jax.ShapeDtypeStruct) or value.dtype != np.uint32:
         return

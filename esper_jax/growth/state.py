@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int, Key
 
-from esper_jax.blueprints.bank import Bank
+from esper_jax.blueprints import Bank
 from esper_jax.growth.gradients import GradientSums
 from esper_jax.lifecycle.state import SeedState
 
@@ -21,7 +21,7 @@ class Monitor:
     """Running measurements of the whole model between ticks."""
 
     initial_loss: Float[Array, ""]
-    """First finite held-out loss; the scale of the stability score. NaN before."""
+    """First finite held-out loss, the scale of the stability; NaN before it."""
     loss_mean: Float[Array, ""]
     loss_variance: Float[Array, ""]
     accuracy_mean: Float[Array, ""]
@@ -29,11 +29,11 @@ class Monitor:
     host_mean: Arrays
     """Running mean of the host weights of the layers that can grow, by name."""
     train_loss: Float[Array, ""]
-    """Sum over the tick's steps."""
+    """Training loss, summed over the tick's steps."""
     grad_norm: Float[Array, ""]
-    """Sum over the tick's steps."""
+    """Global norm of the host's gradient, summed over the tick's steps."""
     gradients: dict[str, GradientSums]
-    """Of each layer, sums over the tick's steps."""
+    """Gradient norms of each layer, summed over the tick's steps."""
     steps: Int[Array, ""]
 
     @classmethod

@@ -9,9 +9,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float
 
-from esper_jax.blueprints.bank import init_bank
-from esper_jax.blueprints.custom import Blueprint
-from esper_jax.blueprints.registry import resolve
+from esper_jax.blueprints import Blueprint, init_bank, resolve
 from esper_jax.chunks import ChunkLayout
 from esper_jax.kernels.blend import blend, check_implementation, check_sharding
 from esper_jax.lifecycle.grafting import Strategy

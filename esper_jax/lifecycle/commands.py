@@ -11,16 +11,17 @@ from jaxtyping import Array, Int
 
 from esper_jax.lifecycle.grafting import Strategy
 from esper_jax.lifecycle.stages import NO_REQUEST, NUM_STAGES, Stage
+from esper_jax.lifecycle.state import MAX_BLUEPRINTS
 
 __all__ = ["Commands", "commands_for", "no_commands"]
 
 
 @struct.dataclass
 class Commands:
-    """What is asked of each seed; -1 asks for nothing.
+    """What is asked of each seed, int8; -1 asks for nothing.
 
-    ``blueprint`` is read at germination. ``strategy`` may change at any time; it comes
-    with the transition where one is requested, and is dropped if that is refused.
+    ``blueprint`` is read at germination. ``strategy`` may change at any time. Where a
+    transition is requested too, a refusal drops both.
     """
 
     target: Int[Array, "*S"]
@@ -42,7 +43,7 @@ def commands_for(
     blueprints: Mapping[int, int] | None = None,
     strategies: Mapping[int, Strategy] | None = None,
 ) -> Commands:
-    """Commands from dictionaries, checked on the host.
+    """Builds commands from dictionaries and checks them on the host.
 
     Args:
       num_seeds: number of seeds of the layer.
@@ -73,6 +74,6 @@ def commands_for(
 
     return Commands(
         target=jnp.asarray(column("targets", targets, NUM_STAGES)),
-        blueprint=jnp.asarray(column("blueprints", blueprints, 128)),
+        blueprint=jnp.asarray(column("blueprints", blueprints, MAX_BLUEPRINTS)),
         strategy=jnp.asarray(column("strategies", strategies, len(Strategy))),
     )

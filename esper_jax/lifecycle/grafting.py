@@ -1,11 +1,11 @@
 """How alpha rises while a seed is grafted: seven strategies, one vectorised update.
 
-Under calm signals every strategy is the linear ramp; they differ in what makes them
+Under calm signals every strategy is the linear ramp. They differ in what makes them
 wait, hurry or step back. A strategy is a branch-free function over all seeds that
-returns the step it would take and the memory it would leave; `update` selects.
+returns the step it would take and the memory it would leave; `update` selects among
+them.
 
-To add a strategy, write such a function and append it to ``_STRATEGIES`` with its code
-in `Strategy`.
+To add a strategy, add its code to `Strategy` and its function to ``_STRATEGIES``.
 """
 
 import dataclasses
@@ -49,12 +49,12 @@ class GraftConfig:
       pause_duration: length of a pause, in epochs.
       momentum_factor: decay of the velocity, in [0, 1).
       stability_window: epochs between two stability checks.
-      max_loss_variance: the host is stable below this,
-      max_grad_norm: and this,
-      max_accuracy_variance: and this.
+      max_loss_variance: the host is stable while the loss variance is below this,
+      max_grad_norm: the gradient norm is below this,
+      max_accuracy_variance: and the accuracy variance is below this.
       performance_gain: how much a falling reconstruction loss speeds up the ramp.
-      grad_norm_lower: the gradient-norm gate is open from here
-      grad_norm_upper: to here, both included.
+      grad_norm_lower: the gradient-norm gate is open from this norm
+      grad_norm_upper: up to this one, both included.
     """
 
     ramp_duration: int = 50
@@ -106,11 +106,13 @@ class GraftConfig:
 
 @struct.dataclass
 class GraftMemory:
-    """What the strategies remember, shared by all of them, so that a seed can change
-    its strategy in the middle of a ramp."""
+    """What the strategies remember.
+
+    All strategies share it, so a seed can change its strategy in the middle of a ramp.
+    """
 
     alpha: Float[Array, "*S"]
-    """The position on the ramp, in [min_alpha, max_alpha] while in GRAFTING."""
+    """Position on the ramp, in [min_alpha, max_alpha] while in GRAFTING."""
     velocity: Float[Array, "*S"]
     stable_alpha: Float[Array, "*S"]
     """Alpha at the last stable check (`STABILITY`)."""
@@ -123,7 +125,7 @@ class GraftMemory:
 
 
 def begin(memory: GraftMemory, entered: Any, config: GraftConfig) -> GraftMemory:
-    """Memory at the entry into GRAFTING, where ``entered`` (bool[S]) is true."""
+    """Starts the memory of the seeds that enter GRAFTING: ``entered``, bool[S]."""
 
     def fill(old: Array, new: Any) -> Array:
         return jnp.where(entered, jnp.asarray(new, old.dtype), old)
@@ -138,8 +140,8 @@ def begin(memory: GraftMemory, entered: Any, config: GraftConfig) -> GraftMemory
     )
 
 
-# A strategy: (memory, signals, epochs since entry, config) -> (step, new memory).
-# `memory.alpha` may be moved (STABILITY reverts); the step is added afterwards.
+# A strategy maps (memory, signals, epochs since entry, config) to (step, new memory).
+# It may move `memory.alpha` (STABILITY steps back); `update` then adds the step.
 _Update = tuple[Any, GraftMemory]
 
 
@@ -166,7 +168,7 @@ def _drift_controlled(
 
 def _momentum(m: GraftMemory, s: Signals, epochs: Any, c: GraftConfig) -> _Update:
     # A delta that was not measured, or is infinite, adds nothing to the velocity.
-    gain = jnp.where(jnp.isfinite(s.performance_delta), s.performance_delta, 0.0)
+    gain = jnp.where(jnp.isfinite(s.worth), s.worth, 0.0)
     velocity = c.momentum_factor * m.velocity + 0.01 * gain
     velocity = jnp.where(jnp.isfinite(velocity), velocity, m.velocity)
     return jnp.maximum(0.0, _base(c) + velocity), dataclasses.replace(
@@ -176,7 +178,7 @@ def _momentum(m: GraftMemory, s: Signals, epochs: Any, c: GraftConfig) -> _Updat
 
 def _adaptive(m: GraftMemory, s: Signals, epochs: Any, c: GraftConfig) -> _Update:
     wary = (m.pause > 0) | (s.drift > 0.5 * jnp.asarray(c.drift_threshold))
-    improving = s.performance_delta > 0.01
+    improving = s.worth > 0.01
     return _select(
         jnp.where(wary, 0, jnp.where(improving, 1, 2)),
         [f(m, s, epochs, c) for f in (_drift_controlled, _momentum, _linear)],
@@ -218,19 +220,20 @@ def _grad_norm_gated(
     return jnp.where(is_open, _base(c), 0.0), m
 
 
-_STRATEGIES: tuple[Callable[..., _Update], ...] = (
-    _linear,
-    _drift_controlled,
-    _momentum,
-    _adaptive,
-    _stability,
-    _performance_linked,
-    _grad_norm_gated,
-)
+_STRATEGIES: dict[Strategy, Callable[..., _Update]] = {
+    Strategy.LINEAR: _linear,
+    Strategy.DRIFT_CONTROLLED: _drift_controlled,
+    Strategy.MOMENTUM: _momentum,
+    Strategy.ADAPTIVE: _adaptive,
+    Strategy.STABILITY: _stability,
+    Strategy.PERFORMANCE_LINKED: _performance_linked,
+    Strategy.GRAD_NORM_GATED: _grad_norm_gated,
+}
+assert list(_STRATEGIES) == list(Strategy), "a strategy has no function"
 
 
 def _select(index: Any, updates: list[_Update]) -> _Update:
-    """Per seed, the update at ``index``. Fields that no update touched stay as is."""
+    """For each seed, the update at ``index``. Fields that no update touched stay."""
     step, memory = updates[-1]
     step = jnp.asarray(step)
     for i, (other_step, other) in enumerate(updates[:-1]):
@@ -260,14 +263,14 @@ def update(
 ) -> GraftMemory:
     """One epoch of grafting for every seed, as if all were in GRAFTING.
 
-    The entry epoch is `begin`'s; this is for each later one.
+    `begin` does the entry epoch; this does each later one.
 
     Args:
       memory: memory of all seeds.
       strategy: each seed's `Strategy` code; an unknown code acts as ``LINEAR``.
       signals: this epoch's measurements. NaN is "not measured": it fails every
         comparison, and never reaches the memory.
-      epochs: epochs since the entry, the entry excluded; 1 at the first call.
+      epochs: epochs since the entry, not counting the entry; 1 at the first call.
       config: numbers of the strategies.
 
     Returns:
@@ -277,7 +280,7 @@ def update(
     known = (strategy >= 0) & (strategy < len(_STRATEGIES))
     index = jnp.where(known, strategy, Strategy.LINEAR)
     step, new = _select(
-        index, [f(memory, signals, epochs, config) for f in _STRATEGIES]
+        index, [f(memory, signals, epochs, config) for f in _STRATEGIES.values()]
     )
     alpha = jnp.clip(new.alpha + step, config.min_alpha, config.max_alpha)
     measured = jnp.isfinite(signals.reconstruction_loss)

@@ -15,8 +15,8 @@ HISTORY = 10
 class History:
     """The last ten transitions of each seed, one byte each, the newest in the lowest.
 
-    An entry is ``source << 4 | target``; 0 is none (DORMANT to DORMANT is no
-    transition). Shifting words is several times faster than shifting a (S, 10) array.
+    An entry is ``source << 4 | target``. 0 means none, since DORMANT to DORMANT is no
+    transition. Shifting words is several times faster than shifting a (S, 10) array.
     """
 
     newest: UInt[Array, "*S"]
@@ -28,7 +28,7 @@ class History:
 
 
 def push_history(history: History, entry: UInt[Array, "*S"]) -> History:
-    """``history`` with a new entry, uint8[S], and without its oldest."""
+    """``history`` with a new entry (uint8[S]) and without its oldest one."""
     return History(
         newest=history.newest << 8 | entry.astype(jnp.uint32),
         middle=history.middle << 8 | history.newest >> 24,
@@ -37,7 +37,7 @@ def push_history(history: History, entry: UInt[Array, "*S"]) -> History:
 
 
 def pack_history(entries: UInt[np.ndarray, "*S 10"]) -> History:
-    """Words from entries, newest first, on the host."""
+    """Packs entries, newest first, into words. Runs on the host."""
     shifts = (8 * np.arange(HISTORY) % 32).astype(np.uint32)
     shifted = np.asarray(entries, np.uint32) << shifts
     newest, middle, oldest = (
@@ -47,7 +47,7 @@ def pack_history(entries: UInt[np.ndarray, "*S 10"]) -> History:
 
 
 def unpack_history(history: History) -> UInt[np.ndarray, "*S 10"]:
-    """Entries from words, newest first, uint8, on the host."""
+    """Unpacks words into entries, newest first, uint8. Runs on the host."""
     words = (history.newest, history.middle, history.oldest)
     entries = [np.asarray(words[i // 4]) >> 8 * (i % 4) & 0xFF for i in range(HISTORY)]
     return np.stack(entries, axis=-1).astype(np.uint8)

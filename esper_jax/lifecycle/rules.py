@@ -1,4 +1,8 @@
-"""The rules of the lifecycle: minimum ages and gates, as data."""
+"""The rules of the lifecycle as data: minimum ages and gates.
+
+To add a gate, add its threshold to `LifecycleConfig` and a `Gate` to `gates`. The
+transition, the policy and the words of the events all read that table.
+"""
 
 import dataclasses
 import functools
@@ -39,22 +43,27 @@ _MIN_EPOCHS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LifecycleConfig:
-    """Minima and thresholds of the gates; hashable. The defaults are the original's.
+    """Minimum ages and thresholds of the gates; hashable.
+
+    The defaults are those of the original system.
 
     Args:
-      min_epochs: epochs a seed spends in each stage at least, by stage code.
-      max_epochs: a seed this long in EVALUATING may be culled; 0 turns it off.
-      reconstruction_threshold: largest reconstruction loss that may be grafted.
-      min_stability: stability score needed to leave EVALUATING for FINE_TUNING.
-      cull_delta: a worth below this culls,
-      cull_error_rate: an error rate above this,
-      cull_error_count: or an error count above this; from 0 to 255, where 255 turns
-        it off.
-      min_improvement: total improvement needed for FOSSILIZED,
-      min_final_stability: and the stability.
-      worth_window: at how many ticks the worth of a seed in FINE_TUNING is measured up
-        to the first at which it may be kept; it is at all later ones. Each measurement
-        costs an evaluation of the held-out data. The default measures it throughout.
+      min_epochs: epochs that a seed spends in each stage at least, by stage code.
+      max_epochs: a seed may be culled after this many epochs in EVALUATING; 0 turns
+        this rule off.
+      reconstruction_threshold: largest reconstruction loss at which a seed may be
+        grafted.
+      min_stability: stability needed to leave EVALUATING for FINE_TUNING.
+      cull_delta: a seed in EVALUATING may be culled if its worth is below this,
+      cull_error_rate: or its error rate is above this,
+      cull_error_count: or its error count is above this. From 0 to 255; 255 turns
+        this rule off.
+      min_improvement: mean worth needed for FOSSILIZED.
+      min_final_stability: stability needed for FOSSILIZED.
+      worth_window: number of ticks for which the worth of a seed in FINE_TUNING is
+        measured before it may first be kept. From then on it is measured at every
+        tick. Each measurement costs one evaluation of the held-out data. The default
+        measures at every tick.
       grafting: numbers of the grafting strategies.
 
     Raises:
@@ -104,25 +113,43 @@ class LifecycleConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Gate:
-    """One comparison that a transition must pass: ``metric compare threshold``."""
+    """One comparison that a transition must pass: ``metric compare threshold``.
+
+    Args:
+      metric: the original system's name of the value, which events report.
+      compare: such as `operator.ge`.
+      threshold: what the value is compared with.
+      reads: the field of `Signals` or `SeedState` that holds the value; by default the
+        one named ``metric``.
+    """
 
     metric: str
     compare: Callable[[Any, Any], Any]
     threshold: float
+    reads: str = ""
+
+    @property
+    def field(self) -> str:
+        """The field of `Signals` or `SeedState` that the gate reads."""
+        return self.reads or self.metric
 
     def measured(self, state: SeedState, signals: Signals) -> Array:
         """The value that the gate reads, for every seed."""
-        source = signals if hasattr(signals, self.metric) else state
-        return getattr(source, self.metric)
+        source = signals if hasattr(signals, self.field) else state
+        return getattr(source, self.field)
 
     def passes(self, state: SeedState, signals: Signals) -> Array:
-        """Whether each seed meets it. False where the value is NaN."""
+        """Whether each seed passes the gate. False where the value is NaN."""
         return self.compare(self.measured(state, signals), self.threshold)
 
 
 def gates(config: LifecycleConfig) -> dict[tuple[Stage, Stage], tuple[str, list[Gate]]]:
-    """The gates of each guarded transition, and whether ``"all"`` or ``"any"`` of them
-    must pass."""
+    """The gates of each guarded transition.
+
+    Returns:
+      By source and target: whether ``"all"`` or ``"any"`` of the gates must pass, and
+      the gates.
+    """
     timed_out = Gate("epochs_in_stage", operator.ge, config.max_epochs)
     return {
         (Stage.TRAINING, Stage.GRAFTING): (
@@ -132,14 +159,14 @@ def gates(config: LifecycleConfig) -> dict[tuple[Stage, Stage], tuple[str, list[
         (Stage.EVALUATING, Stage.FINE_TUNING): (
             "all",
             [
-                Gate("performance_delta", operator.gt, 0.0),
-                Gate("stability_score", operator.ge, config.min_stability),
+                Gate("performance_delta", operator.gt, 0.0, "worth"),
+                Gate("stability_score", operator.ge, config.min_stability, "stability"),
             ],
         ),
         (Stage.EVALUATING, Stage.CULLED): (
             "any",
             [
-                Gate("performance_delta", operator.lt, config.cull_delta),
+                Gate("performance_delta", operator.lt, config.cull_delta, "worth"),
                 Gate("error_rate", operator.gt, config.cull_error_rate),
                 Gate("error_count", operator.gt, config.cull_error_count),
                 *([timed_out] if config.max_epochs > 0 else []),
@@ -148,8 +175,18 @@ def gates(config: LifecycleConfig) -> dict[tuple[Stage, Stage], tuple[str, list[
         (Stage.FINE_TUNING, Stage.FOSSILIZED): (
             "all",
             [
-                Gate("total_improvement", operator.ge, config.min_improvement),
-                Gate("final_stability", operator.ge, config.min_final_stability),
+                Gate(
+                    "total_improvement",
+                    operator.ge,
+                    config.min_improvement,
+                    "mean_worth",
+                ),
+                Gate(
+                    "final_stability",
+                    operator.ge,
+                    config.min_final_stability,
+                    "stability",
+                ),
             ],
         ),
     }
@@ -160,13 +197,16 @@ LEGAL_PAIRS = [
     for source, targets in LEGAL.items()
     for target in targets
 ]
-"""The legal transitions, one byte each as in the history."""
+"""The legal transitions, one byte each, encoded as in the history."""
 
 
 def minimum_epochs(
     stage: Int[Array, "*S"], config: LifecycleConfig
 ) -> UInt[Array, "*S"]:
-    """``config.min_epochs[stage]``: selects vectorise where a gather does not."""
+    """``config.min_epochs[stage]`` for every seed, uint16.
+
+    Written with selects, which vectorise where a gather does not.
+    """
     minimum = jnp.zeros(stage.shape, jnp.uint16)
     for code, epochs in enumerate(config.min_epochs):
         if epochs:
@@ -180,8 +220,10 @@ def gates_pass(
     signals: Signals,
     config: LifecycleConfig,
 ) -> Bool[Array, "*S"]:
-    """Whether each seed meets the gates between its stage and ``target``; true where
-    that transition has none."""
+    """Whether each seed passes the gates between its stage and ``target``.
+
+    True where that transition has no gates.
+    """
     passed = jnp.ones(target.shape, bool)
     for (source, goal), (rule, tests) in gates(config).items():
         results = [test.passes(state, signals) for test in tests]

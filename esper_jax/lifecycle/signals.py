@@ -1,4 +1,4 @@
-"""What is measured about a seed; gates and controller read nothing else."""
+"""What is measured about a seed. Gates and policies read nothing else."""
 
 import dataclasses
 
@@ -6,28 +6,32 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Shaped
 
-__all__ = ["Health", "Signals", "Statistics", "health"]
+__all__ = ["DECAY", "Health", "Signals", "Statistics", "health", "running_mean"]
+
+DECAY = 0.9
+"""Of every running mean over ticks."""
 
 
 @struct.dataclass
 class Signals:
-    """Measurements of one tick, float32, of shape (S,) or () where all seeds share one.
+    """Measurements of one tick, float32, of shape (S,); () where all seeds share one.
 
-    NaN is "not measured", and fails every gate that reads it.
+    NaN means "not measured". Every gate that reads a NaN refuses.
     """
 
     reconstruction_loss: Float[Array, "*#S"]
     """``mean((f(y) - y)**2)`` over the seed's chunk, in squared activation units."""
-    performance_delta: Float[Array, "*#S"]
-    """Worth of the seed: held-out loss with its alpha at 0 less the loss as it is."""
-    stability_score: Float[Array, "*#S"]
-    """1 less the deviation of the held-out loss over its first value; at most 1."""
+    worth: Float[Array, "*#S"]
+    """Held-out loss with the seed's alpha at 0, less the loss as it is. The gates call
+    it ``performance_delta``."""
+    mean_worth: Float[Array, "*#S"]
+    """``worth`` averaged over the ticks in the seed's stage that measured it. The gates
+    call it ``total_improvement``."""
+    stability: Float[Array, "*#S"]
+    """1 less the standard deviation of the held-out loss over its first value; at most
+    1. The gates call it ``stability_score`` and ``final_stability``."""
     error_rate: Float[Array, "*#S"]
     """Share of this tick's steps in which the seed's gradients were not finite."""
-    total_improvement: Float[Array, "*#S"]
-    """Worth of the seed, averaged over the ticks in its stage that measured it."""
-    final_stability: Float[Array, "*#S"]
-    """As ``stability_score``, read by the last gate."""
     drift: Float[Array, "*#S"]
     """``|w - ema| / |ema|`` of the layer's host weights."""
     loss_variance: Float[Array, "*#S"]
@@ -35,26 +39,30 @@ class Signals:
     accuracy_variance: Float[Array, "*#S"]
     """Variance of the held-out accuracy over recent ticks."""
     grad_norm: Float[Array, "*#S"]
-    """Mean global norm of the host's gradient over this tick's steps."""
+    """Global norm of the host's gradient, averaged over this tick's steps."""
     held_out_loss: Float[Array, "*#S"]
     held_out_accuracy: Float[Array, "*#S"]
     gain: Float[Array, "*#S"]
     """First-order gain of grafting the seed: minus the training loss's gradient with
     respect to its alpha, averaged over this tick's steps."""
     gradient_ratio: Float[Array, "*#S"]
-    """Norm of the gradient of a living seed's blueprint over that of its host layer's
-    weights, each averaged over this tick's steps."""
+    """Gradient norm of a living seed's blueprint over that of its host layer's weights,
+    each averaged over this tick's steps."""
     chunk_gradient: Float[Array, "*#S"]
-    """Norm of the gradient of the host weights that write the chunk, averaged over this
-    tick's steps."""
+    """Gradient norm of the host weights that write the chunk, averaged over this tick's
+    steps."""
     parameters: Float[Array, "*#S"]
     """Parameters of a living seed's blueprint."""
     operations: Float[Array, "*#S"]
-    """Floating-point operations that it adds to the forward pass of one row."""
+    """Floating-point operations that the seed adds to the forward pass of one row."""
 
     @classmethod
     def unmeasured(cls, **measured: Shaped[Array, "*#S"] | float) -> "Signals":
-        """Signals that are NaN but for those given by name."""
+        """Signals that are NaN except those given by name.
+
+        Raises:
+          TypeError: if a name is no signal.
+        """
         names = [f.name for f in dataclasses.fields(cls)]
         unknown = sorted(set(measured) - set(names))
         if unknown:
@@ -66,13 +74,13 @@ class Signals:
 
 @struct.dataclass
 class Statistics:
-    """Sums over the activations of each chunk, in float32."""
+    """Sums over the activations of each chunk, float32."""
 
     count: Float[Array, "*S"]
     total: Float[Array, "*S"]
     squares: Float[Array, "*S"]
     near_zero: Float[Array, "*S"]
-    """How many ``|x| < 1e-6``."""
+    """How many activations have ``|x| < 1e-6``."""
 
 
 @struct.dataclass
@@ -82,7 +90,7 @@ class Health:
     mean: Float[Array, "*S"]
     variance: Float[Array, "*S"]
     dead: Float[Array, "*S"]
-    """Share of ``|x| < 1e-6``."""
+    """Share of activations with ``|x| < 1e-6``."""
     score: Float[Array, "*S"]
     """``0.5 * min(1, variance / 0.01) + 0.5 * (1 - dead)``, in [0, 1]."""
 
@@ -95,3 +103,16 @@ def health(statistics: Statistics) -> Health:
     dead = statistics.near_zero / count
     score = 0.5 * jnp.minimum(1.0, variance / 0.01) + 0.5 * (1.0 - dead)
     return Health(mean=mean, variance=variance, dead=dead, score=score)
+
+
+def running_mean(
+    mean: Float[Array, "*N"], value: Float[Array, "*N"]
+) -> Float[Array, "*N"]:
+    """The exponential running mean with one more value.
+
+    Args:
+      mean: the mean so far; NaN before the first value.
+      value: the new value. One that is not finite leaves the mean as it was.
+    """
+    moved = jnp.where(jnp.isnan(mean), value, mean + (1 - DECAY) * (value - mean))
+    return jnp.where(jnp.isfinite(value), moved, mean)

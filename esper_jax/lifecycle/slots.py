@@ -14,14 +14,18 @@ __all__ = ["first_set", "move_slots", "resize", "slot_sources"]
 
 
 def slot_sources(state: SeedState, capacity: int) -> Int[np.ndarray, " capacity"]:
-    """The old slot that each slot takes over when the capacity changes, -1 for none.
+    """For each slot of another capacity, the old slot that it takes over; -1 for none.
 
-    In a larger capacity every slot keeps its place and the new ones follow. In a
-    smaller one the slots of living seeds are moved together, in their order, and free
-    ones fill up the rest. Runs on the host: it reads the state.
+    In a larger capacity every slot keeps its place and new ones follow. In a smaller
+    one the slots of living seeds move together in their order, and free ones fill the
+    rest. Runs on the host: it reads the state.
+
+    Args:
+      state: the seeds of one layer.
+      capacity: the new number of slots.
 
     Raises:
-      ValueError: if the capacity is not an int or out of its range, or a living seed
+      ValueError: if the capacity is no int or out of its range, or if a living seed
         would be lost.
     """
     if state.seed_of_slot.ndim != 1:
@@ -45,14 +49,14 @@ def slot_sources(state: SeedState, capacity: int) -> Int[np.ndarray, " capacity"
 
 
 def move_slots(old: Any, fresh: Any, source: Int[np.ndarray, " N"]) -> Any:
-    """Arrays with ``N`` slots on their leading axis, made from those with ``K``.
+    """Arrays with ``N`` slots on their leading axis, made from arrays with ``K``.
 
-    Where ``fresh`` is of numpy the result is, too, and no device takes part.
+    Where ``fresh`` holds numpy arrays so does the result, and no device takes part.
 
     Args:
-      old: a pytree, each leaf with ``K`` slots.
-      fresh: the same with ``N`` slots, for those that take over none.
-      source: as `slot_sources` gives it.
+      old: a pytree whose leaves have ``K`` slots.
+      fresh: the same pytree with ``N`` slots, for slots that take over none.
+      source: as `slot_sources` returns it.
     """
     taken = np.flatnonzero(source >= 0)
 
@@ -71,13 +75,13 @@ def resize(
 ) -> SeedState:
     """The same seeds with another number of slots.
 
-    Bank, optimizer state and probe have to follow: `move_slots`.
+    Bank, optimizer state and probe must follow: see `move_slots`.
 
     Args:
-      state: of one layer.
+      state: the seeds of one layer.
       capacity: the new number of slots.
-      source: what `slot_sources` gives, where it was asked already; with it this can be
-        jitted.
+      source: what `slot_sources` returned, if it was called already. With it this
+        function can be jitted.
 
     Raises:
       ValueError: as `slot_sources`.
@@ -104,11 +108,11 @@ def first_set(
     """Indices of the first ``count`` set flags, and how many are set in all.
 
     The flags are packed into words of 32 and blocks of 32 words. A set flag is found by
-    descending: its block, its word, its bit. That reads the flags once, where a prefix
+    descending to its block, its word and its bit. That reads the flags once; a prefix
     sum over them makes several passes.
 
     Returns:
-      The indices, ``N`` where there are fewer set flags, and their number.
+      The indices, ``N`` where fewer flags are set, and the number of set flags.
     """
     n = flags.shape[0]
     blocks = -(-n // 1024)
@@ -121,7 +125,7 @@ def first_set(
         return jax.lax.population_count(words).astype(jnp.int32)
 
     def descend(ends: Array, rank: Array) -> tuple[Array, Array]:
-        """The child that holds the rank-th flag, given where each child's end."""
+        """The child that holds the rank-th set flag, given where each child ends."""
         passed = ends <= rank[:, None]
         skipped = jnp.max(jnp.where(passed, ends, 0), axis=-1)
         return jnp.sum(passed, axis=-1, dtype=jnp.int32), rank - skipped

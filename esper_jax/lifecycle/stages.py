@@ -1,4 +1,4 @@
-"""The vocabulary of a seed's life: stages, outcomes, and which may follow which.
+"""The vocabulary of a seed's life: stages, outcomes, and which stage may follow which.
 
 The integer codes are part of the checkpoint format and never change.
 """
@@ -7,6 +7,7 @@ import enum
 from typing import Literal
 
 import numpy as np
+from jaxtyping import Array, Bool, Int
 
 __all__ = [
     "LEGAL",
@@ -16,6 +17,7 @@ __all__ = [
     "Incubation",
     "Outcome",
     "Stage",
+    "is_active",
 ]
 
 
@@ -43,7 +45,7 @@ NO_REQUEST = -1
 
 
 class Outcome(enum.IntEnum):
-    """What became of a requested transition. All but ``NONE``, ``OK`` are refusals."""
+    """What became of a request. All but ``NONE`` and ``OK`` are refusals."""
 
     NONE = 0
     """Nothing was requested."""
@@ -82,6 +84,14 @@ LIVING = np.array([Stage.GERMINATED <= stage <= Stage.FOSSILIZED for stage in St
 """``LIVING[stage]``: whether a seed in that stage owns a slot."""
 
 
+def is_active(stage: Int[Array, "*S"]) -> Bool[Array, "*S"]:
+    """Whether each seed has learned something and is not kept for good.
+
+    These are the stages from TRAINING to FINE_TUNING.
+    """
+    return (stage >= Stage.TRAINING) & (stage <= Stage.FINE_TUNING)
+
+
 Incubation = Literal["task", "reconstruction"]
-"""How a seed in TRAINING learns: from the task's gradient, straight through, or from
+"""How a seed in TRAINING learns: straight through from the task's gradient, or from
 ``mean((f(y) - y)**2)`` on ``stop_gradient(y)``."""

@@ -17,6 +17,7 @@ from esper_jax.lifecycle.signals import Statistics
 from esper_jax.lifecycle.stages import Stage
 
 __all__ = [
+    "MAX_BLUEPRINTS",
     "SeedState",
     "check_capacity",
     "coefficients",
@@ -27,6 +28,9 @@ __all__ = [
     "start_tick",
     "transitions",
 ]
+
+MAX_BLUEPRINTS = 127
+"""Most blueprints that a layer can have. Their ids are 0 to 126."""
 
 
 @struct.dataclass
@@ -42,7 +46,7 @@ class SeedState:
     parent_stage: Int[Array, "*S"]
     """The stage before this one, int8."""
     blueprint: Int[Array, "*S"]
-    """Index into the layer's blueprints, int8. Has a meaning while the seed lives."""
+    """Index into the layer's blueprints, int8. Only meaningful while the seed lives."""
     strategy: Int[Array, "*S"]
     """`Strategy` code, int8."""
     epochs_in_stage: UInt[Array, "*S"]
@@ -51,28 +55,28 @@ class SeedState:
     """Steps with gradients that were not finite since germination, uint8, saturating
     at 255."""
     history: History
-    """Last ten transitions, as `push_history` and `unpack_history` know them."""
+    """The last ten transitions."""
     slot_of_seed: Int[Array, "*S"]
     """The bank slot that the seed owns, or -1."""
     graft: GraftMemory
     health: Float[Array, "*S"]
     """Score of the chunk at the last tick, in [0, 1]; NaN before the first."""
     worth: Float[Array, "*S"]
-    """Mean worth over the ticks in this stage, in units of the held-out loss; NaN where
-    none was measured."""
+    """Mean worth over the ticks in this stage that measured it, in units of the
+    held-out loss; NaN before the first."""
     worth_ticks: UInt[Array, "*S"]
-    """How many ticks that is the mean of, uint8, saturating at 255: of more, the mean
-    is a running one."""
+    """How many ticks ``worth`` is the mean of, uint8, saturating at 255. Beyond that it
+    is a running mean."""
     statistics: Statistics
     seed_of_slot: Int[Array, "*K"]
     """The seed that owns each slot, or -1."""
     reconstruction: Float[Array, "*K"]
-    """Sum over the tick's steps of ``mean((f(y) - y)**2)`` of each slot."""
+    """``mean((f(y) - y)**2)`` of each slot, summed over the tick's steps."""
     gain: Float[Array, "*K"]
-    """Sum over the tick's steps of the loss's gradient with respect to alpha; its
+    """Gradient of the loss with respect to alpha, summed over the tick's steps. Its
     negative is the first-order gain of grafting the slot."""
     errors: UInt[Array, "*K"]
-    """Steps of this tick whose gradients in the slot were not finite, uint16."""
+    """Steps of this tick in which the slot's gradients were not finite, uint16."""
     steps: Int[Array, "*"]
     """Steps since the last tick."""
 
@@ -96,7 +100,7 @@ def init_seeds(num_seeds: int, capacity: int, strategy: int = 0) -> SeedState:
       strategy: `Strategy` code that each seed starts with.
 
     Raises:
-      ValueError: if the capacity is not an int or out of its range.
+      ValueError: if the capacity is no int or out of its range.
     """
     check_capacity(capacity, num_seeds)
 
@@ -140,6 +144,11 @@ def init_seeds(num_seeds: int, capacity: int, strategy: int = 0) -> SeedState:
 
 
 def check_capacity(capacity: int, num_seeds: int) -> None:
+    """Refuses a capacity that is no int or not from 1 to ``num_seeds``.
+
+    Raises:
+      ValueError: naming what was expected and what came.
+    """
     whole = isinstance(capacity, int | np.integer) and not isinstance(capacity, bool)
     if not whole or not 1 <= capacity <= num_seeds:
         raise ValueError(
@@ -151,10 +160,10 @@ def check_capacity(capacity: int, num_seeds: int) -> None:
 def coefficients(
     state: SeedState,
 ) -> tuple[Float[Array, "*S"], Float[Array, "*S"]]:
-    """What the stages mean to the forward and the backward pass.
+    """What the stages mean to the forward and backward pass.
 
     Returns:
-      ``(alpha, beta)``, float32: how much each seed's blueprint counts in the output,
+      ``(alpha, beta)``, float32: how much each seed's blueprint counts in the output
       and how much it learns. TRAINING is ``0, 1``; GRAFTING the ramp's alpha and 1;
       STABILIZATION, EVALUATING and FOSSILIZED ``1, 0``; FINE_TUNING ``1, 1``; every
       other stage ``0, 0``.
@@ -189,11 +198,11 @@ def slot_coefficients(
 def saturating_add(
     total: UInt[Array, "*N"], more: Shaped[Array, "*#N"] | int
 ) -> UInt[Array, "*N"]:
-    """``total + more``, at most what the dtype of ``total`` can hold; never wraps.
+    """``total + more``, capped at the largest value of the dtype of ``total``.
 
     Args:
-      total: of an unsigned dtype.
-      more: what to add, at least 0, of any dtype; a fraction is dropped.
+      total: an array of an unsigned dtype.
+      more: what to add, at least 0, of any dtype. A fraction is dropped.
     """
     more = jnp.asarray(more)
     if more.dtype == bool:

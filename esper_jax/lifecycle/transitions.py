@@ -1,17 +1,17 @@
-"""The lifecycle of seeds: ageing, gates, transitions and the ownership of slots.
+"""How seeds age and change their stage, and who owns which slot.
 
-`step` is the one function that changes a stage. It is pure, has no branch on values and
-no loop over seeds, so it can be jitted, donated and vmapped.
+`transition` is the only function that changes a stage. It is pure, branches on no value
+and loops over no seeds, so it can be jitted, donated and vmapped.
 """
 
 import dataclasses
 import functools
 import operator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, UInt
+from jaxtyping import Array, Bool, Int, UInt
 
 from esper_jax.lifecycle import grafting
 from esper_jax.lifecycle.commands import Commands
@@ -31,11 +31,21 @@ from esper_jax.lifecycle.state import SeedState, saturating_add
 __all__ = ["age", "step", "transition"]
 
 
+class _Verdict(NamedTuple):
+    """What the rules say of each seed's request, before slots are considered."""
+
+    outcome: Int[Array, " S"]
+    """`Outcome`, int8."""
+    target: UInt[Array, " S"]
+    """The stage that was requested, uint8; 0 where none was."""
+    entry: UInt[Array, " S"]
+    """Source and target as one byte of the history, uint8."""
+
+
 def _judge(
     state: SeedState, commands: Commands, signals: Signals, config: LifecycleConfig
-) -> tuple[Int[Array, " S"], UInt[Array, " S"], UInt[Array, " S"]]:
-    """The `Outcome` of each seed's request as far as it hangs on the seed alone, the
-    stage that it asks for, and both stages as the history has them."""
+) -> _Verdict:
+    """Applies the rules in their order; the first that refuses names the refusal."""
     requested = commands.target != NO_REQUEST
     known = (commands.target >= 0) & (commands.target < NUM_STAGES)
     target = jnp.where(known, commands.target, 0).astype(jnp.uint8)
@@ -49,7 +59,7 @@ def _judge(
         state.epochs_in_stage >= minimum_epochs(state.stage, config)
     )
     passed = gates_pass(state, target, signals, config)
-    verdict = jnp.select(
+    outcome = jnp.select(
         [~requested, ~legal, ~late_enough, ~passed],
         [
             jnp.int8(Outcome.NONE),
@@ -59,7 +69,34 @@ def _judge(
         ],
         jnp.int8(Outcome.OK),
     )
-    return verdict, target, pair
+    return _Verdict(outcome, target, pair)
+
+
+class _Handover(NamedTuple):
+    """Which slots change hands: ``slots[i]`` goes to ``seeds[i]`` where ``served``."""
+
+    owner: Int[Array, " K"]
+    """``seed_of_slot`` without the seeds that leave."""
+    slots: Int[Array, " K"]
+    seeds: Int[Array, " K"]
+    served: Bool[Array, " K"]
+    born: Bool[Array, " S"]
+    """Seeds that get a slot."""
+
+
+def _hand_over(
+    state: SeedState, freed: Bool[Array, " S"], germinates: Bool[Array, " S"]
+) -> _Handover:
+    """Gives the free slots to the seeds that want one, both in order."""
+    owner = state.seed_of_slot
+    owner = jnp.where((owner >= 0) & freed[jnp.maximum(owner, 0)], -1, owner)
+    slots, free = first_set(owner < 0, state.capacity)
+    seeds, wanting = first_set(germinates, state.capacity)
+    rank = jnp.arange(state.capacity)
+    served = rank < jnp.minimum(free, wanting)
+    last = jnp.max(jnp.where(served, seeds, -1))
+    born = germinates & (jnp.arange(state.num_seeds) <= last)
+    return _Handover(owner, slots, seeds, served, born)
 
 
 def transition(
@@ -74,7 +111,7 @@ def transition(
       state: the seeds, ``S`` of them with ``K`` slots.
       commands: what is requested, each field of shape (S,).
       signals: measurements that the gates read, of shape (S,) or ().
-      config: minima and thresholds.
+      config: minimum ages and thresholds.
 
     Returns:
       The new state, and an `Outcome` per seed (int8[S]). A refused seed is left exactly
@@ -83,37 +120,23 @@ def transition(
     Raises:
       ValueError: if the commands are not for ``S`` seeds.
     """
-    for field in dataclasses.fields(commands):
-        shape = getattr(commands, field.name).shape
-        if shape != state.stage.shape:
-            raise ValueError(
-                f"commands.{field.name} must have one entry for each of the "
-                f"{state.num_seeds} seeds, shape {state.stage.shape}; got {shape}. "
-                "commands_for(num_seeds, ...) builds and checks them"
-            )
-    verdict, target, pair = _judge(state, commands, signals, config)
+    _check_commands(state, commands)
+    verdict = _judge(state, commands, signals, config)
     # Computed once, and not again for each field that depends on it.
-    verdict = jax.lax.optimization_barrier(verdict)
-    allowed, idle = verdict == Outcome.OK, verdict == Outcome.NONE
+    outcome = jax.lax.optimization_barrier(verdict.outcome)
+    target = verdict.target
+    allowed, idle = outcome == Outcome.OK, outcome == Outcome.NONE
 
     freed = allowed & (target >= Stage.CULLED)
-    owner = state.seed_of_slot
-    owner = jnp.where((owner >= 0) & freed[jnp.maximum(owner, 0)], -1, owner)
-    # The first seed that wants a slot gets the first free one, and so on.
     germinates = allowed & (target == Stage.GERMINATED)
-    slots, free = first_set(owner < 0, state.capacity)
-    seeds, wanting = first_set(germinates, state.capacity)
-    rank = jnp.arange(state.capacity)
-    served = rank < jnp.minimum(free, wanting)
-    last = jnp.max(jnp.where(served, seeds, -1))
-    born = germinates & (jnp.arange(state.num_seeds) <= last)
+    given = _hand_over(state, freed, germinates)
+    born = given.born
     accepted = allowed & (born | ~germinates)
-    outcome = jnp.where(germinates & ~born, jnp.int8(Outcome.NO_CAPACITY), verdict)
 
     def put(where: Array, new: Any, old: Array) -> Array:
         return jnp.where(where, jnp.asarray(new, old.dtype), old)
 
-    pushed = push_history(state.history, pair)
+    pushed = push_history(state.history, verdict.entry)
     restyled = (commands.strategy >= 0) & (commands.strategy < len(Strategy))
     new = dataclasses.replace(
         state,
@@ -129,22 +152,34 @@ def transition(
             functools.partial(jnp.where, accepted), pushed, state.history
         ),
         slot_of_seed=put(freed, -1, state.slot_of_seed)
-        .at[jnp.where(served, seeds, state.num_seeds)]
-        .set(slots, mode="drop"),
+        .at[jnp.where(given.served, given.seeds, state.num_seeds)]
+        .set(given.slots, mode="drop"),
         graft=grafting.begin(
             state.graft, accepted & (target == Stage.GRAFTING), config.grafting
         ),
         worth=put(accepted, jnp.nan, state.worth),
         worth_ticks=put(accepted, 0, state.worth_ticks),
-        seed_of_slot=owner.at[jnp.where(served, slots, state.capacity)].set(
-            seeds, mode="drop"
-        ),
+        seed_of_slot=given.owner.at[
+            jnp.where(given.served, given.slots, state.capacity)
+        ].set(given.seeds, mode="drop"),
     )
-    return new, outcome
+    unserved = germinates & ~born
+    return new, jnp.where(unserved, jnp.int8(Outcome.NO_CAPACITY), outcome)
+
+
+def _check_commands(state: SeedState, commands: Commands) -> None:
+    for field in dataclasses.fields(commands):
+        shape = getattr(commands, field.name).shape
+        if shape != state.stage.shape:
+            raise ValueError(
+                f"commands.{field.name} must have one entry for each of the "
+                f"{state.num_seeds} seeds, shape {state.stage.shape}; got {shape}. "
+                "commands_for(num_seeds, ...) builds and checks them"
+            )
 
 
 def age(state: SeedState, signals: Signals, config: LifecycleConfig) -> SeedState:
-    """One more epoch in its stage for every seed; those in GRAFTING climb the ramp."""
+    """Ages every seed by one epoch. Seeds in GRAFTING climb their ramp."""
     epochs = saturating_add(state.epochs_in_stage, 1)
     climbed = grafting.update(
         state.graft, state.strategy, signals, epochs, config.grafting
@@ -159,10 +194,9 @@ def age(state: SeedState, signals: Signals, config: LifecycleConfig) -> SeedStat
 def step(
     state: SeedState, commands: Commands, signals: Signals, config: LifecycleConfig
 ) -> tuple[SeedState, Int[Array, " S"]]:
-    """One tick: every seed gets an epoch older (`age`), then the requests are decided
-    (`transition`), which raises what that raises.
+    """One tick: ages every seed (`age`), then decides the requests (`transition`).
 
-    A seed that entered a stage in one tick can leave it ``min_epochs`` ticks later.
+    A seed that enters a stage in one tick can leave it ``min_epochs`` ticks later.
 
     Returns:
       The new state, and an `Outcome` per seed (int8[S]).

@@ -189,14 +189,14 @@ def drain(
         "error_count": np.asarray(errors),
     }
     reads = {
-        (int(a), int(b)): [gate.metric for gate in tests]
+        (int(a), int(b)): {gate.metric: gate.field for gate in tests}
         for (a, b), (_, tests) in gates(config).items()
     }
     found = []
     for seed in np.flatnonzero(outcome != Outcome.NONE).tolist():
         before, wish = int(source[seed]), int(target[seed])
-        names = ["epochs_in_stage", *reads.get((before, wish), [])]
-        measured = {name: float(columns[name][seed]) for name in names}
+        names = {"epochs_in_stage": "epochs_in_stage", **reads.get((before, wish), {})}
+        measured = {m: float(columns[field][seed]) for m, field in names.items()}
         found.append(
             Event(
                 seed=seed,

@@ -1,7 +1,7 @@
 """When, where, what and how to grow: a heuristic over measured signals.
 
-`decide` is a pure, jittable function that sees the seeds of all layers at once. It
-asks; `lifecycle.transition` decides. A learned policy has the same signature.
+`decide` is a pure, jittable function that sees the seeds of all layers at once. It only
+asks; `lifecycle.transition` decides. Any other policy has the same signature.
 """
 
 import dataclasses
@@ -13,26 +13,21 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
+from esper_jax.blueprints.costs import living_parameters
 from esper_jax.lifecycle.commands import Commands
 from esper_jax.lifecycle.rules import LifecycleConfig, gates_pass
-from esper_jax.lifecycle.signals import Signals
-from esper_jax.lifecycle.stages import NO_REQUEST, Stage
+from esper_jax.lifecycle.signals import DECAY, Signals
+from esper_jax.lifecycle.stages import NO_REQUEST, Stage, is_active
 from esper_jax.lifecycle.state import SeedState
-from esper_jax.policy import places as placement
 from esper_jax.policy.config import ControllerConfig
 from esper_jax.policy.memory import ControllerMemory, Reason
-from esper_jax.policy.moves import (
-    advance,
-    has_learned,
-    may_be_kept,
-    strategy_for,
-    take_turns,
-)
+from esper_jax.policy.moves import advance, may_be_kept, strategy_for, take_turns
+from esper_jax.policy.places import Limits, choose, choose_blueprint, cost_of, scores
 
-__all__ = ["Decide", "decide"]
+__all__ = ["Costs", "Decide", "decide"]
 
 Costs = Mapping[str, Int[np.ndarray, "N S"]]
-
+"""Parameters of each blueprint on each chunk, by layer."""
 
 Decide = Callable[
     [
@@ -45,11 +40,7 @@ Decide = Callable[
     ],
     tuple[dict[str, Commands], Any],
 ]
-"""`decide`'s type. The memory may be of another kind, if it has a ``reason``."""
-
-
-_DECAY = 0.9
-"""Of the running mean of the held-out loss, per tick."""
+"""The type of `decide`. The memory may be of another type if it has a ``reason``."""
 
 
 def decide(
@@ -62,55 +53,40 @@ def decide(
 ) -> tuple[dict[str, Commands], ControllerMemory]:
     """Requests for the seeds of all layers.
 
-    When it is time, dormant chunks germinate. A seed is moved on as soon as its time
-    and its gate allow, and culled or rolled back when they do not within its limit.
+    When it is time, dormant chunks germinate. A seed moves on as soon as its age and
+    its gate allow it. It is culled or rolled back if they do not within its limit.
 
     Args:
       seeds: the seeds of each layer, by name, already aged by this tick.
       signals: this tick's measurements of each layer.
       memory: what was remembered.
       config: numbers of the heuristic.
-      lifecycle: the gates, which the seeds are moved by.
+      lifecycle: the gates that seeds have to pass.
       costs: parameters of each blueprint on each chunk of each layer, as
-        `blueprints.param_counts` counts them; None where nothing that is asked for
-        needs them.
+        `blueprints.param_counts` counts them. May be None if the config neither has a
+        budget nor chooses blueprints by cost.
 
     Returns:
-      Commands for each layer, and the new memory, whose ``reason`` tells why something
-      germinated or nothing did.
+      Commands for each layer, and the new memory. Its ``reason`` says why something
+      germinated, or why not.
 
     Raises:
-      ValueError: if the config has a budget or a choice of blueprint by cost, and there
-        are no costs.
+      ValueError: if the config has a budget, or chooses blueprints by cost, and costs
+        are missing.
     """
-    if costs is None:
-        if config.budget >= 0 or config.what in ("risk_averse", "hybrid"):
-            raise ValueError(
-                "costs must be given where the config has a budget or chooses the "
-                f"blueprint by cost (budget {config.budget}, what {config.what!r})"
-            )
-        size = memory.tried.shape[0]
-        costs = {name: np.zeros((size, s.num_seeds), int) for name, s in seeds.items()}
+    costs = _known_costs(costs, seeds, memory, config)
     measured = next(iter(signals.values()))
     memory, shifted = _watch(memory, measured.held_out_loss, config)
     before = {
         name: memory.before.get(name, jnp.full(s.num_seeds, jnp.nan, jnp.float32))
         for name, s in seeds.items()
     }
-    targets = {
-        name: advance(
-            state,
-            signals[name],
-            may_be_kept(signals[name], before[name], memory.loss_mean, config),
-            config,
-            lifecycle,
-        )
-        for name, state in seeds.items()
-    }
-    targets = {
-        name: jnp.where(shifted & has_learned(seeds[name]), Stage.ROLLED_BACK, target)
-        for name, target in targets.items()
-    }
+    targets = {}
+    for name, state in seeds.items():
+        kept = may_be_kept(signals[name], before[name], memory.loss_mean, config)
+        target = advance(state, signals[name], kept, config, lifecycle)
+        fresh_start = shifted & is_active(state.stage)
+        targets[name] = jnp.where(fresh_start, Stage.ROLLED_BACK, target)
     targets = take_turns(seeds, targets, config)
     grafted = {
         name: (t == Stage.GRAFTING)
@@ -126,9 +102,7 @@ def decide(
         for name, old in before.items()
     }
     memory = _credit(seeds, signals, targets, memory, lifecycle)
-    kind, born, memory = _germinate(
-        seeds, signals, memory, config, costs, measured.held_out_accuracy
-    )
+    kind, born, memory = _germinate(seeds, signals, memory, config, costs)
     commands = {
         name: Commands(
             target=jnp.where(born[name], Stage.GERMINATED, target).astype(jnp.int8),
@@ -142,11 +116,31 @@ def decide(
     return commands, dataclasses.replace(memory, before=before)
 
 
+def _known_costs(
+    costs: Costs | None,
+    seeds: Mapping[str, SeedState],
+    memory: ControllerMemory,
+    config: ControllerConfig,
+) -> Costs:
+    """The costs, or zeros where nothing that is asked for needs them."""
+    if costs is not None:
+        return costs
+    if config.budget >= 0 or config.what in ("risk_averse", "hybrid"):
+        raise ValueError(
+            "costs must be given where the config has a budget or chooses the "
+            f"blueprint by cost (budget {config.budget}, what {config.what!r})"
+        )
+    size = memory.tried.shape[0]
+    return {name: np.zeros((size, s.num_seeds), int) for name, s in seeds.items()}
+
+
 def _watch(
     memory: ControllerMemory, loss: Array, config: ControllerConfig
 ) -> tuple[ControllerMemory, Bool[Array, ""]]:
-    """Plateau detection, and whether the data have changed; a loss that was not
-    measured counts as no improvement, and as no change. After one, both begin afresh.
+    """Looks for a plateau, and for data that have changed.
+
+    A loss that is not finite counts as no improvement and as no change. When the data
+    have changed, both the best loss and the mean start afresh.
     """
     if config.shift_tolerance >= 0:
         usual = memory.loss_mean + config.shift_tolerance * jnp.abs(memory.loss_mean)
@@ -163,7 +157,7 @@ def _watch(
     mean = jnp.where(
         jnp.isnan(memory.loss_mean),
         loss,
-        _DECAY * memory.loss_mean + (1 - _DECAY) * loss,
+        DECAY * memory.loss_mean + (1 - DECAY) * loss,
     )
     memory = dataclasses.replace(
         memory,
@@ -182,7 +176,7 @@ def _credit(
     memory: ControllerMemory,
     lifecycle: LifecycleConfig,
 ) -> ControllerMemory:
-    """Books the worth of the seeds that are kept now to their blueprints."""
+    """Credits blueprints with the mean worth of the seeds that are kept now."""
     kept, earned = memory.kept, memory.earned
     for name, state in seeds.items():
         target = targets[name]
@@ -190,9 +184,11 @@ def _credit(
             state, target, signals[name], lifecycle
         )
         kind = state.blueprint.astype(jnp.int32)
-        worth = jnp.broadcast_to(signals[name].total_improvement, kind.shape)
+        worth = jnp.broadcast_to(signals[name].mean_worth, kind.shape)
         kept = kept.at[kind].add(stays.astype(jnp.int32), mode="drop")
-        earned = earned.at[kind].add(jnp.where(stays, worth, 0.0), mode="drop")
+        # One infinite worth would make the sum infinite for good.
+        counts = stays & jnp.isfinite(worth)
+        earned = earned.at[kind].add(jnp.where(counts, worth, 0.0), mode="drop")
     return dataclasses.replace(memory, kept=kept, earned=earned)
 
 
@@ -202,9 +198,8 @@ def _germinate(
     memory: ControllerMemory,
     config: ControllerConfig,
     costs: Costs,
-    accuracy: Array,
 ) -> tuple[Int[Array, ""], dict[str, Bool[Array, " S"]], ControllerMemory]:
-    """Which blueprint germinates where, if anything does, and why not if not."""
+    """Which blueprint germinates and where, if anything does; and the new memory."""
     key, chance, places = jax.random.split(memory.key, 3)
     time = {
         "plateau": memory.stale >= config.patience,
@@ -215,69 +210,83 @@ def _germinate(
         jnp.sum((s.stage == Stage.GERMINATED) | (s.stage == Stage.TRAINING))
         for s in seeds.values()
     )
-    kind = placement.choose_blueprint(config, memory, costs)
-    scores, turn = placement.scores(config.where, seeds, signals, memory.turn, places)
-    spent = sum(placement.spent(s, costs[name]) for name, s in seeds.items())
-    room = jnp.inf if config.budget < 0 else config.budget - spent
-    chosen = placement.choose(
-        seeds,
-        scores,
-        {name: placement.cost_of(kind, cost) for name, cost in costs.items()},
-        most=config.births,
-        room=room,
-        at_once=config.max_training - waiting,
+    spent = sum(
+        jnp.sum(living_parameters(costs[name], s.blueprint, s.slot_of_seed >= 0))
+        for name, s in seeds.items()
     )
+    kind = choose_blueprint(config, memory, costs)
+    score, next_turn = scores(config.where, seeds, signals, memory.turn, places)
+    chosen = choose(
+        seeds,
+        score,
+        {name: cost_of(kind, cost) for name, cost in costs.items()},
+        Limits(
+            births=config.births,
+            at_once=config.max_training - waiting,
+            room=jnp.inf if config.budget < 0 else config.budget - spent,
+        ),
+    )
+    measured = next(iter(signals.values()))
+    reason = _first_reason(
+        [
+            (jnp.asarray(not config.enabled), Reason.DISABLED),
+            (_target_met(measured.held_out_accuracy, config), Reason.TARGET_MET),
+            (jnp.asarray(config.budget == 0), Reason.BUDGET_SPENT),
+            (~time, Reason.NOT_YET),
+            (jnp.asarray(waiting >= config.max_training), Reason.BUSY),
+            *_no_place(seeds, score, chosen),
+        ]
+    )
+    grows = reason == Reason.GERMINATED
+    born = {name: flags & grows for name, flags in chosen.items()}
+    loss = measured.held_out_loss
+    # Infinity, so that the next finite loss becomes the best one.
+    best = jnp.where(jnp.isfinite(loss), loss, jnp.inf)
+    memory = dataclasses.replace(
+        memory,
+        best_loss=jnp.where(grows, best, memory.best_loss),
+        stale=jnp.where(grows, 0, memory.stale),
+        since=jnp.where(grows, 0, memory.since),
+        turn=jnp.where(grows, next_turn(born), memory.turn),
+        key=key,
+        reason=reason,
+        tried=memory.tried.at[kind].add(sum(jnp.sum(b) for b in born.values())),
+    )
+    return kind, born, memory
+
+
+def _target_met(accuracy: Array, config: ControllerConfig) -> Bool[Array, ""]:
+    if config.target_accuracy < 0:
+        return jnp.asarray(False)
+    return accuracy >= config.target_accuracy
+
+
+def _no_place(
+    seeds: Mapping[str, SeedState],
+    score: Mapping[str, Array],
+    chosen: Mapping[str, Array],
+) -> list[tuple[Bool[Array, ""], Reason]]:
+    """What may be wrong with all places."""
     dormant = {n: s.stage == Stage.DORMANT for n, s in seeds.items()}
     usable = {n: d & jnp.any(seeds[n].seed_of_slot < 0) for n, d in dormant.items()}
     resting = {n: s.stage >= Stage.CULLED for n, s in seeds.items()}
-    known = {n: u & jnp.isfinite(scores[n]) for n, u in usable.items()}
+    known = {n: u & jnp.isfinite(score[n]) for n, u in usable.items()}
 
     def some(flags: Mapping[str, Array]) -> Array:
         return jnp.any(jnp.stack([jnp.any(f) for f in flags.values()]))
 
-    target = config.target_accuracy
-    reason = jnp.select(
-        [
-            jnp.asarray(not config.enabled),
-            accuracy >= target if target >= 0 else jnp.asarray(False),
-            jnp.asarray(config.budget == 0),
-            ~time,
-            jnp.asarray(waiting >= config.max_training),
-            ~some(dormant) & some(resting),
-            ~some(dormant),
-            ~some(usable),
-            ~some(known),
-            ~some(chosen),
-        ],
-        [
-            jnp.int8(r)
-            for r in (
-                Reason.DISABLED,
-                Reason.TARGET_MET,
-                Reason.BUDGET_SPENT,
-                Reason.NOT_YET,
-                Reason.BUSY,
-                Reason.EMBARGOED,
-                Reason.FULL,
-                Reason.NO_SLOT,
-                Reason.UNMEASURED,
-                Reason.BUDGET_SPENT,
-            )
-        ],
-        jnp.int8(Reason.GERMINATED),
+    return [
+        (~some(dormant) & some(resting), Reason.EMBARGOED),
+        (~some(dormant), Reason.FULL),
+        (~some(usable), Reason.NO_SLOT),
+        (~some(known), Reason.UNMEASURED),
+        (~some(chosen), Reason.BUDGET_SPENT),
+    ]
+
+
+def _first_reason(cases: list[tuple[Bool[Array, ""], Reason]]) -> Int[Array, ""]:
+    """The reason of the first case that holds, else GERMINATED; int8."""
+    holds, reasons = zip(*cases, strict=True)
+    return jnp.select(
+        list(holds), [jnp.int8(r) for r in reasons], jnp.int8(Reason.GERMINATED)
     )
-    grows = reason == Reason.GERMINATED
-    born = {name: flags & grows for name, flags in chosen.items()}
-    births = sum(jnp.sum(b) for b in born.values())
-    measured = next(iter(signals.values())).held_out_loss
-    memory = dataclasses.replace(
-        memory,
-        best_loss=jnp.where(grows, measured, memory.best_loss),
-        stale=jnp.where(grows, 0, memory.stale),
-        since=jnp.where(grows, 0, memory.since),
-        turn=jnp.where(grows, turn(born), memory.turn),
-        key=key,
-        reason=reason,
-        tried=memory.tried.at[kind].add(births),
-    )
-    return kind, born, memory

@@ -1,4 +1,4 @@
-"""What the heuristic remembers between ticks, and the reasons that it gives."""
+"""What the heuristic remembers between ticks, and the reasons it gives."""
 
 import enum
 from collections.abc import Mapping
@@ -12,7 +12,10 @@ __all__ = ["ControllerMemory", "Reason", "init_memory"]
 
 
 class Reason(enum.IntEnum):
-    """Why something germinated at a tick, or nothing did: the first that holds."""
+    """Why something germinated at a tick, or why not: the first reason that holds.
+
+    The codes are part of the checkpoint format.
+    """
 
     GERMINATED = 0
     DISABLED = 1
@@ -20,7 +23,7 @@ class Reason(enum.IntEnum):
     NOT_YET = 3
     """No plateau, or the period is not over."""
     BUSY = 4
-    """As many seeds are in TRAINING, or wait for it, as may be."""
+    """``max_training`` seeds are in TRAINING or wait for it."""
     EMBARGOED = 5
     """No chunk is dormant, and some are under an embargo."""
     FULL = 6
@@ -28,37 +31,37 @@ class Reason(enum.IntEnum):
     NO_SLOT = 7
     """No layer with a dormant chunk has a free slot."""
     UNMEASURED = 8
-    """What the place is chosen by was not measured."""
+    """What places are chosen by was not measured."""
     BUDGET_SPENT = 9
     """The budget of parameters does not cover another seed."""
 
 
 @struct.dataclass
 class ControllerMemory:
-    """What the controller remembers between ticks."""
+    """What the heuristic remembers between ticks."""
 
     best_loss: Float[Array, ""]
-    """Lowest held-out loss since the last germination."""
+    """Lowest held-out loss since the last germination; infinity before the first."""
     stale: Int[Array, ""]
-    """Ticks since it last improved, int32."""
+    """Ticks since ``best_loss`` last improved, int32."""
     loss_mean: Float[Array, ""]
-    """Running mean of the held-out loss; NaN before the first."""
+    """Running mean of the held-out loss; NaN before the first one."""
     since: Int[Array, ""]
     """Ticks since the last germination, int32."""
     turn: Int[Array, ""]
-    """Where the round robin goes on, counted over the chunks of all layers, int32."""
+    """Chunk at which the round robin goes on, counted over all layers, int32."""
     key: Key[Array, ""]
-    """Of random choices."""
+    """Random key of random choices."""
     reason: Int[Array, ""]
     """`Reason` of the last tick, int8."""
     tried: Int[Array, " N"]
     """Seeds that germinated with each blueprint, int32."""
     kept: Int[Array, " N"]
-    """Those of them that became fossils, int32."""
+    """How many of them became fossils, int32."""
     earned: Float[Array, " N"]
-    """Sum of the mean worth of those."""
+    """Mean worth of those fossils, summed."""
     before: dict[str, Float[Array, " S"]]
-    """``loss_mean`` when each seed's grafting began; NaN where there was none yet."""
+    """``loss_mean`` when each seed's grafting began; NaN if it has not begun."""
 
 
 def init_memory(
@@ -72,7 +75,7 @@ def init_memory(
     Args:
       num_seeds: seeds of each layer, by name.
       key: of random choices; ``jax.random.key(0)`` if None.
-      blueprints: how many the layers have, the fewest of any of them.
+      blueprints: number of blueprints; the fewest that any layer has.
     """
 
     def count() -> Array:

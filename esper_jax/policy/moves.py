@@ -14,28 +14,24 @@ from esper_jax.lifecycle.state import SeedState
 from esper_jax.policy.config import ControllerConfig
 from esper_jax.policy.memory import ControllerMemory
 
-__all__ = ["advance", "has_learned", "may_be_kept", "strategy_for", "take_turns"]
-
-
-def has_learned(state: SeedState) -> Bool[Array, " S"]:
-    """Seeds that have learned something, and are not kept for good."""
-    return (state.stage >= Stage.TRAINING) & (state.stage <= Stage.FINE_TUNING)
+__all__ = ["advance", "may_be_kept", "strategy_for", "take_turns"]
 
 
 def may_be_kept(
     signals: Signals, before: Array, loss_mean: Array, config: ControllerConfig
 ) -> Bool[Array, " S"]:
-    """Whether each seed covers its rent and the model is no worse than without growth.
+    """Whether each seed covers its rent and the model is no worse than before it.
 
-    The first is a paired counterfactual, but one in which the host has come to lean on
-    the seed. The second keeps a seed out that the host was better without.
+    The rent is compared with a paired counterfactual. Once the host has adapted to a
+    seed, that difference is positive even if the model was better before; so the mean
+    held-out loss is compared with its value when grafting began, too.
     """
     worse = loss_mean > before + config.keep_tolerance * jnp.abs(before)
     kept = ~jnp.broadcast_to(worse, before.shape)
     if config.rent_per_parameter or config.rent_per_operation:
         rent = config.rent_per_parameter * signals.parameters
         rent = rent + config.rent_per_operation * signals.operations
-        kept &= signals.total_improvement >= rent  # False where not measured
+        kept &= signals.mean_worth >= rent  # False where not measured
     return kept
 
 
@@ -46,7 +42,7 @@ def strategy_for(
     config: ControllerConfig,
     lifecycle: LifecycleConfig,
 ) -> Int[Array, " S"]:
-    """The strategy that each seed is grafted with, -1 for its own."""
+    """The strategy that each seed is grafted with; -1 for its own."""
     nothing = jnp.full(grafted.shape, NO_REQUEST, jnp.int8)
     if config.how == "fixed":
         return nothing
@@ -73,7 +69,10 @@ def advance(
     config: ControllerConfig,
     lifecycle: LifecycleConfig,
 ) -> Int[Array, " S"]:
-    """The next stage of each seed for which it is time, else -1. Not germination."""
+    """The next stage of each living seed whose time has come, else -1.
+
+    Germination is not decided here.
+    """
     stage, epochs = state.stage, state.epochs_in_stage
 
     def ready(target: Stage) -> Array:
@@ -82,57 +81,45 @@ def advance(
     def after(limit: int, late: Stage, otherwise: Any) -> Array:
         return jnp.where(epochs >= limit, late, otherwise)
 
-    ramp_done = state.graft.alpha >= lifecycle.grafting.max_alpha
     trained = ready(Stage.GRAFTING)
     if config.require_gain:
         trained &= signals.gain > 0
+    # Asks in vain where the gate refuses, so that the refusal is on record.
+    ask_in_vain = jnp.where(ready(Stage.GRAFTING), NO_REQUEST, Stage.GRAFTING)
+    ramp_done = state.graft.alpha >= lifecycle.grafting.max_alpha
+    tune = jnp.where(may_be_kept, Stage.FINE_TUNING, NO_REQUEST)
     keep = jnp.where(may_be_kept, Stage.FOSSILIZED, NO_REQUEST)
-    judged = jnp.where(
-        ready(Stage.FINE_TUNING) & may_be_kept,
-        Stage.FINE_TUNING,
-        jnp.where(
-            ready(Stage.CULLED),
-            Stage.CULLED,
-            after(
-                config.evaluation_limit,
-                Stage.ROLLED_BACK,
-                jnp.where(may_be_kept, Stage.FINE_TUNING, NO_REQUEST),
-            ),
+    undecided = after(config.evaluation_limit, Stage.ROLLED_BACK, tune)
+    nowhere = jnp.full(stage.shape, NO_REQUEST)
+    moves = {
+        Stage.GERMINATED: jnp.full(stage.shape, Stage.TRAINING),
+        Stage.TRAINING: jnp.where(
+            trained,
+            Stage.GRAFTING,
+            after(config.training_limit, Stage.CULLED, ask_in_vain),
         ),
-    )
-    target = jnp.select(
-        [stage == s for s in Stage],
-        [
-            jnp.full(stage.shape, NO_REQUEST),
-            jnp.full(stage.shape, Stage.TRAINING),
-            jnp.where(
-                trained,
-                Stage.GRAFTING,
-                after(
-                    config.training_limit,
-                    Stage.CULLED,
-                    # Asks in vain, so that the gate's refusal is on record.
-                    jnp.where(ready(Stage.GRAFTING), NO_REQUEST, Stage.GRAFTING),
-                ),
-            ),
-            jnp.where(
-                ramp_done,
-                Stage.STABILIZATION,
-                after(config.grafting_limit, Stage.ROLLED_BACK, NO_REQUEST),
-            ),
-            jnp.full(stage.shape, Stage.EVALUATING),
-            judged,
-            jnp.where(
-                ready(Stage.FOSSILIZED) & may_be_kept,
-                Stage.FOSSILIZED,
-                after(config.tuning_limit, Stage.CULLED, keep),
-            ),
-            jnp.full(stage.shape, NO_REQUEST),
+        Stage.GRAFTING: jnp.where(
+            ramp_done,
+            Stage.STABILIZATION,
+            after(config.grafting_limit, Stage.ROLLED_BACK, NO_REQUEST),
+        ),
+        Stage.STABILIZATION: jnp.full(stage.shape, Stage.EVALUATING),
+        Stage.EVALUATING: jnp.where(
+            ready(Stage.FINE_TUNING) & may_be_kept,
+            Stage.FINE_TUNING,
+            jnp.where(ready(Stage.CULLED), Stage.CULLED, undecided),
+        ),
+        Stage.FINE_TUNING: jnp.where(
+            ready(Stage.FOSSILIZED) & may_be_kept,
+            Stage.FOSSILIZED,
+            after(config.tuning_limit, Stage.CULLED, keep),
+        ),
+        **dict.fromkeys(
+            (Stage.CULLED, Stage.CANCELLED, Stage.ROLLED_BACK),
             jnp.full(stage.shape, Stage.DORMANT),
-            jnp.full(stage.shape, Stage.DORMANT),
-            jnp.full(stage.shape, Stage.DORMANT),
-        ],
-    )
+        ),
+    }
+    target = jnp.select([stage == s for s in moves], list(moves.values()), nowhere)
     exempt = (target == Stage.CANCELLED) | (target == Stage.ROLLED_BACK)
     minimum = jnp.asarray(lifecycle.min_epochs, jnp.int32)[stage.astype(jnp.int32)]
     return jnp.where(exempt | (epochs >= minimum), target, NO_REQUEST)
@@ -143,8 +130,10 @@ def take_turns(
     targets: Mapping[str, Int[Array, " S"]],
     config: ControllerConfig,
 ) -> dict[str, Int[Array, " S"]]:
-    """Lets no more than ``max_training`` seeds into TRAINING, in order; cancels those
-    that have waited too long."""
+    """Lets at most ``max_training`` seeds into TRAINING, in order.
+
+    Cancels the seeds that have waited too long.
+    """
     room = config.max_training - sum(
         jnp.sum(s.stage == Stage.TRAINING) for s in seeds.values()
     )

@@ -1,8 +1,9 @@
 """Where to germinate and what: choices over the chunks of all layers at once.
 
-A place's score is the better the lower it is; NaN and infinity rule it out.
+The lower a place's score, the better. NaN and infinity rule a place out.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,7 +18,7 @@ from esper_jax.lifecycle.state import SeedState
 from esper_jax.policy.config import ControllerConfig
 from esper_jax.policy.memory import ControllerMemory
 
-__all__ = ["choose", "choose_blueprint", "cost_of", "scores", "spent"]
+__all__ = ["Limits", "choose", "choose_blueprint", "cost_of", "scores"]
 
 
 def scores(
@@ -28,6 +29,13 @@ def scores(
     key: Key[Array, ""],
 ) -> tuple[dict[str, Float[Array, " S"]], Callable[[Mapping[str, Array]], Array]]:
     """The score of every chunk, dormant or not.
+
+    Args:
+      where: a choice of `ControllerConfig`.
+      seeds: the seeds of each layer, by name.
+      signals: this tick's measurements of each layer.
+      turn: chunk at which the round robin goes on, counted over all layers.
+      key: for random scores.
 
     Returns:
       Scores by layer, and a function from the chunks that were chosen to the next turn
@@ -60,17 +68,17 @@ def scores(
 
 
 def choose_blueprint(
-    config: "ControllerConfig",
-    memory: "ControllerMemory",
+    config: ControllerConfig,
+    memory: ControllerMemory,
     costs: Mapping[str, Int[np.ndarray, "N S"]],
 ) -> Int[Array, ""]:
-    """Index of the blueprint to germinate; the lower one of two that are as good."""
+    """Index of the blueprint to germinate; of two equally good ones, the lower."""
     if config.what == "fixed":
         return jnp.asarray(config.blueprint, jnp.int32)
     tried = memory.tried.astype(jnp.float32)
     each = jnp.where(tried > 0, memory.earned / jnp.maximum(tried, 1), jnp.nan)
     best = jnp.nanmax(jnp.where(jnp.isnan(each), 0.0, each))
-    # What was never tried may be as good as the best so far.
+    # A blueprint that was never tried may be as good as the best so far.
     performance = jnp.where(tried > 0, each, best) / jnp.where(best > 0, best, 1.0)
     stability = (memory.kept + 1) / (tried + 2)
     novelty = 1 / (1 + tried)
@@ -92,46 +100,70 @@ def cost_of(kind: Int[Array, ""], costs: Int[np.ndarray, "N S"]) -> Int[Array, "
     return jnp.asarray(costs, jnp.int32)[jnp.minimum(kind, len(costs) - 1)]
 
 
-def spent(state: SeedState, costs: Int[np.ndarray, "N S"]) -> Int[Array, ""]:
-    """Parameters of all living seeds of a layer."""
-    kind = jnp.clip(state.blueprint.astype(jnp.int32), 0, len(costs) - 1)
-    own = jnp.asarray(costs, jnp.int32)[kind, jnp.arange(state.num_seeds)]
-    return jnp.sum(jnp.where(state.slot_of_seed >= 0, own, 0))
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """How much may germinate at one tick."""
+
+    births: int
+    """Most seeds."""
+    at_once: Any
+    """Most seeds that may still begin to wait or train; may be traced."""
+    room: Any
+    """Parameters left in the budget, infinity for no limit; may be traced."""
 
 
 def choose(
     seeds: Mapping[str, SeedState],
     scores: Mapping[str, Float[Array, " S"]],
     costs: Mapping[str, Int[Array, " S"]],
-    *,
-    most: int,
-    room: Any,
-    at_once: Any,
+    limits: Limits,
 ) -> dict[str, Bool[Array, " S"]]:
-    """The chunks to germinate in, at most ``most`` over all layers.
+    """The chunks to germinate in.
 
-    Dormant ones with the lowest scores, as far as slots, ``at_once`` (how many more may
-    wait or train) and ``room`` (parameters left in the budget) go.
+    A chunk is a candidate if it is dormant, has a finite score, its layer has a free
+    slot left for it, and its cost alone fits the room. Candidates are taken in the
+    order of their scores, over all layers, until a limit is reached.
+
+    Args:
+      seeds: the seeds of each layer, by name.
+      scores: as `scores` returns them.
+      costs: parameters of the blueprint on each chunk.
+      limits: how much may germinate.
     """
-    flat, layer, free = [], [], []
-    for i, (name, state) in enumerate(seeds.items()):
-        slots = jnp.sum(state.seed_of_slot < 0)
-        usable = (state.stage == Stage.DORMANT) & (slots > 0)
-        usable &= jnp.isfinite(scores[name])
-        flat.append(jnp.where(usable, scores[name], jnp.inf))
-        layer.append(np.full(state.num_seeds, i))
-        free.append(slots)
-    joined = jnp.concatenate(flat)
-    count = min(most, joined.size)
-    negative, index = jax.lax.top_k(-joined, count)
-    home = jnp.asarray(np.concatenate(layer))[index]
-    candidate = jnp.isfinite(negative)
-    earlier = jnp.tril(jnp.ones((count, count), bool), -1) & candidate
-    in_layer = jnp.sum(earlier & (home[:, None] == home), axis=1)
-    candidate &= in_layer < jnp.stack(free)[home]
-    candidate &= jnp.arange(count) < at_once
-    price = jnp.concatenate([costs[name] for name in seeds])[index]
-    candidate &= jnp.cumsum(jnp.where(candidate, price, 0)) <= room
-    chosen = jnp.zeros(joined.shape, bool).at[index].set(candidate)
-    ends = np.cumsum([s.size for s in flat])[:-1]
-    return dict(zip(seeds, jnp.split(chosen, ends), strict=True))
+    best = {
+        name: _candidates(state, scores[name], costs[name], limits)
+        for name, state in seeds.items()
+    }
+    joined = jnp.concatenate([score for score, _ in best.values()])
+    price = jnp.concatenate([costs[name][index] for name, (_, index) in best.items()])
+    order = jnp.argsort(joined, stable=True)
+    taken = jnp.isfinite(joined[order])
+    taken &= jnp.cumsum(taken) <= jnp.minimum(limits.births, limits.at_once)
+    taken &= jnp.cumsum(jnp.where(taken, price[order], 0)) <= limits.room
+    taken = jnp.zeros(joined.shape, bool).at[order].set(taken)
+    ends = np.cumsum([score.size for score, _ in best.values()])[:-1]
+    return {
+        name: jnp.zeros(seeds[name].stage.shape, bool).at[index].set(part)
+        for (name, (_, index)), part in zip(
+            best.items(), jnp.split(taken, ends), strict=True
+        )
+    }
+
+
+def _candidates(
+    state: SeedState,
+    score: Float[Array, " S"],
+    cost: Int[Array, " S"],
+    limits: Limits,
+) -> tuple[Float[Array, " N"], Int[Array, " N"]]:
+    """A layer's best chunks, at most ``births``: their scores and which they are.
+
+    The score of a chunk that is no candidate is infinity.
+    """
+    usable = (
+        (state.stage == Stage.DORMANT) & jnp.isfinite(score) & (cost <= limits.room)
+    )
+    count = min(limits.births, state.num_seeds)
+    negative, index = jax.lax.top_k(-jnp.where(usable, score, jnp.inf), count)
+    free = jnp.sum(state.seed_of_slot < 0)
+    return jnp.where(jnp.arange(count) < free, -negative, jnp.inf), index

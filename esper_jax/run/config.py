@@ -10,8 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from esper_jax.blueprints.dense import ACTIVATIONS
-from esper_jax.blueprints.registry import resolve
+from esper_jax.blueprints import ACTIVATIONS, resolve
 from esper_jax.data import DATASETS
 from esper_jax.lifecycle.grafting import Strategy
 from esper_jax.lifecycle.rules import LifecycleConfig

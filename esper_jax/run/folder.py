@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from esper_jax.growth.reports import LayerReport, TickReport
+from esper_jax.growth.reports import SeedMoves, TickReport
 from esper_jax.lifecycle.rules import LifecycleConfig
 from esper_jax.lifecycle.signals import Signals
 from esper_jax.lifecycle.stages import Outcome, Stage
 from esper_jax.monitor.words import Event, drain
 from esper_jax.run.config import ConfigError, RunConfig, parse_config, to_dict
-from esper_jax.train.retreat import LayerRetreat, Rollback
+from esper_jax.train.retreat import Rollback
 
 __all__ = [
     "EventLog",
@@ -147,9 +147,7 @@ class EventLog:
         ]
 
 
-def _drain(
-    layer: LayerReport | LayerRetreat, signals: Signals, config: LifecycleConfig
-) -> list[Event]:
+def _drain(layer: SeedMoves, signals: Signals, config: LifecycleConfig) -> list[Event]:
     return drain(
         source=layer.source,
         target=layer.target,

@@ -17,7 +17,7 @@ import optax
 from flax import nnx
 from rich.console import Console
 
-from esper_jax.blueprints.costs import param_counts
+from esper_jax.blueprints import param_counts
 from esper_jax.checkpoint import Retention
 from esper_jax.checkpoint.checkpointer import Checkpointer
 from esper_jax.data import DATASETS, Dataset

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from esper_jax.growth.evaluation import Batch
+from esper_jax.growth.recipe import Batch
 from esper_jax.growth.reports import TickReport
 from esper_jax.growth.state import LOSS_WINDOW, GovernorMemory, TrainState
 from esper_jax.trees import is_key
@@ -21,6 +21,7 @@ __all__ = [
     "Fault",
     "GovernorConfig",
     "bad_rows",
+    "explain_fault",
     "first_wrong",
     "inspect",
     "sound_values",
@@ -28,13 +29,13 @@ __all__ = [
 
 
 class Fault(enum.IntEnum):
-    """What is wrong with a tick; where several are, the first."""
+    """What is wrong with a tick: the first fault that holds."""
 
     NONE = 0
     TRAIN_LOSS = 1
-    """The loss of at least one of its steps is NaN or infinite."""
+    """The loss of at least one step is NaN or infinite."""
     GRADIENTS = 2
-    """The host's gradient in at least one of its steps is NaN or infinite."""
+    """The host's gradient in at least one step is NaN or infinite."""
     VALUES = 3
     """A value of the state is NaN or infinite."""
     HELD_OUT_LOSS = 4
@@ -42,7 +43,7 @@ class Fault(enum.IntEnum):
     JUMP = 5
     """The train or held-out loss is far above its median."""
     CHANCE = 6
-    """The loss came back to that of guessing."""
+    """The loss came back to the loss of guessing."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,14 +53,14 @@ class GovernorConfig:
     Args:
       enabled: if False, nothing is checked.
       deviations: a loss this many robust deviations above its median is a jump. The
-        deviation is 1.4826 times the median absolute deviation, over the last 16 good
+        deviation is 1.4826 times the median absolute deviation over the last 16 good
         ticks.
-      min_deviation: it is at least this share of the first held-out loss.
-      min_ticks: good ticks before a jump is looked for, 2 to 16.
-      chance_tolerance: a loss within this share of ``ln`` of the number of classes is
-        chance, if the lowest so far was at least twice as far below and the held-out
-        accuracy covers no more than a quarter of the way from guessing to 1.
-      max_rollbacks: this many rollbacks in a row are allowed; the next fault stops.
+      min_deviation: smallest deviation, as a share of the first held-out loss.
+      min_ticks: good ticks before the first look for a jump, 2 to 16.
+      chance_tolerance: a loss within this share of ``ln(num_classes)`` is chance, if
+        the lowest loss so far was at least twice as far below it, and if the held-out
+        accuracy covers at most a quarter of the way from guessing to 1.
+      max_rollbacks: rollbacks in a row that are allowed; the next fault stops the run.
 
     Raises:
       ValueError: naming the field that is out of its range.
@@ -96,7 +97,7 @@ class GovernorConfig:
 def _sound(
     tree: Any, wrong: Callable[[Array], Array], owned: Array | None
 ) -> Bool[Array, ""]:
-    """Whether no value is ``wrong``; where ``owned``, in the slots of living seeds."""
+    """Whether no value is ``wrong``; with ``owned``, only in those slots."""
     flags = [jnp.ones((), bool)]
     for leaf in jax.tree.leaves(tree):
         if not is_key(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact):
@@ -112,8 +113,11 @@ def _not_finite(leaf: Array) -> Array:
 
 
 def sound_values(state: TrainState) -> Bool[Array, ""]:
-    """Whether parameters and the blueprints of living seeds are finite, and nothing in
-    the optimizer or the model's other variables is NaN. (Some start from infinity.)"""
+    """Whether a state holds no value that breaks training.
+
+    Parameters and the blueprints of living seeds must be finite. The optimizer's state
+    and the model's other variables must not be NaN; some of them start from infinity.
+    """
     flags = [_sound(tree, wrong, owned) for _, tree, wrong, owned in _checks(state)]
     return functools.reduce(jnp.logical_and, flags)
 
@@ -121,7 +125,7 @@ def sound_values(state: TrainState) -> Bool[Array, ""]:
 def _checks(
     state: TrainState,
 ) -> list[tuple[str, Any, Callable[[Array], Array], Array | None]]:
-    """What is looked at: its name, the values, what is wrong there, and which slots."""
+    """What is checked: name, values, what is wrong there, and in which slots."""
     checks: list[tuple[str, Any, Callable[[Array], Array], Array | None]] = [
         ("params", state.params, _not_finite, None),
         ("opt_state", state.opt_state, jnp.isnan, None),
@@ -172,14 +176,14 @@ def inspect(
 ) -> tuple[Int[Array, ""], GovernorMemory]:
     """Checks the state after a tick. Pure and jittable.
 
-    A gradient that is not finite in one blueprint's slot alone is no fault: that slot
-    waits (`train`), and its errors are counted for the gates.
+    A gradient that is not finite in a single blueprint's slot is no fault. That slot
+    skips the step, and the gates count its errors.
 
     Args:
       state: after `tick`.
       report: of that tick.
       config: the thresholds.
-      num_classes: of a classification with `train.classification` as its loss; None
+      num_classes: number of classes where the loss is `train.classification`; None
         leaves out the check for chance.
 
     Returns:
@@ -211,8 +215,40 @@ def inspect(
     )
 
 
+def explain_fault(
+    fault: Fault,
+    state: TrainState,
+    report: TickReport,
+    config: GovernorConfig,
+    num_classes: int | None,
+) -> str:
+    """The fault in words, with its numbers; reads the state on the host."""
+    train, held_out = float(report.train_loss), float(report.loss)
+    if fault == Fault.TRAIN_LOSS:
+        return f"the train loss is {train:g}"
+    if fault == Fault.GRADIENTS:
+        return "the host's gradient is not finite"
+    if fault == Fault.VALUES:
+        return first_wrong(state)
+    if fault == Fault.HELD_OUT_LOSS:
+        return f"the held-out loss is {held_out:g}"
+    if fault == Fault.JUMP:
+        median = np.nanmedian(np.asarray(state.governor.losses), axis=0)
+        return (
+            f"the loss jumped by more than {config.deviations:g} deviations: "
+            f"train {train:.4g} (median {median[0]:.4g}), "
+            f"held-out {held_out:.4g} (median {median[1]:.4g})"
+        )
+    best = np.asarray(state.governor.best)
+    return (
+        f"the loss fell back to chance, ln {num_classes}: "
+        f"train {train:.4g} (lowest {best[0]:.4g}), "
+        f"held-out {held_out:.4g} (lowest {best[1]:.4g})"
+    )
+
+
 def first_wrong(state: TrainState) -> str:
-    """Where the first value that is not finite stands; reads the state on the host."""
+    """Names the first value that is not finite; reads the state on the host."""
     for field, tree, wrong, owned in _checks(state):
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
             if not bool(_sound(leaf, wrong, owned)):
@@ -221,7 +257,7 @@ def first_wrong(state: TrainState) -> str:
 
 
 def bad_rows(data: Batch) -> str:
-    """Says so if the data itself holds values that are not finite."""
+    """Says which rows of the data hold values that are not finite, if any."""
     bad = np.zeros(jax.tree.leaves(data)[0].shape[0], bool)
     for leaf in map(np.asarray, jax.tree.leaves(data)):
         if np.issubdtype(leaf.dtype, np.inexact):

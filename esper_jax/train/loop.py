@@ -5,9 +5,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, Key
 
-from esper_jax.growth.evaluation import Batch
+from esper_jax.growth.recipe import Batch
 from esper_jax.growth.reports import TickReport
 from esper_jax.growth.state import TrainState
 from esper_jax.parallel.replicas import check_replicas
@@ -31,21 +31,22 @@ def fit(
 ) -> TrainState:
     """Trains until the state has seen ``ticks`` ticks, one after each epoch.
 
-    The order of the rows in epoch ``e`` depends on ``seed``, ``e`` and the number of
-    rollbacks alone, so a restored state goes on where it stopped. What does not fill a
-    batch at the end of an epoch is left out.
+    The order of the rows in an epoch depends only on ``seed``, the epoch's number and
+    the number of rollbacks, so a restored state goes on where it stopped. Rows that do
+    not fill a batch at the end of an epoch are left out.
 
     Args:
       program: as `build` makes it.
       state: where to start; donated.
       data: ``(x, y)`` to train on, rows first.
-      held_out: ``(x, y)`` that the gates and the controller read.
+      held_out: ``(x, y)`` that the gates and the policy read.
       ticks: where to stop, counted from the beginning of the run.
-      batch_size: rows a step. A restored state must go on with the one that it was
-        trained with: its position in the data is counted in steps.
+      batch_size: rows a step. A restored state must go on with its own batch size,
+        since its position in the data is counted in steps.
       seed: of the order of the rows.
-      on_tick: called after each tick with the state (to read, not to keep: it will be
-        donated) and the report on the host. Not called for a tick that was undone.
+      on_tick: called after each tick with the state and the report on the host. Read
+        the state but do not keep it: it will be donated. Not called for a tick that
+        was undone.
       governor: checks each tick and undoes those that failed.
 
     Returns:
@@ -65,13 +66,12 @@ def fit(
         )
     per_epoch = rows // batch_size
 
-    shuffle = jax.jit(
-        lambda epoch, rollbacks: epoch_order(seed, epoch, rollbacks, rows)
-    )
+    key = jax.random.key(seed)
     if governor is not None:
         governor.start(state)
     while (epoch := int(state.ticks)) < ticks:
-        order = shuffle(np.int32(epoch), np.int32(state.governor.rollbacks))
+        rollbacks = np.int32(state.governor.rollbacks)
+        order = _jitted_order(key, np.int32(epoch), rollbacks, rows)
         order = program.place("order", order, False)
         for _ in range(per_epoch - int(state.step) % per_epoch):
             state = program.step_from(state, data, order, batch_size)
@@ -99,12 +99,24 @@ def epoch_order(
 ) -> Int[Array, " rows"]:
     """The order of the rows in an epoch.
 
-    Another one after a rollback, or the same step would fail again.
+    It changes after a rollback, or the same step would fail again.
+
+    Args:
+      seed: of the run's order; may be traced.
+      epoch: number of the epoch.
+      rollbacks: how many there were since the beginning of the run.
+      rows: number of rows.
     """
+    return _order(jax.random.key(seed), epoch, rollbacks, rows)
+
+
+def _order(key: Key[Array, ""], epoch: Array, rollbacks: Array, rows: int) -> Array:
     stream = epoch.astype(jnp.uint32) + (rollbacks.astype(jnp.uint32) << 24)
-    return jax.random.permutation(
-        jax.random.fold_in(jax.random.key(seed), stream), rows
-    )
+    return jax.random.permutation(jax.random.fold_in(key, stream), rows)
+
+
+_jitted_order = jax.jit(_order, static_argnums=3)
+"""Compiled once for each number of rows, whatever the seed."""
 
 
 def _checked(program: Program, name: str, data: Batch, divided: bool) -> Batch:

@@ -18,7 +18,7 @@ from esper_jax.trees import is_key
 __all__ = ["over_mesh"]
 
 
-def over_mesh(program: "Program", mesh: jax.sharding.Mesh) -> "Program":
+def over_mesh(program: Program, mesh: jax.sharding.Mesh) -> Program:
     """A program whose functions run on all devices of a mesh, for `fit` or by hand.
 
     Each device has the whole state and an equal part of the rows (data parallel).
@@ -28,13 +28,13 @@ def over_mesh(program: "Program", mesh: jax.sharding.Mesh) -> "Program":
       mesh: has that axis and no other.
 
     Returns:
-      The program: ``step`` takes a whole batch, ``tick`` and ``evaluate`` all held-out
-      rows; the devices have to divide them. ``init`` gives a state on all devices;
-      like `Program.init`, it takes a key, and other values if wanted.
+      The program. ``step`` takes a whole batch, ``tick`` and ``evaluate`` take all
+      held-out rows; the devices must divide them. ``init`` returns a state on all
+      devices and takes the arguments of `Program.init`.
 
     Raises:
-      ValueError: if the mesh has another axis than the program, or one that is not
-        Auto; by the functions, if the devices do not divide the rows.
+      ValueError: if the mesh has another axis than the program, or an axis that is
+        not Auto. The functions raise it if the devices do not divide the rows.
     """
     axis_name = program.axis_name
     if axis_name is None or mesh.axis_names != (axis_name,):
@@ -42,8 +42,25 @@ def over_mesh(program: "Program", mesh: jax.sharding.Mesh) -> "Program":
             f"mesh must have one axis, the program's axis_name ({axis_name!r}); got "
             f"{mesh.axis_names}. Give build(..., axis_name=...) the mesh's"
         )
-    everywhere, rows = PartitionSpec(), PartitionSpec(axis_name)
-    check_sharding(NamedSharding(mesh, everywhere))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    divided_rows = NamedSharding(mesh, PartitionSpec(axis_name))
+    check_sharding(everywhere)
+
+    def init(rng: Array, values: Any = None) -> Any:
+        return _start(program, everywhere, rng, () if values is None else (values,))
+
+    def place(name: str, data: Any, divided: bool) -> Any:
+        if divided:
+            check_divides(name, data, mesh.size)
+        sharding = divided_rows if divided else everywhere
+        return jax.tree.map(lambda x: _put(x, sharding), data)
+
+    return program._replace(init=init, place=place, **_mapped(program, mesh))
+
+
+def _mapped(program: Program, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    """The program's functions, jitted and mapped over the devices, by name."""
+    everywhere, rows = PartitionSpec(), PartitionSpec(program.axis_name)
 
     def mapped(function: Any, *specs: PartitionSpec) -> Any:
         return jax.shard_map(
@@ -74,45 +91,39 @@ def over_mesh(program: "Program", mesh: jax.sharding.Mesh) -> "Program":
         check_divides("data", data, mesh.size)
         return mapped(program.evaluate, rows)(state, data)
 
-    def place(name: str, data: Any, divided: bool) -> Any:
-        if divided:
-            check_divides(name, data, mesh.size)
-        sharding = NamedSharding(mesh, rows if divided else everywhere)
-        return jax.tree.map(lambda x: _put(x, sharding), data)
-
-    def init(rng: Array, values: Any = None) -> Any:
-        given = () if values is None else (values,)
-        if jax.process_count() == 1:
-            state = program.init(rng, *given)
-            return jax.device_put(state, NamedSharding(mesh, everywhere))
-
-        # From the host's numbers: with several processes, an array of one of them
-        # cannot be sent to the devices of another.
-        given = jax.tree.map(lambda x: x if is_key(x) else np.asarray(x), given)
-
-        @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, everywhere))
-        def start(data: Array) -> Any:
-            impl = jax.random.key_impl(rng)
-            return program.init(jax.random.wrap_key_data(data, impl=impl), *given)
-
-        return start(np.asarray(jax.random.key_data(rng)))
-
     traces: Counter[str] = Counter()
-    return program._replace(
-        init=init,
-        step=jax.jit(counted(traces, step), donate_argnums=0),
-        step_from=jax.jit(
+    return {
+        "step": jax.jit(counted(traces, step), donate_argnums=0),
+        "step_from": jax.jit(
             counted(traces, step_from), donate_argnums=0, static_argnums=3
         ),
-        tick=jax.jit(counted(traces, tick), donate_argnums=0),
-        evaluate=jax.jit(evaluate),
-        place=place,
-        recompiles=functools.partial(count_recompiles, traces),
-    )
+        "tick": jax.jit(counted(traces, tick), donate_argnums=0),
+        "evaluate": jax.jit(evaluate),
+        "recompiles": functools.partial(count_recompiles, traces),
+    }
+
+
+def _start(
+    program: Program, sharding: NamedSharding, rng: Array, values: tuple[Any, ...]
+) -> Any:
+    """The program's first state, on all devices."""
+    if jax.process_count() == 1:
+        return jax.device_put(program.init(rng, *values), sharding)
+
+    # From the host's numbers: with several processes, an array of one of them cannot be
+    # sent to the devices of another.
+    values = jax.tree.map(lambda x: x if is_key(x) else np.asarray(x), values)
+
+    @functools.partial(jax.jit, out_shardings=sharding)
+    def start(data: Array) -> Any:
+        impl = jax.random.key_impl(rng)
+        return program.init(jax.random.wrap_key_data(data, impl=impl), *values)
+
+    return start(np.asarray(jax.random.key_data(rng)))
 
 
 def _put(x: Any, sharding: NamedSharding) -> Array:
-    """An array that every process has, on all devices of a mesh."""
+    """Puts an array that every process has on all devices of a mesh."""
     if jax.process_count() == 1:
         return jax.device_put(x, sharding)
     host = np.asarray(x)

@@ -1,7 +1,7 @@
-"""Training a model that grows: the step, and the loop around step and tick.
+"""`build` turns a Flax NNX model into a `Program` that trains and grows it.
 
-`build` turns a Flax NNX model into a `Program`: a functional `TrainState` and jitted
-functions of it, none of which recompiles while the model grows. `fit` runs them.
+A program is a functional `TrainState` and jitted functions of it. None of them
+recompiles while the model grows. `fit` runs them.
 """
 
 import functools
@@ -19,8 +19,9 @@ from jaxtyping import Array, Float, Int
 from esper_jax import blueprints
 from esper_jax.chunks import ChunkLayout
 from esper_jax.growth.capacity import grow_capacity
-from esper_jax.growth.evaluation import AT_ONCE, Batch, Loss, evaluate
+from esper_jax.growth.evaluation import evaluate
 from esper_jax.growth.parts import split_model, values_of
+from esper_jax.growth.recipe import Batch, Loss, Recipe
 from esper_jax.growth.reports import TickReport
 from esper_jax.growth.state import Arrays, TrainState
 from esper_jax.growth.tick import tick
@@ -37,31 +38,36 @@ from esper_jax.trees import is_key
 
 __all__ = ["Program", "build", "classification"]
 
+_AT_ONCE = 4
+"""Counterfactuals that are evaluated side by side, which bounds their memory."""
+
 
 class Program(NamedTuple):
-    """A model as jitted functions. ``step``, ``step_from`` and ``tick`` donate the
-    state that they are given.
+    """A model as jitted functions.
+
+    ``step``, ``step_from`` and ``tick`` donate the state that they are given.
 
     Attributes:
-      init: ``init(rng) -> TrainState``, from the values the model had when built;
-        ``init(rng, values)`` from others, as `functional.values_of` gives them.
+      init: ``init(rng) -> TrainState`` starts from the values that the model had when
+        it was built. ``init(rng, values)`` starts from others, as
+        `growth.parts.values_of` returns them.
       step: ``step(state, batch) -> state``: one update from ``batch = (x, y)``.
-      step_from: ``step_from(state, data, order, batch_size) -> state``: the same with
-        the rows of ``data`` that ``order`` names at the state's position.
+      step_from: ``step_from(state, data, order, batch_size) -> state``: one update
+        from the rows of ``data`` that ``order`` names at the state's position.
       tick: ``tick(state, held_out) -> state, TickReport``.
       evaluate: ``evaluate(state, data) -> loss, score``, means over the rows.
       model: ``model(state) -> nnx.Module`` with the state's values.
       grow_capacity: ``grow_capacity(state, capacity) -> state`` with another number of
-        slots, in all layers or by name; see `functional.grow_capacity`. The only thing
-        that makes ``step`` and ``tick`` compile again.
+        slots, in all layers or by name; see `growth.capacity`. Nothing else makes
+        ``step`` and ``tick`` compile again.
       layouts: `ChunkLayout` of each layer that can grow.
       kinds: the blueprints of each layer that can grow.
-      gates: the lifecycle's numbers that it was built with.
-      axis_name: the mapped axis that ``step``, ``tick`` and ``evaluate`` are to be
-        called under, if any.
-      place: ``place(name, data, divided) -> data`` on the devices as the functions want
-        it: ``divided`` among them (a batch, held-out data) or whole (what ``step_from``
-        picks rows of). ``name`` is the argument's, for errors.
+      gates: the lifecycle's numbers that the program was built with.
+      axis_name: the mapped axis under which ``step``, ``tick`` and ``evaluate`` must be
+        called, if any.
+      place: ``place(name, data, divided) -> data`` puts data on the devices as the
+        functions want it: ``divided`` among them (a batch, held-out data) or whole
+        (what ``step_from`` picks rows from). ``name`` is the argument's, for errors.
       recompiles: how often ``step``, ``step_from`` and ``tick`` were compiled again
         after their first time.
     """
@@ -113,19 +119,19 @@ def build(
       optimizer: for the host's parameters.
       blueprint_optimizer: for the banks; runs in each slot (`optim.per_slot`). A
         `PerSlot` is taken as it is.
-      loss: ``loss(outputs, y) -> (loss, score)``, one float of each for every row; the
-        score is what counts as accuracy.
-      lifecycle_config: minima, gates and grafting.
-      controller_config: the heuristic's numbers.
-      decide: what asks for transitions, with the signature of `policy.decide`.
+      loss: ``loss(outputs, y) -> (loss, score)``, one float of each for every row. The
+        score counts as accuracy.
+      lifecycle_config: minimum ages, gates and grafting.
+      controller_config: numbers of the heuristic.
+      decide: the policy, with the signature of `policy.decide`.
       eval_batch: rows that are evaluated at once.
-      axis_name: for several devices, the name of the mapped axis that the rows are
-        divided along. ``step``, ``tick`` and ``evaluate`` are then to be called inside
-        `jax.pmap` or `jax.shard_map` over it, each device with the same state and an
-        equal part of the rows, or through `parallel.over_mesh`. All devices come to the
-        same state. Plain `jax.jit` on arrays that are sharded needs none.
-      debug: each tick compares the states of all devices along ``axis_name``, which
-        must be given, bit for bit, and says in its report whether they agree.
+      axis_name: for several devices, the mapped axis that the rows are divided along.
+        Call ``step``, ``tick`` and ``evaluate`` inside `jax.pmap` or `jax.shard_map`
+        over it, each device with the same state and an equal part of the rows; or use
+        `over_mesh`. All devices come to the same state. Plain `jax.jit` on sharded
+        arrays needs no axis.
+      debug: each tick compares the states of all devices along ``axis_name`` bit for
+        bit, and reports whether they agree. Needs ``axis_name``.
 
     Raises:
       ValueError: if the model holds nothing that can grow, the controller's blueprint
@@ -140,7 +146,6 @@ def build(
             "with it; got None. With plain jit on sharded arrays, call "
             "parallel.check_replicas(state) between ticks instead"
         )
-    gates = lifecycle_config or LifecycleConfig()
     policy = controller_config or ControllerConfig()
     parts = split_model(model, axis_name)
     for name, kinds in parts.kinds.items():
@@ -149,52 +154,55 @@ def build(
                 f"controller blueprint must be an index into the {len(kinds)} "
                 f"blueprints of layer {name!r}, got {policy.blueprint}"
             )
-    bank_optimizer = (
-        blueprint_optimizer
-        if isinstance(blueprint_optimizer, PerSlot)
-        else per_slot(blueprint_optimizer)
+    recipe = Recipe(
+        parts=parts,
+        loss=loss,
+        optimizer=optimizer,
+        bank_optimizer=(
+            blueprint_optimizer
+            if isinstance(blueprint_optimizer, PerSlot)
+            else per_slot(blueprint_optimizer)
+        ),
+        gates=lifecycle_config or LifecycleConfig(),
+        policy=policy,
+        decide=decide,
+        eval_batch=eval_batch,
+        # JAX cannot vmap a branch whose operands vary along a mapped axis.
+        at_once=_AT_ONCE if axis_name is None else 1,
+        axis_name=axis_name,
+        debug=debug,
     )
     initial = jax.tree.map(
         lambda v: v if is_key(v) else np.asarray(v), values_of(model)
     )
-    measure = functools.partial(evaluate, parts, loss, eval_batch, axis_name)
+    return _program(recipe, initial)
+
+
+def _program(recipe: Recipe, initial: Arrays) -> Program:
+    """The jitted functions of a recipe, with the values that a run starts from."""
+    parts, traces = recipe.parts, Counter[str]()
 
     def step(state: TrainState, batch: Batch) -> TrainState:
-        return train_step(
-            parts, loss, optimizer, bank_optimizer, axis_name, state, batch
-        )
+        return train_step(recipe, state, batch)
 
     def step_from(
         state: TrainState, data: Batch, order: Array, batch_size: int
     ) -> TrainState:
         position = state.step % (order.shape[0] // batch_size) * batch_size
-        if axis_name is not None:
-            batch_size //= collectives.axis_size(axis_name)
-            position += jax.lax.axis_index(axis_name) * batch_size
+        if recipe.axis_name is not None:
+            batch_size //= collectives.axis_size(recipe.axis_name)
+            position += jax.lax.axis_index(recipe.axis_name) * batch_size
         rows = jax.lax.dynamic_slice_in_dim(order, position, batch_size)
         return step(state, jax.tree.map(lambda a: a[rows], data))
 
     def one_tick(state: TrainState, held_out: Batch) -> tuple[TrainState, TickReport]:
-        return tick(
-            parts,
-            measure,
-            bank_optimizer,
-            gates,
-            policy,
-            state,
-            held_out,
-            decide,
-            compare_along=axis_name if debug else None,
-            # JAX cannot vmap a branch whose operands vary along a mapped axis.
-            at_once=AT_ONCE if axis_name is None else 1,
-        )
+        return tick(recipe, state, held_out)
 
     # The values are an argument: as constants of the program they would cost seconds.
     @jax.jit
     def init(values: Arrays, rng: Array) -> TrainState:
-        return initial_state(parts, optimizer, bank_optimizer, values, rng)
+        return initial_state(recipe, values, rng)
 
-    traces: Counter[str] = Counter()
     return Program(
         init=lambda rng, values=initial: init(values, rng),
         step=jax.jit(counted(traces, step), donate_argnums=0),
@@ -202,16 +210,18 @@ def build(
             counted(traces, step_from), donate_argnums=0, static_argnums=3
         ),
         tick=jax.jit(counted(traces, one_tick), donate_argnums=0),
-        evaluate=jax.jit(lambda state, data: measure(parts.values(state), data)),
+        evaluate=jax.jit(
+            lambda state, data: evaluate(recipe, parts.values(state), data)
+        ),
         # Copies: the state's own arrays are gone once it is donated.
         model=lambda state: parts.merge(
             jax.tree.map(jnp.copy, parts.values(state)), train=True, alone=True
         ),
-        grow_capacity=functools.partial(grow_capacity, parts, bank_optimizer),
+        grow_capacity=functools.partial(grow_capacity, recipe),
         layouts=parts.layouts,
         kinds=parts.kinds,
-        gates=gates,
-        axis_name=axis_name,
+        gates=recipe.gates,
+        axis_name=recipe.axis_name,
         place=lambda name, data, divided: jax.tree.map(jnp.asarray, data),
         recompiles=functools.partial(count_recompiles, traces),
     )

@@ -4,32 +4,19 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Int
 
 from esper_jax import lifecycle
+from esper_jax.growth.reports import SeedMoves, moves_of
 from esper_jax.growth.state import TrainState
 from esper_jax.lifecycle.commands import Commands
 from esper_jax.lifecycle.rules import LifecycleConfig
 from esper_jax.lifecycle.signals import Signals
-from esper_jax.lifecycle.stages import NO_REQUEST, Stage
+from esper_jax.lifecycle.stages import NO_REQUEST, Stage, is_active
 from esper_jax.lifecycle.state import SeedState
 from esper_jax.train.faults import Fault
 
-__all__ = ["LayerRetreat", "Rollback", "TrainingStopped", "retreat"]
-
-
-@struct.dataclass
-class LayerRetreat:
-    """What a rollback did to the seeds of one layer, each field one entry a seed."""
-
-    source: Int[Array, " S"]
-    target: Int[Array, " S"]
-    """The stage requested, -1 for none."""
-    outcome: Int[Array, " S"]
-    slot: Int[Array, " S"]
-    epochs: Int[Array, " S"]
-    errors: Int[Array, " S"]
+__all__ = ["Rollback", "TrainingStopped", "retreat"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,23 +24,23 @@ class Rollback:
     """One return to the last good state."""
 
     number: int
-    """Counted from the beginning of the run, from 1."""
+    """Counted from 1 since the beginning of the run."""
     failed_tick: int
     tick: int
     """The tick that training went back to."""
     fault: Fault
     reason: str
-    layers: dict[str, LayerRetreat]
-    """Host arrays, by layer."""
+    layers: dict[str, SeedMoves]
+    """What became of the seeds of each layer, as host arrays."""
 
 
 class TrainingStopped(RuntimeError):
     """Rollbacks did not help.
 
     Attributes:
-      state: the last good state, its active seeds rolled back; to be saved. It may go
-        on from there, with rows in another order.
-      rollback: the last one.
+      state: the last good state with its active seeds rolled back. Save it: training
+        can go on from it, with rows in another order.
+      rollback: the last rollback.
     """
 
     def __init__(self, message: str, state: TrainState, rollback: Rollback) -> None:
@@ -67,14 +54,14 @@ def retreat(
     rollbacks: Int[Array, ""],
     consecutive: Int[Array, ""],
     gates: LifecycleConfig,
-) -> tuple[TrainState, dict[str, LayerRetreat]]:
-    """Leaves a good state on another way than the one that failed. Pure and jittable.
+) -> tuple[TrainState, dict[str, SeedMoves]]:
+    """Leaves a good state on another way than the one that failed; pure and jittable.
 
     Args:
       state: the good state.
-      rollbacks: how many there were in all, this one included.
-      consecutive: how many in a row, this one included.
-      gates: of the lifecycle.
+      rollbacks: number of rollbacks in all, this one included.
+      consecutive: number of rollbacks in a row, this one included.
+      gates: the rules of the lifecycle.
 
     Returns:
       The state with its active seeds rolled back and another random key, and what
@@ -93,13 +80,10 @@ def retreat(
     ), report
 
 
-def _roll_back(
-    layer: SeedState, gates: LifecycleConfig
-) -> tuple[SeedState, LayerRetreat]:
-    active = (layer.stage >= Stage.TRAINING) & (layer.stage <= Stage.FINE_TUNING)
+def _roll_back(layer: SeedState, gates: LifecycleConfig) -> tuple[SeedState, SeedMoves]:
     waiting = layer.stage == Stage.GERMINATED
     nothing = jnp.full(layer.stage.shape, NO_REQUEST, jnp.int8)
-    target = jnp.where(active, jnp.int8(Stage.ROLLED_BACK), nothing)
+    target = jnp.where(is_active(layer.stage), jnp.int8(Stage.ROLLED_BACK), nothing)
     target = jnp.where(waiting, jnp.int8(Stage.CANCELLED), target)
     after, outcome = lifecycle.transition(
         layer,
@@ -107,11 +91,4 @@ def _roll_back(
         Signals.unmeasured(),
         gates,
     )
-    return after, LayerRetreat(
-        source=layer.stage,
-        target=target,
-        outcome=outcome,
-        slot=layer.slot_of_seed,
-        epochs=layer.epochs_in_stage,
-        errors=layer.error_count,
-    )
+    return after, SeedMoves(**moves_of(layer, after, target, outcome))

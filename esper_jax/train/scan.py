@@ -6,14 +6,15 @@ in its `TrainState`. Thousands of small runs then train side by side on one GPU.
 """
 
 from collections.abc import Callable
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 from flax import nnx, struct
 from jaxtyping import Array, Float, Int, Key
 
-from esper_jax.growth.evaluation import Batch
 from esper_jax.growth.parts import values_of
+from esper_jax.growth.recipe import Batch
 from esper_jax.growth.reports import TickReport
 from esper_jax.growth.state import Arrays, TrainState
 from esper_jax.train.loop import epoch_order
@@ -26,7 +27,7 @@ __all__ = ["ScanReport", "scan_fit", "start_from"]
 class ScanReport:
     """What a run did, each field with a leading axis of its ticks."""
 
-    ticks: TickReport
+    ticks: Annotated[TickReport, "with a leading axis"]
     watched: Float[Array, "ticks 2"]
     """Loss and score on the data that nobody reads, of the same model as the tick's
     held-out loss; NaN where there is none."""

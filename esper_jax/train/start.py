@@ -2,29 +2,29 @@
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Key
 
-from esper_jax.growth.parts import ModelParts
+from esper_jax.growth.recipe import Recipe
 from esper_jax.growth.state import Arrays, GovernorMemory, Monitor, TrainState
-from esper_jax.optim import PerSlot
 from esper_jax.policy.memory import init_memory
 
 __all__ = ["initial_state"]
 
 _CONTROLLER = 0x5EED
-"""Folded into the run's key for the controller's; not 0 or 1, which fold as splitting
-does."""
+"""Folded into the run's key to give the policy's key.
+
+Not 0 or 1, since folding with those equals splitting."""
 
 
-def initial_state(
-    parts: ModelParts,
-    optimizer: optax.GradientTransformation,
-    bank_optimizer: PerSlot,
-    initial: Arrays,
-    rng: Key[Array, ""],
-) -> TrainState:
-    """The state before the first step."""
+def initial_state(recipe: Recipe, initial: Arrays, rng: Key[Array, ""]) -> TrainState:
+    """The state before the first step.
+
+    Args:
+      recipe: holds the model and the optimizers.
+      initial: values of the model's variables, by name.
+      rng: random key of the run.
+    """
+    parts = recipe.parts
     values = jax.tree.map(jnp.array, initial)
     banks, seeds = parts.take(values, "bank"), parts.take(values, "seeds")
     for bed in parts.beds.values():
@@ -38,9 +38,11 @@ def initial_state(
         ticks=jnp.zeros((), jnp.int32),
         rng=jnp.array(rng),
         params=params,
-        opt_state=optimizer.init(params),
+        opt_state=recipe.optimizer.init(params),
         banks=banks,
-        bank_opt={layer: bank_optimizer.init(bank) for layer, bank in banks.items()},
+        bank_opt={
+            layer: recipe.bank_optimizer.init(bank) for layer, bank in banks.items()
+        },
         seeds=seeds,
         rest=values,
         memory=init_memory(

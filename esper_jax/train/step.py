@@ -2,17 +2,17 @@
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Key
 
-from esper_jax.blueprints.bank import Bank
+from esper_jax.blueprints import Bank
 from esper_jax.growth import gradients
-from esper_jax.growth.evaluation import Batch, Loss
-from esper_jax.growth.parts import ModelParts, values_of
+from esper_jax.growth.parts import values_of
+from esper_jax.growth.recipe import Batch, Recipe
 from esper_jax.growth.state import Arrays, TrainState
 from esper_jax.lifecycle.state import (
     SeedState,
@@ -20,24 +20,68 @@ from esper_jax.lifecycle.state import (
     slot_coefficients,
     start_tick,
 )
-from esper_jax.optim import PerSlot
 from esper_jax.parallel import collectives
 from esper_jax.trees import is_key
 
 __all__ = ["train_step"]
 
 
-def train_step(
-    parts: ModelParts,
-    loss: Loss,
-    optimizer: optax.GradientTransformation,
-    bank_optimizer: PerSlot,
-    axis_name: str | None,
-    state: TrainState,
-    batch: Batch,
-) -> TrainState:
-    """One update of host and blueprints."""
-    x, y = batch
+def train_step(recipe: Recipe, state: TrainState, batch: Batch) -> TrainState:
+    """One update of host and blueprints.
+
+    Args:
+      recipe: holds the model, its loss and the optimizers.
+      state: of the run.
+      batch: ``(x, y)``, rows first.
+    """
+    learned = _learn(recipe, state, batch)
+    updates, opt_state = recipe.optimizer.update(
+        learned.params, state.opt_state, state.params
+    )
+    seeds, banks, bank_opt = {}, {}, {}
+    for name in state.seeds:
+        seeds[name], banks[name], bank_opt[name] = _update_bank(
+            recipe, state, name, learned
+        )
+    monitor = dataclasses.replace(
+        state.monitor,
+        gradients=_add_gradients(recipe, state, learned),
+        train_loss=state.monitor.train_loss + learned.loss,
+        grad_norm=state.monitor.grad_norm + optax.tree.norm(learned.params),
+        steps=state.monitor.steps + 1,
+    )
+    return dataclasses.replace(
+        state,
+        step=state.step + 1,
+        params=optax.apply_updates(state.params, updates),
+        opt_state=opt_state,
+        seeds=seeds,
+        banks=banks,
+        bank_opt=bank_opt,
+        rest=learned.rest,
+        monitor=monitor,
+    )
+
+
+class _Learned(NamedTuple):
+    """What one forward and backward pass gives."""
+
+    loss: Float[Array, ""]
+    params: Arrays
+    """Gradients of the host's parameters."""
+    banks: dict[str, Bank]
+    """Gradients of the banks, by layer."""
+    gains: dict[str, Float[Array, " K"]]
+    """Gradients with respect to alpha, by layer."""
+    seeds: dict[str, SeedState]
+    """Seeds that hold what this pass alone measured, by layer."""
+    rest: Arrays
+    """The model's other variables afterwards."""
+
+
+def _learn(recipe: Recipe, state: TrainState, batch: Batch) -> _Learned:
+    """Loss and gradients of one batch."""
+    (x, y), parts, axis_name = batch, recipe.parts, recipe.axis_name
     trained = (state.params, state.banks, parts.take(state.rest, "probe"))
     rest = state.rest
     if axis_name is not None:
@@ -50,60 +94,43 @@ def train_step(
             state, params=params, banks=banks, rest=rest, seeds=unmeasured
         )
         model = parts.merge(parts.values(current, probes), train=True)
-        losses, _ = loss(model(x), y)
+        losses, _ = recipe.loss(model(x), y)
         return jnp.mean(losses), values_of(model)
 
     (value, after), grads = jax.value_and_grad(
         objective, argnums=(0, 1, 2), has_aux=True
     )(*trained)
-    value, (grads, bank_grads, gains) = collectives.mean((value, grads), axis_name)
+    value, (params, banks, gains) = collectives.mean((value, grads), axis_name)
+    return _Learned(
+        loss=value,
+        params=params,
+        banks=banks,
+        gains=gains,
+        seeds=parts.take(after, "seeds"),
+        rest=_shared(state.rest, after, axis_name),
+    )
 
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    seeds, banks, bank_opt = {}, {}, {}
-    for name, measured in parts.take(after, "seeds").items():
-        seeds[name], banks[name], bank_opt[name] = _update_bank(
-            bank_optimizer,
-            state.seeds[name],
-            measured,
-            state.banks[name],
-            state.bank_opt[name],
-            bank_grads[name],
-            gains[name],
-            state.step,
-        )
-    sums = {
+
+def _add_gradients(
+    recipe: Recipe, state: TrainState, learned: _Learned
+) -> dict[str, gradients.GradientSums]:
+    """The tick's sums of gradient norms with this step's, by layer."""
+    parts = recipe.parts
+    return {
         name: gradients.add(
             state.monitor.gradients[name],
-            parts.host_weights(grads, name),
-            bank_grads[name],
+            parts.host_weights(learned.params, name),
+            learned.banks[name],
             state.seeds[name],
             parts.layouts[name],
             owns=parts.has_base(name),
         )
         for name in parts.beds
     }
-    monitor = dataclasses.replace(
-        state.monitor,
-        gradients=sums,
-        train_loss=state.monitor.train_loss + value,
-        grad_norm=state.monitor.grad_norm + optax.tree.norm(grads),
-        steps=state.monitor.steps + 1,
-    )
-    return dataclasses.replace(
-        state,
-        step=state.step + 1,
-        params=optax.apply_updates(state.params, updates),
-        opt_state=opt_state,
-        seeds=seeds,
-        banks=banks,
-        bank_opt=bank_opt,
-        rest=_shared(state.rest, after, axis_name),
-        monitor=monitor,
-    )
 
 
 def _own(rest: Arrays, axis_name: str) -> Arrays:
-    """The other variables as one device uses them: random streams of its own."""
+    """The other variables as one device uses them, with random streams of its own."""
 
     def own(x: Array) -> Array:
         if is_key(x):
@@ -122,8 +149,11 @@ def _fold(keys: Key[Array, "*N"], data: Array) -> Key[Array, "*N"]:
 
 
 def _shared(before: Arrays, after: Arrays, axis_name: str | None) -> Arrays:
-    """The other variables after a step: their mean over the devices (as of batch
-    statistics). The random streams stay those that all devices share."""
+    """The other variables after a step.
+
+    Floating ones, such as batch statistics, become their mean over the devices. Random
+    streams stay those that all devices share.
+    """
 
     if axis_name is None:
         return {name: after[name] for name in before}
@@ -148,28 +178,27 @@ def _shared(before: Arrays, after: Arrays, axis_name: str | None) -> Arrays:
 
 
 def _update_bank(
-    optimizer: PerSlot,
-    seeds: SeedState,
-    measured: SeedState,
-    bank: Bank,
-    opt_state: Any,
-    grads: Bank,
-    gain: Float[Array, " K"],
-    step: Int[Array, ""],
+    recipe: Recipe, state: TrainState, name: str, learned: _Learned
 ) -> tuple[SeedState, Bank, Any]:
-    """Updates the slots that learn; one whose gradient is not finite waits a step.
+    """Updates the slots of a layer that learn.
 
-    That, and a correction that is not finite in a slot that only counts, is an error.
-    ``measured`` holds what this step alone measured.
+    A slot whose gradient is not finite waits a step. That is an error; so is, in a slot
+    that only counts, a correction that is not finite.
     """
+    seeds, bank, opt_state = state.seeds[name], state.banks[name], state.bank_opt[name]
+    measured, grads, gain = (
+        learned.seeds[name],
+        learned.banks[name],
+        learned.gains[name],
+    )
     alpha, beta, _ = slot_coefficients(seeds)
     finite = _finite_slots(grads) & jnp.isfinite(gain)
     learning = beta != 0
     living = learning | (alpha != 0)
 
     def update() -> tuple[Bank, Any]:
-        updates, new = optimizer.update(
-            grads, opt_state, bank, active=learning & finite, step=step
+        updates, new = recipe.bank_optimizer.update(
+            grads, opt_state, bank, active=learning & finite, step=state.step
         )
         return optax.apply_updates(bank, updates), new
 

@@ -11,8 +11,10 @@ _T = TypeVar("_T")
 
 
 def counted(traces: Counter[str], function: Callable[..., _T]) -> Callable[..., _T]:
-    """A function that counts its calls by name: inside `jax.jit`, how often it was
-    traced, and so compiled."""
+    """Wraps a function so that its calls are counted by name.
+
+    Inside `jax.jit` that is how often it was traced, and so compiled.
+    """
 
     @functools.wraps(function)
     def wrapper(*args: Any) -> _T:
@@ -23,5 +25,5 @@ def counted(traces: Counter[str], function: Callable[..., _T]) -> Callable[..., 
 
 
 def count_recompiles(traces: Counter[str]) -> int:
-    """How often what `counted` counts was traced again after its first time."""
+    """How often the counted functions were traced again after their first time."""
     return sum(n - 1 for n in traces.values())

@@ -10,8 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int
 
-from esper_jax.blueprints.bank import Bank, init_bank
-from esper_jax.blueprints.custom import Blueprint, Custom
+from esper_jax.blueprints import Bank, Blueprint, Custom, init_bank
 from esper_jax.chunks import ChunkLayout
 from esper_jax.kernels.blend import reference, sharded, triton
 from esper_jax.kernels.blend.sharded import check_sharding

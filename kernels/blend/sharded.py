@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from esper_jax.blueprints.bank import Bank
+from esper_jax.blueprints import Bank
 from esper_jax.chunks import ChunkLayout
 from esper_jax.lifecycle.signals import Statistics
 

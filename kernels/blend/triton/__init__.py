@@ -19,9 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from esper_jax.blueprints.bank import Bank, hidden_width
-from esper_jax.blueprints.custom import Blueprint, Custom
-from esper_jax.blueprints.dense import Dense
+from esper_jax.blueprints import Bank, Blueprint, Custom, Dense, hidden_width
 from esper_jax.chunks import ChunkLayout
 from esper_jax.kernels.blend.config import Config, choose
 from esper_jax.kernels.blend.triton.launch import backward_pass, forward_pass

@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array
 
-from esper_jax.blueprints.bank import Bank
+from esper_jax.blueprints import Bank
 from esper_jax.chunks import ChunkLayout
 from esper_jax.kernels.blend.config import Blocks
 from esper_jax.kernels.blend.triton import matrix, narrow

@@ -11,9 +11,7 @@ import numpy as np
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array
 
-from esper_jax.blueprints.bank import hidden_width
-from esper_jax.blueprints.custom import Blueprint
-from esper_jax.blueprints.dense import Dense
+from esper_jax.blueprints import Blueprint, Dense, hidden_width
 from esper_jax.chunks import ChunkLayout
 from esper_jax.kernels.blend.config import Config, power_of_two
 from esper_jax.lifecycle.stages import Incubation

@@ -1,0 +1,121 @@
+"""The two kinds of blueprint: `Dense`, the built-in form, and `Custom`."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+__all__ = ["ACTIVATIONS", "Blueprint", "Custom", "Dense"]
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": jax.nn.gelu,
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+    "tanh": jnp.tanh,
+    "identity": lambda x: x,
+}
+"""Activations of the built-in blueprints; each maps 0 to 0."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Dense:
+    """A built-in blueprint: which parts of the common form it uses.
+
+    Args:
+      name: its name.
+      expansion: hidden width over chunk width; 0 for no hidden layer.
+      activation: a key of `ACTIVATIONS`.
+      bias: whether ``b1`` and ``b2`` are used.
+      scale: whether ``scale`` is used.
+    """
+
+    name: str
+    expansion: float = 0.0
+    activation: str = "identity"
+    bias: bool = False
+    scale: bool = False
+
+    def __post_init__(self) -> None:
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(
+                f"activation must be one of {sorted(ACTIVATIONS)}, "
+                f"got {self.activation!r}"
+            )
+        if not (math.isfinite(self.expansion) and self.expansion >= 0):
+            raise ValueError(
+                f"expansion must be a finite number, at least 0; got {self.expansion}"
+            )
+
+    def hidden(self, width: int) -> int:
+        """Hidden width over a chunk of ``width`` features."""
+        return max(1, round(self.expansion * width)) if self.expansion else 0
+
+    def param_count(
+        self, width: int, widest: int | None = None, features: int | None = None
+    ) -> int:
+        """Number of parameters over a chunk of ``width`` features.
+
+        All chunks of a layer have the hidden width of its ``widest`` chunk (default:
+        ``width``).
+        """
+        h = self.hidden(width if widest is None else widest)
+        biases = (h + width) if self.bias else 0
+        return 2 * h * width + biases + (width if self.scale else 0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Custom:
+    """A blueprint of your own. It runs through the plain JAX path of `blend`.
+
+    Args:
+      name: its name.
+      init: ``init(key, width) -> params``, a pytree of float arrays. If ``reads`` is
+        ``"layer"``, ``init(key, width, features)``. Fresh parameters should give a
+        correction of 0, so that a newborn is the identity.
+      apply: ``apply(params, y) -> correction``, float32 of shape (N, C). Where chunks
+        are uneven, a narrow chunk has a last column of zeros; the correction in that
+        column is dropped.
+      reads: what ``y`` is: the seed's ``"chunk"``, (N, C), or the whole ``"layer"``,
+        (N, F), float32. The blueprint writes its chunk either way.
+    """
+
+    name: str
+    init: Callable[..., Any]
+    apply: Callable[[Any, Any], Any]
+    reads: Literal["chunk", "layer"] = "chunk"
+
+    def __post_init__(self) -> None:
+        if self.reads not in ("chunk", "layer"):
+            raise ValueError(f"reads must be 'chunk' or 'layer', got {self.reads!r}")
+
+    def fresh(self, key: Any, width: int, features: int | None) -> Any:
+        """New parameters for a chunk of ``width`` of a layer's ``features``."""
+        if self.reads == "chunk":
+            return self.init(key, width)
+        if features is None:
+            raise ValueError(
+                f"features must be given: blueprint {self.name!r} reads the whole layer"
+            )
+        return self.init(key, width, features)
+
+    def param_count(
+        self, width: int, widest: int | None = None, features: int | None = None
+    ) -> int:
+        """Number of parameters over a chunk of ``width`` of a layer's ``features``.
+
+        Parameters are made for the layer's ``widest`` chunk (default: ``width``). How
+        many of them a narrower chunk leaves idle is not known here, so all count.
+        """
+        made_for = width if widest is None else widest
+        shapes = jax.eval_shape(
+            lambda: self.fresh(jax.random.key(0), made_for, features)
+        )
+        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+
+
+Blueprint = Dense | Custom
+"""What may grow in a slot."""
