@@ -45,12 +45,17 @@ def _is_array(hint: Any) -> bool:
 
 
 def _is_struct(hint: Any) -> bool:
-    return isinstance(hint, type) and hasattr(hint, "_flax_dataclass")
+    """Whether it is a flax dataclass or a named tuple."""
+    return isinstance(hint, type) and (
+        hasattr(hint, "_flax_dataclass") or hasattr(hint, "_fields")
+    )
 
 
 @functools.cache
 def _field_hints(struct: type) -> dict[str, Any]:
     hints = typing.get_type_hints(struct, include_extras=True)
+    if hasattr(struct, "_fields"):
+        return {name: hints[name] for name in struct._fields if name in hints}
     return {f.name: hints[f.name] for f in dataclasses.fields(struct)}
 
 
