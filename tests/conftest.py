@@ -7,6 +7,7 @@ import pathlib
 import tempfile
 
 import pytest
+import shape_checks
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "lifecycle.json"
 
@@ -46,6 +47,7 @@ def pytest_configure(config: pytest.Config) -> None:
         config.add_cleanup(cache.cleanup)
         os.environ["JAX_COMPILATION_CACHE_DIR"] = cache.name
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    shape_checks.install()
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

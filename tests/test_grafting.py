@@ -155,27 +155,6 @@ def test_a_strategy_may_change_in_the_middle_of_a_ramp(number: int) -> None:
     assert_equals_model(random_signals(number), strategies)
 
 
-def test_calm_signals_give_the_linear_ramp_for_every_strategy() -> None:
-    alpha = climb(constant(), repeated(STRATEGIES)).alpha
-    t = np.arange(EPOCHS)[:, None]
-    ramp = np.asarray(CONFIG.min_alpha) + t / np.asarray(CONFIG.ramp_duration)
-    expected = np.minimum(ramp, np.asarray(CONFIG.max_alpha))
-    np.testing.assert_allclose(alpha, expected, rtol=0, atol=1e-5)
-    linear = alpha[:, Strategy.LINEAR == STRATEGIES]
-    for strategy in Strategy:
-        np.testing.assert_array_equal(alpha[:, strategy == STRATEGIES], linear)
-
-
-@few
-@given(numbers)
-def test_alpha_is_bounded_and_only_stability_steps_back(number: int) -> None:
-    alpha = climb(random_signals(number), repeated(STRATEGIES)).alpha
-    assert np.all(alpha >= np.asarray(CONFIG.min_alpha, np.float32))
-    assert np.all(alpha <= np.asarray(CONFIG.max_alpha, np.float32))
-    falls = np.any(np.diff(alpha, axis=0) < 0, axis=0)
-    assert not np.any(falls & (STRATEGIES != Strategy.STABILITY))
-
-
 @few
 @given(numbers)
 def test_no_pause_is_skipped(number: int) -> None:

@@ -84,9 +84,9 @@ def put(state, layer, seed, stage, slot=0, bank=None):
 
 
 def random_bank(bank, scale=0.3):
-    keys = iter(jax.random.split(jax.random.key(9), 8))
+    rng = np.random.default_rng(9)  # numpy's: nothing to compile
     return jax.tree.map(
-        lambda leaf: scale * jax.random.normal(next(keys), leaf.shape), bank
+        lambda leaf: jnp.asarray(scale * rng.normal(size=leaf.shape), leaf.dtype), bank
     )
 
 
@@ -331,7 +331,10 @@ def test_signals_of_a_tick(program):
 def test_stability_of_a_loss_below_zero_and_after_an_infinite_one(program, first):
     monitor = program.init(jax.random.key(0)).monitor
     monitor = dataclasses.replace(
-        monitor, initial_loss=first, loss_mean=-2.0, loss_variance=1.0
+        monitor,
+        initial_loss=jnp.float32(first),
+        loss_mean=jnp.float32(-2.0),
+        loss_variance=jnp.float32(1.0),
     )
     state = dataclasses.replace(start(program), monitor=monitor)
     measured = measure(

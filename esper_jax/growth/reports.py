@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt
 
 from esper_jax.lifecycle.signals import Signals
 from esper_jax.lifecycle.state import SeedState
@@ -22,9 +22,9 @@ class SeedMoves:
     """The stage requested, -1 for none."""
     slot: Int[Array, " S"]
     """The slot owned before or after, -1 for none."""
-    epochs: Int[Array, " S"]
+    epochs: UInt[Array, " S"]
     """Epochs in the source stage."""
-    errors: Int[Array, " S"]
+    errors: UInt[Array, " S"]
     """Steps with gradients that were not finite, since germination."""
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Int, Integer, UInt
 
 from esper_jax.lifecycle.grafting import GraftConfig
 from esper_jax.lifecycle.signals import Signals
@@ -202,7 +202,7 @@ LEGAL_PAIRS = [
 
 def minimum_epochs(
     stage: Int[Array, "*S"], config: LifecycleConfig
-) -> Int[Array, "*S"]:
+) -> UInt[Array, "*S"]:
     """``config.min_epochs[stage]`` for every seed, uint16.
 
     Written with selects, which vectorise where a gather does not.
@@ -216,7 +216,7 @@ def minimum_epochs(
 
 def gates_pass(
     state: SeedState,
-    target: Int[Array, "*S"],
+    target: Integer[Array, "*S"],
     signals: Signals,
     config: LifecycleConfig,
 ) -> Bool[Array, "*S"]:

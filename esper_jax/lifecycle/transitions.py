@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Int, UInt
 
 from esper_jax.lifecycle import grafting
 from esper_jax.lifecycle.commands import Commands
@@ -36,9 +36,9 @@ class _Verdict(NamedTuple):
 
     outcome: Int[Array, " S"]
     """`Outcome`, int8."""
-    target: Int[Array, " S"]
+    target: UInt[Array, " S"]
     """The stage that was requested, uint8; 0 where none was."""
-    entry: Int[Array, " S"]
+    entry: UInt[Array, " S"]
     """Source and target as one byte of the history, uint8."""
 
 

@@ -6,6 +6,7 @@ and vmap it: over random seeds, over the model's values, over any array of its
 """
 
 from collections.abc import Callable
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ __all__ = ["ScanReport", "scan_fit", "start_from"]
 class ScanReport:
     """What happened in a run. Every array has a leading axis of ticks."""
 
-    ticks: TickReport
+    ticks: Annotated[TickReport, "with a leading axis"]
     watched: Float[Array, "ticks 2"]
     """Loss and score on the watched data, of the same model as the tick's held-out
     loss, float32; NaN without watched data. Nothing in the run reads them."""
