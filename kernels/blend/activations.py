@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from esper_jax.blueprints.custom import Blueprint
-from esper_jax.blueprints.dense import Dense
+from esper_jax.blueprints import Blueprint, Dense
 
 __all__ = ["ACTIVATIONS", "EXACT", "Functions", "activate", "gelu_gate"]
 

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int
 
-from esper_jax.blueprints.bank import Bank
-from esper_jax.blueprints.custom import Blueprint
+from esper_jax.blueprints import Bank, Blueprint
 from esper_jax.chunks import ChunkLayout
 from esper_jax.kernels.blend import sharded, vjp
 from esper_jax.kernels.blend.backend import Results

@@ -7,9 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from esper_jax.blueprints.bank import init_bank
-from esper_jax.blueprints.custom import Blueprint
-from esper_jax.blueprints.registry import resolve
+from esper_jax.blueprints import Blueprint, init_bank, resolve
 from esper_jax.chunks import ChunkLayout
 from esper_jax.lifecycle.stages import Incubation
 

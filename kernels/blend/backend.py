@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from jaxtyping import Array, Float
 
-from esper_jax.blueprints.bank import Bank
+from esper_jax.blueprints import Bank
 from esper_jax.kernels.blend.static import Slots, Static
 from esper_jax.lifecycle.signals import Statistics
 

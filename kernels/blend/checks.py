@@ -8,8 +8,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jaxtyping import Array
 
-from esper_jax.blueprints.bank import Bank, init_bank
-from esper_jax.blueprints.custom import Custom
+from esper_jax.blueprints import Bank, Custom, init_bank
 from esper_jax.kernels.blend import sharded
 from esper_jax.kernels.blend.static import Slots, Static
 from esper_jax.lifecycle.stages import Incubation

@@ -9,9 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from esper_jax.blueprints.bank import Bank
-from esper_jax.blueprints.custom import Blueprint, Custom
-from esper_jax.blueprints.dense import ACTIVATIONS
+from esper_jax.blueprints import ACTIVATIONS, Bank, Blueprint, Custom
 from esper_jax.chunks import ChunkLayout
 from esper_jax.lifecycle.signals import Statistics
 from esper_jax.lifecycle.stages import Incubation

@@ -12,9 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from esper_jax.blueprints.bank import Bank, dense_masks
-from esper_jax.blueprints.custom import Blueprint, Custom
-from esper_jax.blueprints.dense import ACTIVATIONS, Dense
+from esper_jax.blueprints import (
+    ACTIVATIONS,
+    Bank,
+    Blueprint,
+    Custom,
+    Dense,
+    dense_masks,
+)
 from esper_jax.chunks import ChunkLayout
 from esper_jax.kernels.blend.backend import Backend
 from esper_jax.kernels.blend.static import NEAR_ZERO, Slots, Static

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from esper_jax.blueprints.bank import Bank
+from esper_jax.blueprints import Bank
 from esper_jax.chunks import ChunkLayout
 from esper_jax.kernels.blend.backend import Results
 from esper_jax.kernels.blend.static import Slots, Static

@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from esper_jax.blueprints.bank import hidden_width
-from esper_jax.blueprints.custom import Blueprint
+from esper_jax.blueprints import Blueprint, hidden_width
 from esper_jax.chunks import ChunkLayout
 from esper_jax.lifecycle.stages import Incubation
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from esper_jax.blueprints.bank import Bank
+from esper_jax.blueprints import Bank
 from esper_jax.kernels.blend.backend import Backend, Results
 from esper_jax.kernels.blend.static import Slots, Static
 

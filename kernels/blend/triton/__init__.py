@@ -19,8 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from esper_jax.blueprints.bank import Bank
-from esper_jax.blueprints.custom import Custom
+from esper_jax.blueprints import Bank, Custom
 from esper_jax.kernels.blend.activations import ACTIVATIONS
 from esper_jax.kernels.blend.backend import Backend
 from esper_jax.kernels.blend.static import Slots, Static

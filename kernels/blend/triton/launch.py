@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array
 
-from esper_jax.blueprints.bank import Bank
+from esper_jax.blueprints import Bank
 from esper_jax.kernels.blend.static import Slots
 from esper_jax.kernels.blend.triton.blocks import Blocks
 from esper_jax.kernels.blend.triton.refs import Refs

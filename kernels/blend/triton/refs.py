@@ -120,7 +120,7 @@ def index_range(size: int) -> Array:
 
 
 def both(rows: Any, columns: Any, shape: tuple[int, ...]) -> Array | None:
-    """The mask of a tile, from those of its rows and its columns; None masks nothing."""
+    """The mask of a tile, from masks of its rows and columns; None masks nothing."""
     if rows is None and columns is None:
         return None
     if rows is None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from jaxtyping import Array
 
-from esper_jax.blueprints.dense import Dense
+from esper_jax.blueprints import Dense
 from esper_jax.kernels.blend import activations
 from esper_jax.kernels.blend.static import Static
 from esper_jax.kernels.blend.triton.blocks import Config, power_of_two

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array
 
-from esper_jax.blueprints.bank import Bank
+from esper_jax.blueprints import Bank
 from esper_jax.kernels.blend.static import Slots
 from esper_jax.kernels.blend.triton.blocks import Blocks
 from esper_jax.kernels.blend.triton.finish import Left, finish_kernel

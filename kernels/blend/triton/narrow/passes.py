@@ -8,7 +8,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jaxtyping import Array
 
-from esper_jax.blueprints.bank import Bank
+from esper_jax.blueprints import Bank
 from esper_jax.chunks import ChunkLayout
 from esper_jax.kernels.blend.static import Slots
 from esper_jax.kernels.blend.triton.launch import FIRST, Launch, launch, shared, struct
