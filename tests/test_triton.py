@@ -62,7 +62,17 @@ def lowered(spec: ArgSpec, implementation: Any, gradients: bool = True) -> str:
         return traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
-@pytest.mark.parametrize("name", ARG_SPECS)
+# Of widths that differ in block sizes alone, one is enough for every day.
+SLOW = ("width_4", "width_16", "width_32", "width_256")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in SLOW else ())
+        for name in ARG_SPECS
+    ],
+)
 def test_every_kernel_lowers_for_cuda(name: str) -> None:
     spec = ARG_SPECS[name]
     text = lowered(spec, "triton")
@@ -190,12 +200,15 @@ def test_an_automatic_choice_follows_the_platform(
 def test_no_derivative_of_an_activation_is_forgotten() -> None:
     x = jnp.linspace(-4.0, 4.0, 101)
     assert set(activations.ACTIVATIONS) == set(ACTIVATIONS)
-    for name, f in ACTIVATIONS.items():
-        value, slope = activations.ACTIVATIONS[name](x, activations.EXACT)
-        np.testing.assert_allclose(value, f(x), rtol=1e-5, atol=1e-6)
-        np.testing.assert_allclose(
-            slope, jax.vmap(jax.grad(f))(x), rtol=1e-5, atol=3e-6
-        )
+
+    @jax.jit
+    def expected() -> Any:
+        return {n: (f(x), jax.vmap(jax.grad(f))(x)) for n, f in ACTIVATIONS.items()}
+
+    for name, (value, slope) in expected().items():
+        got = activations.ACTIVATIONS[name](x, activations.EXACT)
+        np.testing.assert_allclose(got[0], value, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(got[1], slope, rtol=1e-5, atol=3e-6)
 
 
 def test_blocks_are_validated() -> None:
