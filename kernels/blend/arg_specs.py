@@ -1,4 +1,4 @@
-"""Named shapes of `blend`'s arguments: tests, tuning and benchmarks share this list."""
+"""Named shapes of blend's arguments, for tests, tuning and benchmarks."""
 
 import dataclasses
 from typing import Any
@@ -14,7 +14,7 @@ from esper_jax.lifecycle.stages import Incubation
 __all__ = ["ARG_SPECS", "KINDS", "ArgSpec"]
 
 KINDS: tuple[str, ...] = ("residual_mlp", "bottleneck", "low_rank", "affine", "noop")
-"""Every built-in blueprint."""
+"""Every built-in blueprint that is `Dense`, so that kernels take it."""
 
 _COEFFICIENTS = ((0.0, 1.0), (0.6, 1.0), (1.0, 0.0), (1.0, 1.0))
 
@@ -66,7 +66,7 @@ class ArgSpec:
         }
 
     def small(self, rows: int = 21, seeds: int = 4) -> "ArgSpec":
-        """The same chunk widths over few rows and seeds, for slow ways to run."""
+        """The same chunk widths over few rows and seeds, for interpret mode."""
         base, wider = divmod(self.features, self.num_seeds)
         seeds = min(seeds, self.num_seeds)
         return dataclasses.replace(
@@ -83,14 +83,12 @@ class ArgSpec:
     ) -> dict[str, Any]:
         """Random array arguments of `blend`.
 
-        Args:
-          seed: of the random numbers.
-          living: share of the slots that live; the others are free.
-          mixed: gives the living slots every mixture of stages and blueprints, and
-            one more slot than that is dead but owned; otherwise all graft and learn.
-
-        Returns:
-          ``y``, ``bank``, ``alpha``, ``beta``, ``blueprint`` and ``seed_of_slot``.
+            Args:
+              seed: of the random numbers.
+              living: share of the slots that live; the others are free.
+        XX
+            Returns:
+              ``y``, ``bank``, ``alpha``, ``beta``, ``blueprint`` and ``seed_of_slot``.
         """
         rng = np.random.default_rng(seed)
         blueprints, slots = resolve(self.blueprints), self.slots

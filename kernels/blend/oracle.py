@@ -1,6 +1,6 @@
 """Blend, slow and obviously right: a loop over slots, differentiated by JAX alone.
 
-What every implementation is tested against. Nothing else uses it.
+Every backend is tested against it. Nothing else uses it.
 """
 
 import functools
@@ -21,8 +21,14 @@ __all__ = ["blend", "correction"]
 def correction(
     params: Bank, y: jax.Array, blueprint: Blueprint, layer: jax.Array | None = None
 ) -> jax.Array:
-    """``r(y) = f(y) - y`` of one slot on one chunk (N, width), of its true width; of
-    the whole ``layer`` (N, F) where the blueprint reads that."""
+    """``r(y) = f(y) - y`` of one slot.
+
+    Args:
+      params: of the slot.
+      y: its chunk, (N, width), of its true width.
+      blueprint: what the slot holds.
+      layer: the whole output, (N, F), for a blueprint that reads it.
+    """
     width, widest = y.shape[-1], params.w1.shape[0]
     if isinstance(blueprint, Custom) and blueprint.reads == "layer":
         return blueprint.apply(params.custom[blueprint.name], layer)[:, :width]
@@ -58,12 +64,12 @@ def blend(
 ) -> tuple[jax.Array, Statistics, jax.Array]:
     """`esper_jax.kernels.blend.blend` by definition, for concrete stages and slots.
 
-    Runs in the dtype of its arguments: give it float64 for a sharper truth. The
-    parameters' gradient comes from a term of value 0, ``beta * (f - stop_gradient(f))``
-    at ``stop_gradient(y)``; all else is autodiff.
+    Runs in the dtype of its arguments: pass float64 for a sharper truth. The gradient
+    of the parameters comes from a term of value 0, ``beta * (f - stop_gradient(f))`` at
+    ``stop_gradient(y)``. JAX differentiates all the rest.
     """
     stop = jax.lax.stop_gradient
-    # Dynamic indices and slices: static ones would compile anew for each place.
+    # Dynamic indices and slices: static ones would compile again for each place.
     of_slot = jax.lax.dynamic_index_in_dim
     flat = y.reshape(-1, layout.features)
     out = flat
@@ -83,35 +89,40 @@ def blend(
         reconstruction.append(stop(jnp.mean(r_frozen**2)))
         new = chunk + a * r_frozen
         if incubation == "reconstruction" and bool(a == 0):
-            # Enters the sum over outputs in such a way that its cotangent is 1.
+            # Enters the sum over outputs with a cotangent of 1, whatever the loss.
             loss = jnp.mean(r_learning**2)
             new = new + _unit_cotangent(b * (loss - stop(loss)), chunk)
         else:
             new = new + b * (r_learning - stop(r_learning))
         out = jax.lax.dynamic_update_slice_in_dim(out, new, start, axis=1)
-    count, total, squares, near_zero = [], [], [], []
+    statistics = _statistics(stop(flat), layout, statistics_rows)
+    return out.reshape(y.shape), statistics, jnp.stack(reconstruction)
+
+
+def _statistics(flat: jax.Array, layout: ChunkLayout, rows: int | None) -> Statistics:
+    """Statistics of each chunk, over at most ``rows`` rows, a chunk at a time."""
     seen = flat
-    if statistics_rows is not None:
-        step = int(np.ceil(len(flat) / statistics_rows)) if statistics_rows else 1
-        wanted = [i for i in range(len(flat)) if statistics_rows and i % step == 0]
+    if rows is not None:
+        step = int(np.ceil(len(flat) / rows)) if rows else 1
+        wanted = [i for i in range(len(flat)) if rows and i % step == 0]
         seen = flat[np.asarray(wanted, int)]
+    count, total, squares, near_zero = [], [], [], []
     for start, size in zip(layout.starts, layout.sizes, strict=True):
-        chunk = jax.lax.dynamic_slice_in_dim(stop(seen), start, int(size), axis=1)
+        chunk = jax.lax.dynamic_slice_in_dim(seen, start, int(size), axis=1)
         count.append(chunk.size)
         total.append(jnp.sum(chunk))
         squares.append(jnp.sum(chunk**2))
         near_zero.append(jnp.sum(jnp.abs(chunk) < 1e-6))
-    statistics = Statistics(
-        count=jnp.asarray(count, y.dtype),
+    return Statistics(
+        count=jnp.asarray(count, flat.dtype),
         total=jnp.stack(total),
         squares=jnp.stack(squares),
-        near_zero=jnp.stack(near_zero).astype(y.dtype),
+        near_zero=jnp.stack(near_zero).astype(flat.dtype),
     )
-    return out.reshape(y.shape), statistics, jnp.stack(reconstruction)
 
 
 def _unit_cotangent(loss: jax.Array, like: jax.Array) -> jax.Array:
-    """Zeros of the shape of ``like`` through which ``loss`` gets a cotangent of 1."""
+    """Zeros of the shape of ``like`` that give ``loss`` a cotangent of 1."""
 
     @jax.custom_vjp
     def spread(loss: jax.Array) -> jax.Array:

@@ -1,11 +1,10 @@
 """Blend in plain JAX: runs anywhere, and is what faster versions are tested against.
 
-The chunks of the ``K`` slots are gathered, computed as one batch and scattered back, so
-that the cost follows the number of slots and not of seeds. If no slot lives, nothing is
-computed at all.
+Gathers the chunks of the ``K`` slots, computes them as one batch and scatters them
+back: the cost follows the number of slots, not of seeds. Computes nothing if no slot
+lives.
 """
 
-import functools
 from typing import Any
 
 import jax
@@ -22,18 +21,17 @@ from esper_jax.blueprints import (
     dense_masks,
 )
 from esper_jax.chunks import ChunkLayout
+from esper_jax.kernels.blend.backend import Backend
+from esper_jax.kernels.blend.static import NEAR_ZERO, Slots, Static
 from esper_jax.lifecycle.signals import Statistics
-from esper_jax.lifecycle.stages import Incubation
 
-__all__ = ["blend", "corrections", "statistics"]
-
-_NEAR_ZERO = 1e-6
+__all__ = ["BACKEND", "corrections", "statistics"]
 
 
 def statistics(
     y: Float[Array, "N F"], layout: ChunkLayout, rows: int | None = None
 ) -> Statistics:
-    """Count, sum, sum of squares and near-zero count of each chunk, in float32.
+    """Count, sum, sum of squares and near-zero count of each chunk, float32.
 
     Over every row, or over at most ``rows``: every ``ceil(N / rows)``-th.
     """
@@ -43,7 +41,7 @@ def statistics(
     columns = (
         jnp.sum(x, axis=0),
         jnp.sum(x * x, axis=0),
-        jnp.sum((jnp.abs(x) < _NEAR_ZERO).astype(jnp.float32), axis=0),
+        jnp.sum((jnp.abs(x) < NEAR_ZERO).astype(jnp.float32), axis=0),
     )
     total, squares, near_zero = (jnp.sum(layout.split(c), axis=-1) for c in columns)
     count = jnp.asarray(layout.sizes * float(y.shape[0]), jnp.float32)
@@ -59,7 +57,12 @@ def corrections(
 ) -> Float[Array, "K N C"]:
     """``r(y)`` of each slot on its chunk, float32; differentiable.
 
-    ``layer`` is what the blueprints that read the whole layer see.
+    Args:
+      bank: parameters of the blueprints.
+      blueprint: index of each slot's blueprint; clipped to the blueprints there are.
+      chunks: the chunk of each slot.
+      blueprints: what may grow.
+      layer: what blueprints that read the whole layer get.
     """
     blueprint = jnp.clip(blueprint, 0, len(blueprints) - 1)
     out = jnp.zeros_like(chunks, jnp.float32)
@@ -94,36 +97,33 @@ def _reads_layer(blueprints: tuple[Blueprint, ...]) -> bool:
 
 
 def _from_layer(
-    y: Array,
-    bank: Bank,
-    alpha: Array,
-    blueprint: Array,
-    seed_of_slot: Array,
-    g: Array,
-    layout: ChunkLayout,
-    blueprints: tuple[Blueprint, ...],
+    s: Static, y: Array, bank: Bank, slots: Slots, g: Array
 ) -> tuple[Array, Array]:
-    """What comes back to ``y`` through the slots that read the whole layer, float32:
-    the sum over them of ``alpha * J(r)^T g``; and whether any of them counts.
+    """Gradient of ``y`` through the slots that read the whole layer.
 
-    The sum over slots is contracted into one (N, F) array, so alpha has to weight what
-    goes in. A slot that does not count goes in as parameters of 0, or an infinite one
-    would bring NaN to the host.
+    Weights the cotangents with alpha before pulling them back, because one (N, F) array
+    holds the sum over slots. Sets the parameters of slots that do not count to 0: an
+    infinite one would bring NaN to the host.
+
+    Returns:
+      The sum over those slots of ``alpha * J_y(r)^T g``, float32 (N, F); and whether
+      any of them counts.
     """
-    a = _per_slot(alpha.astype(jnp.float32), _chunks(g, seed_of_slot, layout))
-    chunks = _chunks(y, seed_of_slot, layout)
-    valid = _valid(seed_of_slot, layout)
-    reads = [isinstance(b, Custom) and b.reads == "layer" for b in blueprints]
-    reader = jnp.asarray(np.array(reads))[jnp.clip(blueprint, 0, len(reads) - 1)]
-    counts = reader & (alpha != 0) & (seed_of_slot >= 0)
+    owner, layout = slots.seed_of_slot, s.layout
+    a = _per_slot(slots.alpha.astype(jnp.float32), _chunks(g, owner, layout))
+    chunks = _chunks(y, owner, layout)
+    valid = _valid(owner, layout)
+    reads = [isinstance(b, Custom) and b.reads == "layer" for b in s.blueprints]
+    kind = jnp.clip(slots.blueprint, 0, len(reads) - 1)
+    counts = jnp.asarray(np.array(reads))[kind] & (slots.alpha != 0) & (owner >= 0)
     bank = _cut(counts, bank)
 
     def masked(layer: Array) -> Array:
-        r = corrections(bank, blueprint, chunks, blueprints, layer)
+        r = corrections(bank, slots.blueprint, chunks, s.blueprints, layer)
         return jnp.where(valid & counts[:, None, None], r, 0.0)
 
     _, pull = jax.vjp(masked, y.astype(jnp.float32))
-    g_chunks = _chunks(g, seed_of_slot, layout).astype(jnp.float32)
+    g_chunks = _chunks(g, owner, layout).astype(jnp.float32)
     return pull(a * g_chunks)[0], jnp.any(counts)
 
 
@@ -221,105 +221,79 @@ def _elements(seed_of_slot: Array, layout: ChunkLayout, rows: int) -> Array:
     return sizes * max(rows, 1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8, 9))
-def _blend(
-    y: Float[Array, "N F"],
-    bank: Bank,
-    alpha: Float[Array, " K"],
-    beta: Float[Array, " K"],
-    blueprint: Int[Array, " K"],
-    seed_of_slot: Int[Array, " K"],
-    layout: ChunkLayout,
-    blueprints: tuple[Blueprint, ...],
-    incubation: Incubation,
-    statistics_rows: int | None = None,
-) -> tuple[Float[Array, "N F"], Statistics, Float[Array, " K"]]:
-    """The public `blend` on arguments already checked, with one batch axis."""
-
-    lives = (alpha != 0) | (beta != 0)
-
-    def living() -> tuple[Array, Array]:
-        chunks = _chunks(y, seed_of_slot, layout)
-        r = corrections(bank, blueprint, chunks, blueprints, y)
-        r = jnp.where(_valid(seed_of_slot, layout), r, 0.0)
-        a = _per_slot(alpha.astype(jnp.float32), r)
-        mixed = (chunks.astype(jnp.float32) + a * r).astype(y.dtype)
-        out = _put(y, seed_of_slot, jnp.where(a != 0, mixed, chunks), layout)
-        mean = jnp.sum(r * r, axis=(1, 2)) / _elements(seed_of_slot, layout, len(y))
-        return out, jnp.where(lives, mean, 0.0)
-
-    def dormant() -> tuple[Array, Array]:
-        return y, jnp.zeros_like(alpha, jnp.float32)
-
-    out, reconstruction = jax.lax.cond(jnp.any(lives), living, dormant)
-    return out, statistics(y, layout, statistics_rows), reconstruction
+def _lives(slots: Slots) -> Array:
+    return (slots.alpha != 0) | (slots.beta != 0)
 
 
 def _forward(
-    y: Array,
-    bank: Bank,
-    alpha: Array,
-    beta: Array,
-    blueprint: Array,
-    seed_of_slot: Array,
-    layout: ChunkLayout,
-    blueprints: tuple[Blueprint, ...],
-    incubation: Incubation,
-    statistics_rows: int | None,
-) -> tuple[Any, Any]:
-    arrays = (y, bank, alpha, beta, blueprint, seed_of_slot)
-    return _blend(*arrays, layout, blueprints, incubation, statistics_rows), arrays
+    s: Static, save: bool, y: Array, bank: Bank, slots: Slots
+) -> tuple[Array, Statistics, Array, None]:
+    layout, owner = s.layout, slots.seed_of_slot
+    lives = _lives(slots)
+
+    def living() -> tuple[Array, Array]:
+        chunks = _chunks(y, owner, layout)
+        r = corrections(bank, slots.blueprint, chunks, s.blueprints, y)
+        r = jnp.where(_valid(owner, layout), r, 0.0)
+        a = _per_slot(slots.alpha.astype(jnp.float32), r)
+        mixed = (chunks.astype(jnp.float32) + a * r).astype(y.dtype)
+        out = _put(y, owner, jnp.where(a != 0, mixed, chunks), layout)
+        mean = jnp.sum(r * r, axis=(1, 2)) / _elements(owner, layout, len(y))
+        return out, jnp.where(lives, mean, 0.0)
+
+    def dormant() -> tuple[Array, Array]:
+        return y, jnp.zeros_like(slots.alpha, jnp.float32)
+
+    out, reconstruction = jax.lax.cond(jnp.any(lives), living, dormant)
+    return out, statistics(y, layout, s.statistics_rows), reconstruction, None
 
 
 def _backward(
-    layout: ChunkLayout,
-    blueprints: tuple[Blueprint, ...],
-    incubation: Incubation,
-    statistics_rows: int | None,
-    saved: Any,
-    cotangents: Any,
-) -> tuple[Any, ...]:
-    y, bank, alpha, beta, blueprint, seed_of_slot = saved
-    g = cotangents[0]
-
-    lives = (alpha != 0) | (beta != 0)
+    s: Static, g: Array, y: Array, bank: Bank, slots: Slots
+) -> tuple[Array, Bank, Array]:
+    lives = _lives(slots)
 
     def living() -> tuple[Array, Bank, Array]:
-        chunks = _chunks(y, seed_of_slot, layout)
-        g_chunks = _chunks(g, seed_of_slot, layout)
-        valid = _valid(seed_of_slot, layout)
-
-        def masked(bank: Bank, chunks: Array) -> Array:
-            r = corrections(bank, blueprint, chunks, blueprints, y)
-            return jnp.where(valid, r, 0.0)
-
-        r, pull = jax.vjp(masked, bank, chunks)
-        g32 = g_chunks.astype(jnp.float32)
-        a = _per_slot(alpha.astype(jnp.float32), g_chunks)
-        pulled = g32
-        if incubation == "reconstruction":
-            size = _per_slot(_elements(seed_of_slot, layout, len(y)), r)
-            pulled = jnp.where(a == 0, 2.0 * r / size, g32)
-        # One pass serves both: alpha and beta only scale what it gives.
-        d_bank, d_chunks = pull(pulled)
-        mixed = (g32 + a * d_chunks.astype(jnp.float32)).astype(g.dtype)
-        dy = _put(g, seed_of_slot, jnp.where(a != 0, mixed, g_chunks), layout)
-        if _reads_layer(blueprints):
-            more, any_counts = _from_layer(
-                y, bank, alpha, blueprint, seed_of_slot, g, layout, blueprints
-            )
-            # Not even a zero is added where none counts: -0.0 + 0.0 is another number.
-            added = (dy.astype(jnp.float32) + more).astype(g.dtype)
-            dy = jnp.where(any_counts, added, dy)
-        d_alpha = jnp.where(lives, jnp.sum(g32 * r, axis=(1, 2)), 0.0)
-        learns = jnp.where(seed_of_slot >= 0, beta, 0.0)
-        return dy, _scaled(d_bank, learns), d_alpha.astype(alpha.dtype)
+        return _gradients(s, g, y, bank, slots, lives)
 
     def dormant() -> tuple[Array, Bank, Array]:
-        return g, jax.tree.map(jnp.zeros_like, bank), jnp.zeros_like(alpha)
+        return g, jax.tree.map(jnp.zeros_like, bank), jnp.zeros_like(slots.alpha)
 
-    dy, d_bank, d_alpha = jax.lax.cond(jnp.any(lives), living, dormant)
-    return dy, d_bank, d_alpha, jnp.zeros_like(beta), None, None
+    return jax.lax.cond(jnp.any(lives), living, dormant)
+
+
+def _gradients(
+    s: Static, g: Array, y: Array, bank: Bank, slots: Slots, lives: Array
+) -> tuple[Array, Bank, Array]:
+    """`_backward` where a slot lives."""
+    layout, owner, alpha = s.layout, slots.seed_of_slot, slots.alpha
+    chunks = _chunks(y, owner, layout)
+    g_chunks = _chunks(g, owner, layout)
+    valid = _valid(owner, layout)
+
+    def masked(bank: Bank, chunks: Array) -> Array:
+        r = corrections(bank, slots.blueprint, chunks, s.blueprints, y)
+        return jnp.where(valid, r, 0.0)
+
+    r, pull = jax.vjp(masked, bank, chunks)
+    g32 = g_chunks.astype(jnp.float32)
+    a = _per_slot(alpha.astype(jnp.float32), g_chunks)
+    pulled = g32
+    if s.incubation == "reconstruction":
+        size = _per_slot(_elements(owner, layout, len(y)), r)
+        pulled = jnp.where(a == 0, 2.0 * r / size, g32)
+    # One pull gives both gradients: alpha and beta only scale them.
+    d_bank, d_chunks = pull(pulled)
+    mixed = (g32 + a * d_chunks.astype(jnp.float32)).astype(g.dtype)
+    dy = _put(g, owner, jnp.where(a != 0, mixed, g_chunks), layout)
+    if _reads_layer(s.blueprints):
+        more, any_counts = _from_layer(s, y, bank, slots, g)
+        # Where no slot counts, add nothing at all: -0.0 + 0.0 is another number.
+        added = (dy.astype(jnp.float32) + more).astype(g.dtype)
+        dy = jnp.where(any_counts, added, dy)
+    d_alpha = jnp.where(lives, jnp.sum(g32 * r, axis=(1, 2)), 0.0)
+    learns = jnp.where(owner >= 0, slots.beta, 0.0)
+    return dy, _scaled(d_bank, learns), d_alpha.astype(alpha.dtype)
 
 
 def _scaled(tree: Bank, factor: Array) -> Bank:
@@ -332,7 +306,14 @@ def _scaled(tree: Bank, factor: Array) -> Bank:
     return jax.tree.map(scale, tree)
 
 
-_blend.defvjp(_forward, _backward)
-
-# Without this, each call outside of a jitted function would compile its branches anew.
-blend = jax.jit(_blend, static_argnums=(6, 7, 8, 9), inline=True)
+BACKEND = Backend(
+    name="xla",
+    preference=0,
+    platforms=None,
+    refusal=lambda *_: None,
+    slow=lambda *_: False,
+    forward=_forward,
+    backward=_backward,
+    differentiable=True,
+)
+"""Plain JAX: takes every call, on every platform."""

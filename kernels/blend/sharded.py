@@ -1,5 +1,6 @@
 """Blend shard by shard: each device computes the chunks that it holds."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -8,13 +9,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from esper_jax.blueprints import Bank
 from esper_jax.chunks import ChunkLayout
-from esper_jax.lifecycle.signals import Statistics
+from esper_jax.kernels.blend.backend import Results
+from esper_jax.kernels.blend.static import Slots, Static
 
-__all__ = ["blend", "check_sharding", "shard_layout"]
+__all__ = ["blend", "check_sharding", "divides_features", "shard_layout"]
 
 
 def _names(entry: Any) -> tuple[str, ...]:
@@ -25,7 +27,7 @@ def _names(entry: Any) -> tuple[str, ...]:
 
 
 def _split(sharding: NamedSharding, ndim: int) -> tuple[list[Any], Any]:
-    """The entries of the batch axes and the one of the features."""
+    """The entries of the batch axes, and the entry of the features."""
     entries = [*sharding.spec, *[None] * (ndim - len(sharding.spec))]
     return entries[:-1], entries[-1]
 
@@ -87,34 +89,25 @@ def shard_layout(layout: ChunkLayout, shards: int) -> ChunkLayout:
 
 
 def blend(
-    local: Callable[..., Any],
+    local: Callable[[Static, Array, Bank, Slots], Results],
+    s: Static,
+    sharding: NamedSharding,
     y: Float[Array, "*B F"],
     bank: Bank,
-    alpha: Float[Array, " K"],
-    beta: Float[Array, " K"],
-    blueprint: Int[Array, " K"],
-    seed_of_slot: Int[Array, " K"],
-    *,
-    layout: ChunkLayout,
-    sharding: NamedSharding,
-    statistics_rows: int | None,
-) -> tuple[Float[Array, "*B F"], Statistics, Float[Array, " K"]]:
-    """`api.blend` of an array that is sharded.
+    slots: Slots,
+) -> Results:
+    """The public `blend` of an array that is sharded.
 
     Every device has the whole bank and computes the slots whose chunks it holds. The
     results are those of one device, to the order of additions.
 
     Args:
-      local: `api.blend` with its other options, for one shard.
+      local: blend of one shard.
+      s: of the whole array.
+      sharding: how ``y`` is laid out; axes without an entry are not sharded.
       y: the activation.
       bank: parameters of the blueprints.
-      alpha: how much each slot counts.
-      beta: how much each slot learns.
-      blueprint: kind of each slot.
-      seed_of_slot: the seed that owns each slot.
-      layout: of all features.
-      sharding: of ``y``; missing entries are the last axes, not sharded.
-      statistics_rows: of all rows.
+      slots: coefficients, kinds and owners, the same on every device.
 
     Raises:
       ValueError: if the sharding does not fit ``y`` or the layout.
@@ -127,51 +120,73 @@ def blend(
     batch, feature = _split(sharding, y.ndim)
     rows = tuple(name for entry in batch for name in _names(entry))
     columns = _names(feature)
-    own = shard_layout(layout, _size(sharding, columns))
-    for size, entry in zip(y.shape, batch, strict=False):
+    own = _own_share(s, sharding, rows, columns)
+    _check_batch(sharding, y.shape, batch)
+
+    def one(y: Array, bank: Bank, slots: Slots) -> Results:
+        if columns:
+            first = jax.lax.axis_index(columns) * own.layout.num_seeds
+            slots = _slots_here(slots, first, own.layout.num_seeds)
+        return _gathered(local(own, y, bank, slots), rows, columns)
+
+    spec, everywhere = PartitionSpec(*batch, feature), PartitionSpec()
+    return jax.shard_map(
+        one,
+        mesh=sharding.mesh,
+        in_specs=(spec, everywhere, everywhere),
+        out_specs=(spec, everywhere, everywhere),
+        # Kernels do not say along which axes their outputs differ.
+        check_vma=False,
+    )(y, bank, slots)
+
+
+def _own_share(
+    s: Static, sharding: NamedSharding, rows: tuple[str, ...], columns: tuple[str, ...]
+) -> Static:
+    """The layout and the rows of statistics of one device."""
+    sampled = s.statistics_rows
+    if sampled:
+        sampled = max(1, sampled // _size(sharding, rows))
+    layout = shard_layout(s.layout, _size(sharding, columns))
+    return dataclasses.replace(s, layout=layout, statistics_rows=sampled)
+
+
+def _check_batch(
+    sharding: NamedSharding, shape: tuple[int, ...], batch: list[Any]
+) -> None:
+    for size, entry in zip(shape, batch, strict=False):
         devices = _size(sharding, _names(entry))
         if size % devices:
             raise ValueError(
                 f"sharding: an axis of {size} rows cannot be cut into {devices} equal "
                 "shards; choose a batch that the devices divide"
             )
-    if statistics_rows:
-        statistics_rows = max(1, statistics_rows // _size(sharding, rows))
 
-    def one(y: Array, bank: Bank, *slots: Array) -> Any:
-        alpha, beta, blueprint, seed_of_slot = slots
-        if columns:
-            first = jax.lax.axis_index(columns) * own.num_seeds
-            here = (seed_of_slot >= first) & (seed_of_slot < first + own.num_seeds)
-            seed_of_slot = jnp.where(here, seed_of_slot - first, -1)
-            alpha, beta = (jnp.where(here, c, 0.0) for c in (alpha, beta))
-        out, statistics, reconstruction = local(
-            y,
-            bank,
-            alpha,
-            beta,
-            blueprint,
-            seed_of_slot,
-            layout=own,
-            statistics_rows=statistics_rows,
-        )
-        if rows:
-            statistics = jax.lax.psum(statistics, rows)
-            reconstruction = jax.lax.pmean(reconstruction, rows)
-        if columns:
-            gather = functools.partial(
-                jax.lax.all_gather, axis_name=columns, tiled=True
-            )
-            statistics = jax.tree.map(gather, statistics)
-            reconstruction = jax.lax.psum(reconstruction, columns)
-        return out, statistics, reconstruction
 
-    spec, everywhere = PartitionSpec(*batch, feature), PartitionSpec()
-    return jax.shard_map(
-        one,
-        mesh=sharding.mesh,
-        in_specs=(spec, *[everywhere] * 5),
-        out_specs=(spec, everywhere, everywhere),
-        # Kernels do not say along which axes their outputs differ.
-        check_vma=False,
-    )(y, bank, alpha, beta, blueprint, seed_of_slot)
+def _slots_here(slots: Slots, first: Array, count: int) -> Slots:
+    """The slots as one device sees them: those of other devices' seeds are free.
+
+    Args:
+      slots: of the whole layer.
+      first: the first seed whose chunk the device holds.
+      count: number of seeds whose chunks it holds.
+    """
+    owner = slots.seed_of_slot
+    here = (owner >= first) & (owner < first + count)
+    alpha, beta = (jnp.where(here, c, 0.0) for c in (slots.alpha, slots.beta))
+    return Slots(alpha, beta, slots.blueprint, jnp.where(here, owner - first, -1))
+
+
+def _gathered(
+    results: Results, rows: tuple[str, ...], columns: tuple[str, ...]
+) -> Results:
+    """One device's results, with statistics and reconstruction of the whole layer."""
+    out, statistics, reconstruction = results
+    if rows:
+        statistics = jax.lax.psum(statistics, rows)
+        reconstruction = jax.lax.pmean(reconstruction, rows)
+    if columns:
+        gather = functools.partial(jax.lax.all_gather, axis_name=columns, tiled=True)
+        statistics = jax.tree.map(gather, statistics)
+        reconstruction = jax.lax.psum(reconstruction, columns)
+    return out, statistics, reconstruction

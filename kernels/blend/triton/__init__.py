@@ -1,33 +1,34 @@
 """Blend as fused GPU kernels: Pallas on its Triton backend.
 
-The living slots are divided evenly among as many programs as the device holds, so that
-the work follows them alone. The forward kernel overwrites their chunks in place, with
-hidden activations that never leave the chip, and keeps those chunks for the backward
-pass. That one computes the hidden activations again, and overwrites the cotangent in
-place with the gradient of ``y``. Sums over rows leave each program as partial sums,
-added up in a fixed order, so that results are reproducible bit for bit.
+The forward kernel divides the living slots evenly among about as many programs as the
+device holds, so that its work follows the living slots alone. It overwrites their
+chunks in place, keeps hidden activations on the chip, and saves the chunks for the
+backward pass. The backward kernel computes the hidden activations again, and overwrites
+the cotangent in place with the gradient of ``y``. Each program leaves partial sums over
+its rows; a last kernel adds them up in a fixed order, so that results are reproducible
+bit for bit.
 
-Chunks of a few features (`Config.narrow`) share tiles, a slot a lane, and loop over
-their features; wider ones are multiplied as matrices, a slot a program.
+Chunks of a few features (``Config.narrow``) share tiles: each lane is a slot, and loops
+over its features. Wider chunks are multiplied as matrices: each program is one slot.
 """
 
-import functools
-from collections.abc import Callable
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array
 
-from esper_jax.blueprints import Bank, Blueprint, Custom, Dense, hidden_width
-from esper_jax.chunks import ChunkLayout
-from esper_jax.kernels.blend.config import Config, choose
-from esper_jax.kernels.blend.triton.launch import backward_pass, forward_pass
-from esper_jax.kernels.blend.triton.static import ACTIVATIONS, Static
+from esper_jax.blueprints import Bank, Custom
+from esper_jax.kernels.blend.activations import ACTIVATIONS
+from esper_jax.kernels.blend.backend import Backend
+from esper_jax.kernels.blend.static import Slots, Static
+from esper_jax.kernels.blend.triton import matrix, narrow
+from esper_jax.kernels.blend.triton.config import choose
+from esper_jax.kernels.blend.triton.static import TritonStatic
 from esper_jax.lifecycle.signals import Statistics
-from esper_jax.lifecycle.stages import Incubation
 
-__all__ = ["MAX_WIDTH", "blend", "refusal", "slow"]
+__all__ = ["BACKEND", "MAX_WIDTH"]
 
 MAX_WIDTH = 512
 """Widest chunk that the kernels take."""
@@ -36,106 +37,66 @@ _FAST_WIDTH = 128
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
-def refusal(
-    y: Array, alpha: Array, layout: ChunkLayout, blueprints: tuple[Blueprint, ...]
-) -> str | None:
-    """Why the kernels do not take these arguments; None if they do."""
-    custom = [b.name for b in blueprints if isinstance(b, Custom)]
-    if custom:
-        return f"blueprint {custom[0]!r} is Custom, and only Dense ones are supported"
-    for b in blueprints:
-        if isinstance(b, Dense) and b.activation not in ACTIVATIONS:
+def _refusal(s: Static, rows: int, slots: int) -> str | None:
+    for b in s.blueprints:
+        if isinstance(b, Custom):
+            return f"blueprint {b.name!r} is Custom, and only Dense ones are supported"
+    for b in s.blueprints:
+        if not isinstance(b, Custom) and b.activation not in ACTIVATIONS:
             return f"activation {b.activation!r} has no kernel"
-    if jnp.dtype(y.dtype).name not in _DTYPES:
-        return f"dtype {y.dtype} is none of {', '.join(_DTYPES)}"
-    if layout.width > MAX_WIDTH:
-        return f"chunks of {layout.width} features are wider than {MAX_WIDTH}"
-    if y.size == 0 or alpha.size == 0:
+    if s.dtype not in _DTYPES:
+        return f"dtype {s.dtype} is none of {', '.join(_DTYPES)}"
+    if s.width > MAX_WIDTH:
+        return f"chunks of {s.width} features are wider than {MAX_WIDTH}"
+    if not rows or not slots:
         return "there are no rows or no slots"
     return None
 
 
-def slow(
-    y: Array, alpha: Array, layout: ChunkLayout, blueprints: tuple[Blueprint, ...]
-) -> bool:
-    """Whether plain JAX is faster, forward and backward together.
-
-    The weights of wide chunks do not fit on the chip, and its matrix products are
-    better at that: ``benchmarks/RESULTS.md`` has the numbers.
-    """
-    return layout.width > _FAST_WIDTH
+def _slow(s: Static, rows: int, slots: int) -> bool:
+    # The weights of wide chunks do not fit on the chip, and XLA's matrix products are
+    # faster there, forward and backward together: benchmarks/RESULTS.md has numbers.
+    return s.width > _FAST_WIDTH
 
 
-def _once(f: Callable[..., Any]) -> Callable[..., Any]:
-    """``f``, with an error that says so where it is differentiated again."""
-
-    def refuse(*_: Any) -> Any:
-        raise NotImplementedError(
-            "blend with implementation='triton' has no second derivative; pass "
-            "implementation='xla'"
-        )
-
-    once = jax.custom_vjp(f)
-    once.defvjp(refuse, refuse)
-    return once
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _blend(s: Static, *arrays: Any) -> Any:
-    return _once(functools.partial(forward_pass, s, False))(*arrays)
-
-
-def _blend_forward(s: Static, *arrays: Any) -> tuple[Any, Any]:
-    *out, saved = _once(functools.partial(forward_pass, s, True))(*arrays)
-    return tuple(out), (saved, *arrays[1:])
-
-
-def _blend_backward(s: Static, kept: Any, cotangents: Any) -> tuple[Any, ...]:
-    dy, d_bank, d_alpha = _once(functools.partial(backward_pass, s))(
-        cotangents[0], *kept
-    )
-    beta = kept[3]
-    return dy, d_bank, d_alpha, jnp.zeros_like(beta), None, None
-
-
-_blend.defvjp(_blend_forward, _blend_backward)
-
-
-def blend(
-    y: Float[Array, "N F"],
-    bank: Bank,
-    alpha: Float[Array, " K"],
-    beta: Float[Array, " K"],
-    blueprint: Int[Array, " K"],
-    seed_of_slot: Int[Array, " K"],
-    layout: ChunkLayout,
-    blueprints: tuple[Blueprint, ...],
-    incubation: Incubation,
-    statistics_rows: int | None = None,
-    *,
-    config: Config | None = None,
-    interpret: bool = False,
-) -> tuple[Float[Array, "N F"], Statistics, Float[Array, " K"]]:
-    """The public `blend` on arguments that `refusal` takes, with one batch axis.
-
-    Args:
-      config: block sizes; by default `esper_jax.kernels.blend.config.choose`'s.
-      interpret: runs the kernels as plain JAX, on any device, to test them.
-    """
+def _prepare(s: Static, rows: int) -> TritonStatic:
+    config = s.config
     if config is None:
-        config = choose(
-            y.shape[0],
-            layout.features,
-            layout.width,
-            hidden_width(blueprints, layout.width),
-            jnp.dtype(y.dtype).name,
-            jax.devices()[0].device_kind,
-            statistics_rows,
-        )
-    dtype = jnp.dtype(y.dtype).name
-    if statistics_rows is not None and statistics_rows >= y.shape[0]:
-        statistics_rows = None
-    s = Static(
-        layout, blueprints, incubation, statistics_rows, config, interpret, dtype
-    )
-    return _blend(s, y, bank, alpha, beta, blueprint, seed_of_slot)
+        config = choose(s, rows, jax.devices()[0].device_kind)
+    sampled = s.statistics_rows
+    if sampled is not None and sampled >= rows:
+        sampled = None
+    values = {f.name: getattr(s, f.name) for f in dataclasses.fields(Static)}
+    return TritonStatic(**values | {"config": config, "statistics_rows": sampled})
+
+
+def _forward(
+    s: TritonStatic, save: bool, y: Array, bank: Bank, slots: Slots
+) -> tuple[Array, Statistics, Array, Any]:
+    forward = narrow.forward_pass if s.config.narrow else matrix.forward_pass
+    return forward(s, save, y, bank, slots)
+
+
+def _backward(
+    s: TritonStatic, g: Array, saved: Array, bank: Bank, slots: Slots
+) -> tuple[Array, Bank, Array]:
+    backward = narrow.backward_pass if s.config.narrow else matrix.backward_pass
+    dy, leaves, d_alpha = backward(s, g, saved, bank, slots)
+    leaves = {
+        name: leaf.astype(getattr(bank, name).dtype) for name, leaf in leaves.items()
+    }
+    d_bank = dataclasses.replace(jax.tree.map(jnp.zeros_like, bank), **leaves)
+    return dy, d_bank, d_alpha.astype(slots.alpha.dtype)
+
+
+BACKEND = Backend(
+    name="triton",
+    preference=1,
+    platforms=("gpu", "cuda"),
+    refusal=_refusal,
+    slow=_slow,
+    prepare=_prepare,
+    forward=_forward,
+    backward=_backward,
+)
+"""The kernels: Dense blueprints, chunks of up to `MAX_WIDTH` features."""

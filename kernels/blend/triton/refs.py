@@ -1,4 +1,4 @@
-"""How kernels read and write, and find their slots."""
+"""How the kernels read and write memory, and find their slots."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,8 +11,9 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array
 
 from esper_jax.chunks import ChunkLayout
-from esper_jax.kernels.blend.config import power_of_two
-from esper_jax.kernels.blend.triton.static import Static
+from esper_jax.kernels.blend.static import NEAR_ZERO
+from esper_jax.kernels.blend.triton.blocks import power_of_two
+from esper_jax.kernels.blend.triton.static import TritonStatic
 
 __all__ = [
     "Found",
@@ -36,26 +37,27 @@ __all__ = [
     "write",
 ]
 
-_NEAR_ZERO = 1e-6
-"""Magnitude under which an activation counts as near zero."""
-
 
 class Slot(NamedTuple):
-    """What a program knows about its slot, or its lanes about theirs."""
+    """One slot, or a vector of slots with one entry for each lane."""
 
     alpha: Array
     beta: Array
     kind: Array
+    """Index of its blueprint."""
     start: Array
+    """First feature of its chunk."""
     size: Any
+    """Width of its chunk; a Python constant if all chunks have the same."""
     living: Array
+    """Whether it has an owner, and alpha or beta is not 0."""
     zero: Array
-    """0, but not known to be while tracing: where a span starts that may reach over the
-    end of an array, which Pallas refuses of one that starts at a number."""
+    """0 as a traced value. A span that may reach over the end of an array starts here:
+    Pallas refuses such a span if its start is a Python number."""
 
 
 class Refs(NamedTuple):
-    """The inputs that all kernels of blueprints share."""
+    """The first inputs of every kernel that computes blueprints."""
 
     w1: Any
     b1: Any
@@ -67,16 +69,22 @@ class Refs(NamedTuple):
     kind: Any
     owner: Any
 
+    @classmethod
+    def split(cls, refs: tuple[Any, ...]) -> "tuple[Refs, tuple[Any, ...]]":
+        """These inputs, and the refs of a kernel that follow them."""
+        count = len(cls._fields)
+        return cls(*refs[:count]), refs[count:]
+
 
 class Span(NamedTuple):
-    """``size`` indices from ``start`` on."""
+    """Indices from ``start`` to ``start + size``."""
 
     start: Any
     size: int
 
 
 def _index(index: tuple[Any, ...]) -> tuple[Any, ...]:
-    """An index of Pallas from numbers, spans and arrays."""
+    """A Pallas index made of numbers, spans and arrays."""
 
     def convert(i: Any) -> Any:
         if isinstance(i, Span):
@@ -87,7 +95,7 @@ def _index(index: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def read(ref: Any, index: tuple[Any, ...], mask: Array | None = None) -> Array:
-    """``ref[index]``, 0 where the mask is false."""
+    """``ref[index]``; 0 where the mask is false."""
     index = _index(index)
     if mask is None:
         return ref[index]
@@ -112,7 +120,7 @@ def index_range(size: int) -> Array:
 
 
 def both(rows: Any, columns: Any, shape: tuple[int, ...]) -> Array | None:
-    """The mask of a tile from those of its rows and columns; None is all."""
+    """The mask of a tile, from masks of its rows and columns; None masks nothing."""
     if rows is None and columns is None:
         return None
     if rows is None:
@@ -128,24 +136,24 @@ def f32(x: Array) -> Array:
     return x.astype(jnp.float32)
 
 
-def near_zero(s: Static, x: Array, squares: Array) -> Array:
-    """Which of ``x``, in float32, count as near zero; their squares are at hand."""
+def near_zero(s: TritonStatic, x: Array, squares: Array) -> Array:
+    """Which of ``x``, float32, count as near zero; ``squares`` is ``x * x``."""
     if s.dtype == "float32":
-        return jnp.abs(x) < _NEAR_ZERO
-    # An instruction less. The halves next to the bound are 0.1% off it or more, so that
-    # no rounding of their squares matters.
-    return squares < _NEAR_ZERO**2
+        return jnp.abs(x) < NEAR_ZERO
+    # One instruction less. The half-precision numbers next to the bound are at least
+    # 0.1% away from it, so rounding their squares changes no comparison.
+    return squares < NEAR_ZERO**2
 
 
 def biased(used: Any, x: Array) -> Array:
-    """``x`` where that part of the blueprint is used, else 0."""
+    """``x`` where the blueprint uses that part, else 0."""
     if isinstance(used, bool):
         return x if used else jnp.zeros_like(x)
     return jnp.where(used, x, 0.0)
 
 
 def loop(start: Any, end: Any, body: Callable[[Any, Any], Any], init: Any) -> Any:
-    """``body(i, carry)`` for each i; no loop where there is known to be one."""
+    """``body(i, carry)`` for each i; without a loop if tracing knows of one turn."""
     if isinstance(start, int) and isinstance(end, int):
         if end == start + 1:
             return body(start, init)
@@ -154,19 +162,22 @@ def loop(start: Any, end: Any, body: Callable[[Any, Any], Any], init: Any) -> An
 
 
 def chunk(layout: ChunkLayout, seed: Array) -> tuple[Array, Any]:
-    """First feature and width of a seed's chunk; the width a constant if all agree."""
+    """First feature and width of a seed's chunk.
+
+    The width is a Python constant if all chunks have the same.
+    """
     base, wider = divmod(layout.features, layout.num_seeds)
     if layout.even:
         return seed * base, base
-    # min and max, because the lowering selects no two constants.
+    # min and max, because the lowering cannot select between two constants.
     size = base + jnp.minimum(jnp.maximum(wider - seed, 0), 1)
     return seed * base + jnp.minimum(seed, wider), size
 
 
 def slot_at(
-    s: Static, refs: Refs, index: Any, zero: Array, mask: Array | None = None
+    s: TritonStatic, refs: Refs, index: Any, zero: Array, mask: Array | None = None
 ) -> Slot:
-    """The slot of an index, or those of many."""
+    """The slot at ``index``, or the slots at many."""
     owner = read(refs.owner, (index,), mask).astype(jnp.int32)
     alpha = f32(read(refs.alpha, (index,), mask))
     beta = f32(read(refs.beta, (index,), mask))
@@ -180,30 +191,31 @@ def slot_at(
 
 
 class Order(NamedTuple):
-    """All slots, and how the living ones are numbered."""
+    """All slots, with the living ones numbered."""
 
     slots: Array
     owner: Array
     living: Array
     learning: Array
     rank: Array
-    """Number of living slots up to and with this one."""
+    """Number of living slots up to and including this one."""
     total: Array
     """Number of living slots."""
 
 
 class Found(NamedTuple):
-    """What is read of all slots, before anything is made of it."""
+    """What is read of all slots, before anything is computed from it."""
 
     slots: Array
     owner: Array
     alpha: Array
     beta: Array
     exists: Array | None
+    """Which entries are slots: the others pad the count to a power of two."""
 
 
 def find(alpha_ref: Any, beta_ref: Any, owner_ref: Any) -> Found:
-    """Reads what tells which slots live."""
+    """Reads what decides which slots live."""
     count = alpha_ref.shape[0]
     size = power_of_two(count)
     slots = index_range(size)
@@ -232,26 +244,29 @@ def order_of(found: Found) -> Order:
 
 
 class Share(NamedTuple):
-    """What a program does: some tiles of the rows of one slot."""
+    """The work of one program: some tiles of the rows of one slot."""
 
     slot: Array
     works: Array
+    """Whether there is any work for it."""
     block: Any
-    """Which tile of the hidden units."""
+    """Index of its tile of hidden units."""
     last: Array
-    """Its last tile, the first to be done: what was written last may be in a cache."""
+    """Its last tile, which it does first: what was written last may be in a cache."""
     step: Array
-    """From one tile back to the next."""
+    """Number of tiles from one of its tiles back to the next."""
     turns: Array
+    """Number of its tiles."""
     part: Array
-    """Which of the programs that share the slot's rows."""
+    """Its index among the programs that share the slot's rows."""
     program: Array
+    """Its index among all programs."""
     zero: Array
-    """As of `Slot`."""
+    """As in `Slot`."""
 
 
 def parts_of(order: Order, programs: Any, tiles: Any, blocks: Any) -> Array:
-    """Programs that share the rows of a living slot's block of hidden units."""
+    """Number of programs that share the rows of one slot's tile of hidden units."""
     parts = lax.div(jnp.int32(programs), jnp.maximum(order.total * blocks, 1))
     return jnp.minimum(jnp.maximum(parts, 1), tiles)
 
@@ -259,10 +274,17 @@ def parts_of(order: Order, programs: Any, tiles: Any, blocks: Any) -> Array:
 def share_of(
     order: Order, me: Any, programs: Any, tiles: Any, blocks: Any = 1
 ) -> Share:
-    """Divides living slots, blocks of hidden units and tiles of rows among programs.
+    """Divides living slots, tiles of hidden units and tiles of rows among programs.
 
-    There are at least as many programs as slots times blocks; each gets at most one of
-    those, and the living ones get equal numbers of programs.
+    Each program gets rows of one tile of hidden units of one slot, or nothing. All
+    living slots get the same number of programs.
+
+    Args:
+      order: the slots.
+      me: index of the program.
+      programs: number of programs, at least slots times ``blocks``.
+      tiles: number of tiles of rows.
+      blocks: number of tiles of hidden units.
     """
     parts = parts_of(order, programs, tiles, blocks)
     unit, part = lax.div(me, parts), lax.rem(me, parts)

@@ -1,0 +1,86 @@
+"""What a backend of blend is: a name, what it takes, and two passes."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from jaxtyping import Array, Float
+
+from esper_jax.blueprints import Bank
+from esper_jax.kernels.blend.static import Slots, Static
+from esper_jax.lifecycle.signals import Statistics
+
+__all__ = ["Backend", "BackwardPass", "ForwardPass", "Results"]
+
+Results = tuple[Float[Array, "N F"], Statistics, Float[Array, " K"]]
+"""Output, statistics, and mean of ``r(y_c)**2`` of each slot."""
+
+
+class ForwardPass(Protocol):
+    """Computes the results, and what the backward pass needs of ``y``."""
+
+    def __call__(
+        self, s: Any, save: bool, y: Array, bank: Bank, slots: Slots, /
+    ) -> tuple[Array, Statistics, Array, Any]:
+        """`Results`, and what `BackwardPass` gets as ``saved``; None unless ``save``.
+
+        Args:
+          s: what `Backend.prepare` returned.
+          save: whether a backward pass follows.
+          y: (N, F).
+          bank: parameters of the blueprints.
+          slots: coefficients, kinds and owners.
+        """
+
+
+class BackwardPass(Protocol):
+    """Computes the gradients."""
+
+    def __call__(
+        self, s: Any, g: Array, saved: Any, bank: Bank, slots: Slots, /
+    ) -> tuple[Array, Bank, Array]:
+        """Gradients of ``y``, ``bank`` and ``slots.alpha``, in their dtypes.
+
+        Args:
+          s: what `Backend.prepare` returned.
+          g: cotangent of the output, (N, F), in the dtype of ``y``.
+          saved: what the forward pass saved.
+          bank: parameters of the blueprints.
+          slots: coefficients, kinds and owners.
+        """
+
+
+def _as_given(s: Static, rows: int) -> Static:
+    return s
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Backend:
+    """One way to compute blend.
+
+    Args:
+      name: what ``implementation=`` calls it; the name of its folder.
+      preference: the automatic choice tries higher numbers first. Plain JAX is 0.
+      platforms: JAX platforms on which the automatic choice may take it; None is all.
+      refusal: ``refusal(s, rows, slots)``: why it does not take a call over that many
+        rows and slots, or None if it does.
+      slow: ``slow(s, rows, slots)``: whether a backend with a lower preference is
+        faster. The automatic choice then skips this one.
+      prepare: ``prepare(s, rows)``: the same call with the backend's block sizes. May
+        return a subclass of `Static`.
+      forward: the forward pass.
+      backward: the backward pass.
+      differentiable: whether the backward pass is plain JAX, which may be
+        differentiated again. Such a forward pass saves nothing: the backward pass gets
+        ``y`` as ``saved``.
+    """
+
+    name: str
+    preference: int
+    platforms: tuple[str, ...] | None
+    refusal: Callable[[Static, int, int], str | None]
+    slow: Callable[[Static, int, int], bool]
+    forward: ForwardPass
+    backward: BackwardPass
+    prepare: Callable[[Static, int], Static] = _as_given
+    differentiable: bool = False

@@ -1,0 +1,101 @@
+"""What a call of blend fixes while it is traced, and the arrays of its slots."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from esper_jax.blueprints import Blueprint, hidden_width
+from esper_jax.chunks import ChunkLayout
+from esper_jax.lifecycle.stages import Incubation
+
+__all__ = ["NEAR_ZERO", "Slots", "Static"]
+
+NEAR_ZERO = 1e-6
+"""Magnitude under which an activation counts as near zero."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Slots:
+    """What the lifecycle says of each slot, traced.
+
+    Args:
+      alpha: how much the slot counts in the output.
+      beta: how much the slot learns.
+      blueprint: index of the slot's blueprint in `Static.blueprints`.
+      seed_of_slot: seed that owns the slot; -1 if the slot is free.
+    """
+
+    alpha: Float[Array, " K"]
+    beta: Float[Array, " K"]
+    blueprint: Int[Array, " K"]
+    seed_of_slot: Int[Array, " K"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Static:
+    """What is fixed while a call is traced. Hashable.
+
+    Args:
+      layout: how the features are cut into chunks.
+      blueprints: what may grow.
+      incubation: what a slot learns from while its alpha is 0.
+      statistics_rows: number of rows to take statistics over, at most; all if None.
+      dtype: name of the dtype of ``y``.
+      config: block sizes and the like, of the backend's own type; None until
+        `Backend.prepare` has chosen them.
+      interpret: whether kernels run as plain JAX, on any device, to test them.
+    """
+
+    layout: ChunkLayout
+    blueprints: tuple[Blueprint, ...]
+    incubation: Incubation = "task"
+    statistics_rows: int | None = None
+    dtype: str = "float32"
+    config: Any = None
+    interpret: bool = False
+
+    @property
+    def width(self) -> int:
+        """``C``, of the widest chunk."""
+        return self.layout.width
+
+    @property
+    def hidden(self) -> int:
+        """``H``, of the widest Dense blueprint."""
+        return hidden_width(self.blueprints, self.layout.width)
+
+    def sampled(self, rows: int) -> tuple[int, int]:
+        """Number of rows that statistics are taken over, and the stride between them.
+
+        Args:
+          rows: rows of the batch.
+        """
+        if self.statistics_rows is None:
+            return rows, 1
+        if not self.statistics_rows:
+            return 0, 1
+        step = max(1, -(-rows // self.statistics_rows))
+        return -(-rows // step), step
+
+    def uses(self, field: str) -> bool:
+        """Whether any blueprint has this part; all of them must be Dense."""
+        return any(getattr(b, field) for b in self.blueprints)
+
+    def of_kind(self, kind: Array, field: str) -> Any:
+        """A property of the Dense blueprint with the traced index ``kind``.
+
+        A Python constant where all blueprints agree.
+        """
+        values = [getattr(b, field) for b in self.blueprints]
+        if field == "hidden":
+            values = [hidden(self.width) for hidden in values]
+        if len(set(values)) == 1:
+            return values[0]
+        out = jnp.full_like(kind, int(values[0]))
+        for i, value in enumerate(values):
+            out = jnp.where(kind == i, int(value), out)
+        return out != 0 if isinstance(values[0], bool) else out
