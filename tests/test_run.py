@@ -219,7 +219,7 @@ def flip_a_bit_of_the_newest(checkpoints):
     return newest, path.name
 
 
-@pytest.mark.parametrize("every", [100])
+@pytest.mark.parametrize("every", [100, 1])
 def test_interrupted_and_resumed_a_run_ends_the_same(every, finished, tmp_path):
     folder = RunFolder(tmp_path / "run")
     saving = ["--set", f"checkpoint.every={every}"]

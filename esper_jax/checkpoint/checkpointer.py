@@ -99,6 +99,7 @@ class Checkpointer:
         self._writes = jax.process_index() == 0
         self._pending = False  # the same in all processes
         self._saving: threading.Thread | None = None
+        self._saved = threading.Event()
         self._failure: Exception | None = None
 
     @property
@@ -166,6 +167,7 @@ class Checkpointer:
             raise CheckpointError(f"step {step} cannot be saved: {error}") from None
         self._pending = True
         if self._writes:
+            self._saved.clear()
             self._saving = threading.Thread(
                 target=self._save, args=(leaves, header), name="esper-jax-save"
             )
@@ -331,9 +333,14 @@ class Checkpointer:
             self._steps.prune(self.retention, header.step)
         except Exception as error:  # raised by the next call
             self._failure = error
+        finally:
+            self._saved.set()
 
     def _join(self) -> None:
         if self._saving is not None:
+            # Before Python 3.13 a Ctrl-C in Thread.join() makes the next join() return
+            # at once, with the save still going on. A wait can be interrupted safely.
+            self._saved.wait()
             self._saving.join()
             self._saving = None
         failure, self._failure = self._failure, None

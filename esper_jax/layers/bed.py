@@ -11,7 +11,12 @@ from jaxtyping import Array, Float
 
 from esper_jax.blueprints import Blueprint, init_bank, resolve
 from esper_jax.chunks import ChunkLayout
-from esper_jax.kernels.blend import blend, check_implementation, check_sharding
+from esper_jax.kernels.blend import (
+    blend,
+    check_implementation,
+    check_sharding,
+    check_statistics_rows,
+)
 from esper_jax.lifecycle.grafting import Strategy
 from esper_jax.lifecycle.stages import Incubation
 from esper_jax.lifecycle.state import init_seeds, record, slot_coefficients
@@ -121,11 +126,7 @@ class SeedBed(nnx.Module):
                 f"incubation must be one of {get_args(Incubation)}, got {incubation!r}"
             )
         self.incubation = incubation
-        if statistics_rows is not None and not statistics_rows >= 0:
-            raise ValueError(
-                f"statistics_rows must be at least 0, or None for all rows; got "
-                f"{statistics_rows!r}"
-            )
+        check_statistics_rows(statistics_rows)
         self.statistics_rows = statistics_rows
         check_implementation(implementation)
         self.implementation = implementation
