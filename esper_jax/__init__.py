@@ -7,10 +7,11 @@ some. `blend`, `lifecycle` and `per_slot` work on plain arrays, without Flax.
 from esper_jax import _old_paths, lifecycle
 from esper_jax.chunks import ChunkLayout
 from esper_jax.kernels.blend import blend
-from esper_jax.layers.bed import BlueprintParam, GraftProbe, SeedBed, SeedVariable
+from esper_jax.layers.bed import SeedBed
 from esper_jax.layers.capacity import grow_capacity
 from esper_jax.layers.chunked import ChunkedLayer
 from esper_jax.layers.growable import make_growable
+from esper_jax.layers.variables import BlueprintParam, GraftProbe, SeedVariable
 from esper_jax.lifecycle.commands import Commands
 from esper_jax.lifecycle.grafting import GraftConfig, Strategy
 from esper_jax.lifecycle.rules import LifecycleConfig

@@ -45,10 +45,10 @@ _MOVED = {
     "step_directory": ("checkpoint.step_directory",),
     "step_folder": ("checkpoint.step_folder",),
     "tick": (
-        "growth.tick",
-        "growth.evaluation",
+        "train.tick",
+        "train.evaluation",
         "growth.reports",
-        "growth.recipe",
+        "train.recipe",
     ),
 }
 """Modules that are gone, and where their names are."""

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from esper_jax.growth.evaluation import _on_probation
 from flax import nnx
 
 from esper_jax import lifecycle
-from esper_jax.growth.evaluation import _on_probation
 from esper_jax.growth.measure import measure
 from esper_jax.growth.parts import split_model
 from esper_jax.hosts import MLP

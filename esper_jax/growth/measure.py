@@ -7,16 +7,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from esper_jax.blueprints import living_parameters, operations
 from esper_jax.growth import gradients
 from esper_jax.growth.parts import ModelParts
 from esper_jax.growth.state import Monitor, TrainState
+from esper_jax.lifecycle.rules import LifecycleConfig
 from esper_jax.lifecycle.signals import DECAY, Signals, health, running_mean
-from esper_jax.lifecycle.state import SeedState, saturating_add, start_tick
+from esper_jax.lifecycle.stages import Stage
+from esper_jax.lifecycle.state import (
+    SeedState,
+    saturating_add,
+    slot_coefficients,
+    start_tick,
+)
 
-__all__ = ["Measured", "layer_signals", "measure"]
+__all__ = ["Measured", "asked_for_worth", "layer_signals", "measure"]
 
 
 class Measured(NamedTuple):
@@ -122,6 +129,21 @@ def layer_signals(
         error_count=saturating_add(layer.error_count, errors),
     )
     return layer, signals
+
+
+def asked_for_worth(state: SeedState, gates: LifecycleConfig) -> Bool[Array, " K"]:
+    """Slots whose seed is asked for its worth.
+
+    Those that count in the output and may still be removed. A fossil is not asked,
+    since no decision depends on it. A seed in FINE_TUNING is from the window of
+    measurement on.
+    """
+    owner = jnp.maximum(state.seed_of_slot, 0)
+    stage = state.stage[owner]
+    age = state.epochs_in_stage[owner].astype(jnp.int32)
+    soon = age + gates.worth_window >= gates.min_epochs[Stage.FINE_TUNING]
+    asked = (stage != Stage.FOSSILIZED) & ((stage != Stage.FINE_TUNING) | soon)
+    return (slot_coefficients(state)[0] != 0) & asked
 
 
 def _running(mean: Array, variance: Array, value: Array) -> tuple[Array, Array]:

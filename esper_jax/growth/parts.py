@@ -6,6 +6,7 @@ model, joined by slashes (``layers/0/base/kernel``, ``layers/0``). Each layer of
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from jaxtyping import Array
 from esper_jax import blueprints
 from esper_jax.chunks import ChunkLayout
 from esper_jax.growth.state import Arrays, TrainState
-from esper_jax.layers.bed import BlueprintParam, SeedBed, stack_of
+from esper_jax.layers.bed import SeedBed, stack_of
 from esper_jax.trees import is_key
 
 __all__ = ["Bed", "ModelParts", "split_model", "values_of"]
@@ -31,10 +32,18 @@ class Bed:
     """Path of the `SeedBed`."""
     owner: str
     """Path of the `ChunkedLayer` that holds the bed, or the bed's own path."""
+    forms: Mapping[str, tuple[tuple[str, ...], Any]]
+    """Of ``bank``, ``seeds`` and ``probe``: names of the leaves, and the tree."""
     stack: tuple[int, ...] = ()
     """Leading axes of the variables of a stack of layers; () for a single layer."""
     index: tuple[int, ...] = ()
     """Index of the layer along the axes of ``stack``; () for a single layer."""
+
+    def variables(self, name: str) -> list[str]:
+        """Names of the variables that hold the bed's bank, seeds or probe."""
+        leaves = self.forms[name][0]
+        place = f"{self.path}/{name}"
+        return [f"{place}/{leaf}" for leaf in leaves] or [place]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +85,6 @@ class ModelParts:
             name
             for name, (_, variable) in self.variables.items()
             if isinstance(variable, nnx.Param)
-            and not isinstance(variable, BlueprintParam)
         ]
 
     def values(self, state: TrainState, probes: Arrays | None = None) -> Arrays:
@@ -86,34 +94,45 @@ class ModelParts:
           state: state of the run.
           probes: probes by layer, to use instead of the state's.
         """
-        values = {**state.params, **state.rest}
-        parts: dict[str, Arrays] = {
-            "bank": state.banks,
-            "seeds": state.seeds,
-            "probe": probes or {},
+        return {
+            **state.params,
+            **state.rest,
+            **self.joined("bank", state.banks),
+            **self.joined("seeds", state.seeds),
+            **self.joined("probe", probes or {}),
         }
-        for name, by_layer in parts.items():
-            members: dict[str, list[str]] = {}
-            # Follow the order of the stack: jit sorts the keys of a dictionary.
-            for layer in filter(by_layer.__contains__, self.beds):
-                members.setdefault(self.beds[layer].path, []).append(layer)
-            for path, layers in members.items():
-                stack = self.beds[layers[0]].stack
-                values[f"{path}/{name}"] = jax.tree.map(
-                    lambda *x, stack=stack: _stacked(x, stack),
-                    *(by_layer[layer] for layer in layers),
-                )
+
+    def joined(self, name: str, by_layer: Mapping[str, Any]) -> Arrays:
+        """The values of the variables of banks, seeds or probes: inverse of `take`.
+
+        Args:
+          name: ``bank``, ``seeds`` or ``probe``.
+          by_layer: of each layer; of all or none of a stack.
+        """
+        members: dict[str, list[str]] = {}
+        # Follow the order of the stack: jit sorts the keys of a dictionary.
+        for layer in filter(by_layer.__contains__, self.beds):
+            members.setdefault(self.beds[layer].path, []).append(layer)
+        values: Arrays = {}
+        for layers in members.values():
+            bed = self.beds[layers[0]]
+            tree = jax.tree.map(
+                lambda *x, stack=bed.stack: _stacked(x, stack),
+                *(by_layer[layer] for layer in layers),
+            )
+            leaves = jax.tree.leaves(tree)
+            values |= zip(bed.variables(name), leaves, strict=True)
         return values
 
     def take(self, values: Arrays, name: str) -> dict[str, Any]:
         """The ``bank``, ``seeds`` or ``probe`` of each layer, taken from all values."""
-        return {
-            layer: jax.tree.map(
-                lambda x, index=bed.index: x[index] if index else x,
-                values[f"{bed.path}/{name}"],
-            )
-            for layer, bed in self.beds.items()
-        }
+        taken = {}
+        for layer, bed in self.beds.items():
+            leaves = [values[variable] for variable in bed.variables(name)]
+            if bed.index:
+                leaves = [leaf[bed.index] for leaf in leaves]
+            taken[layer] = jax.tree.unflatten(bed.forms[name][1], leaves)
+        return taken
 
     def host_weights(self, params: Arrays, layer: str) -> Arrays:
         """The parameters of the host layer that a layer's seeds grow in.
@@ -172,10 +191,15 @@ def _name(path: tuple[Any, ...]) -> str:
 def _layers(node: SeedBed, path: str, owner: str) -> dict[str, Bed]:
     """The layers that share a `SeedBed`: one, or each of a stack, by name."""
     stack = stack_of(node, path)
+    forms = {
+        "bank": (node.bank.names, node.bank.treedef),
+        "seeds": (node.seeds.names, node.seeds.treedef),
+        "probe": ((), jax.tree.structure(0)),
+    }
     if not stack:
-        return {owner: Bed(path, owner)}
+        return {owner: Bed(path, owner, forms)}
     return {
-        f"{owner}[{','.join(map(str, index))}]": Bed(path, owner, stack, index)
+        f"{owner}[{','.join(map(str, index))}]": Bed(path, owner, forms, stack, index)
         for index in np.ndindex(stack)
     }
 

@@ -1,12 +1,9 @@
-"""What a model is trained and grown by: all that is fixed before the first step."""
+"""What a model is grown by: all that is fixed before the first step."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
-import optax
-from jaxtyping import Array, Int
+from jaxtyping import Int
 
 from esper_jax.blueprints import param_counts
 from esper_jax.growth.parts import ModelParts
@@ -15,47 +12,39 @@ from esper_jax.optim import PerSlot
 from esper_jax.policy.config import ControllerConfig
 from esper_jax.policy.heuristic import Decide
 
-__all__ = ["AT_ONCE", "Batch", "Loss", "Recipe"]
-
-AT_ONCE = 4
-"""Counterfactuals that are evaluated side by side, which bounds their memory."""
-
-Batch = tuple[Any, Any]
-"""``(x, y)``, rows first."""
-
-Loss = Callable[[Any, Any], tuple[Array, Array]]
-"""``loss(outputs, y) -> (loss, score)``, one float of each for every row."""
+__all__ = ["Recipe"]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Recipe:
-    """The fixed part of a run; functions of a `TrainState` are closed over it.
+    """The fixed part of growth; pure functions of arrays are closed over it.
+
+    Hashable by identity, so that it can be a static argument.
 
     Args:
       parts: the model, taken apart.
-      loss: of the outputs and the labels, row by row.
-      optimizer: of the host's parameters.
       bank_optimizer: of the banks, slot by slot.
       gates: minimum ages and gates of the lifecycle.
       policy: numbers of the policy.
       decide: what asks for transitions.
-      eval_batch: rows that are evaluated at once.
-      at_once: counterfactuals that are evaluated side by side.
-      axis_name: the mapped axis that the rows are divided along, if there is one.
-      debug: whether each tick compares the states of all devices along that axis.
+
+    Raises:
+      ValueError: if the policy's blueprint is not one of every layer's.
     """
 
     parts: ModelParts
-    loss: Loss
-    optimizer: optax.GradientTransformation
     bank_optimizer: PerSlot
     gates: LifecycleConfig
     policy: ControllerConfig
     decide: Decide
-    eval_batch: int
-    at_once: int = AT_ONCE
-    axis_name: str | None = None
-    debug: bool = False
+
+    def __post_init__(self) -> None:
+        for name, kinds in self.parts.kinds.items():
+            if self.policy.blueprint >= len(kinds):
+                raise ValueError(
+                    f"controller blueprint must be an index into the {len(kinds)} "
+                    f"blueprints of layer {name!r}, got {self.policy.blueprint}"
+                )
 
     def costs(self) -> dict[str, Int[np.ndarray, "N S"]]:
         """Parameters of each blueprint on each chunk, by layer."""

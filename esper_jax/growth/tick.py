@@ -1,56 +1,59 @@
 """A tick: what was measured becomes signals, a decision, and new seeds.
 
-Held-out metrics, counterfactuals, signals, the policy, the lifecycle and the birth of
-new blueprints, for all layers, as one pure function.
+Signals, the policy, the lifecycle and the birth of new blueprints, for all layers, as
+one pure function.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Key
+from jaxtyping import Array, Bool, Float, Key
 
 from esper_jax import lifecycle
 from esper_jax.growth.births import give_birth
-from esper_jax.growth.evaluation import counterfactuals, evaluate
 from esper_jax.growth.measure import layer_signals, measure
-from esper_jax.growth.recipe import Batch, Recipe
+from esper_jax.growth.recipe import Recipe
 from esper_jax.growth.reports import LayerReport, TickReport, moves_of
 from esper_jax.growth.state import TrainState
 from esper_jax.lifecycle.commands import Commands
 from esper_jax.lifecycle.signals import Signals
 from esper_jax.lifecycle.state import SeedState, coefficients
-from esper_jax.parallel import collectives
 
-__all__ = ["tick"]
+__all__ = ["Seen", "advance"]
 
 
-def tick(
-    recipe: Recipe, state: TrainState, held_out: Batch
+class Seen(NamedTuple):
+    """What was measured on held-out data."""
+
+    loss: Float[Array, ""]
+    accuracy: Float[Array, ""]
+    worth: dict[str, Float[Array, " K"]]
+    """Worth of the seed in each slot, by layer; NaN where it was not measured."""
+    agree: Bool[Array, ""]
+    """Whether all devices hold the same state, as far as that was looked at."""
+
+
+def advance(
+    recipe: Recipe, state: TrainState, seen: Seen
 ) -> tuple[TrainState, TickReport]:
-    """Measures, decides and carries out what was decided, for all layers.
+    """Decides and carries out what was decided, for all layers.
 
     Args:
       recipe: what the model is grown by.
       state: after the steps since the last tick.
-      held_out: data that the gates and the policy read, rows first.
+      seen: what was measured on held-out data.
 
     Returns:
       The new state and the report.
     """
-    agree = jnp.ones((), bool)
-    if recipe.debug and recipe.axis_name is not None:
-        agree = collectives.replicas_agree(state, recipe.axis_name)
-    loss, accuracy = evaluate(recipe, recipe.parts.values(state), held_out)
-    # Devices that differ would not all take part in the same evaluations.
-    worth = counterfactuals(recipe, state, held_out, loss, agree)
-    measured = measure(recipe.parts, state, loss, accuracy)
+    measured = measure(recipe.parts, state, seen.loss, seen.accuracy)
     costs = recipe.costs()
     seeds, signals = {}, {}
     for name in state.seeds:
         layer, signals[name] = layer_signals(
-            state, name, worth[name], costs[name], measured
+            state, name, seen.worth[name], costs[name], measured
         )
         seeds[name] = lifecycle.age(layer, signals[name], recipe.gates)
     commands, memory = recipe.decide(
@@ -71,10 +74,10 @@ def tick(
         tick=new.ticks,
         step=state.step,
         train_loss=state.monitor.train_loss / steps,
-        loss=loss,
-        accuracy=accuracy,
+        loss=seen.loss,
+        accuracy=seen.accuracy,
         reason=memory.reason,
-        replicas_agree=agree,
+        replicas_agree=seen.agree,
         layers=layers,
     )
     return new, report

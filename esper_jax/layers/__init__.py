@@ -3,15 +3,18 @@
 from esper_jax.layers.bed import (
     DEFAULT_CAPACITY,
     DEFAULT_STATISTICS_ROWS,
-    BlueprintParam,
-    GraftProbe,
     SeedBed,
-    SeedVariable,
     stack_of,
 )
 from esper_jax.layers.capacity import grow_capacity
 from esper_jax.layers.chunked import ChunkedLayer
 from esper_jax.layers.growable import make_growable
+from esper_jax.layers.variables import (
+    BlueprintParam,
+    GraftProbe,
+    SeedVariable,
+    VariableTree,
+)
 
 __all__ = [
     "DEFAULT_CAPACITY",
@@ -21,6 +24,7 @@ __all__ = [
     "GraftProbe",
     "SeedBed",
     "SeedVariable",
+    "VariableTree",
     "grow_capacity",
     "make_growable",
     "stack_of",

@@ -17,6 +17,12 @@ from esper_jax.kernels.blend import (
     check_sharding,
     check_statistics_rows,
 )
+from esper_jax.layers.variables import (
+    BlueprintParam,
+    GraftProbe,
+    SeedVariable,
+    VariableTree,
+)
 from esper_jax.lifecycle.grafting import Strategy
 from esper_jax.lifecycle.stages import Incubation
 from esper_jax.lifecycle.state import init_seeds, record, slot_coefficients
@@ -25,10 +31,7 @@ from esper_jax.parallel import collectives
 __all__ = [
     "DEFAULT_CAPACITY",
     "DEFAULT_STATISTICS_ROWS",
-    "BlueprintParam",
-    "GraftProbe",
     "SeedBed",
-    "SeedVariable",
     "stack_of",
 ]
 
@@ -42,28 +45,6 @@ DEFAULT_STATISTICS_ROWS = 256
 For a chunk of 16 features, 256 rows are 4,096 activations per call, and a tick sums
 many calls. If the activations were independent, the standard error of a call's mean
 would be 1.6% of their standard deviation."""
-
-
-class BlueprintParam(nnx.Param):
-    """The bank: parameters of the blueprints. Optimize it with `optim.per_slot`."""
-
-
-class SeedVariable(nnx.Variable):
-    """Holds the layer's `SeedState`."""
-
-
-class GraftProbe(nnx.Variable):
-    """Offset that is added to each slot's alpha; always 0 while training.
-
-    The gradient of the loss with respect to the probe equals that with respect to
-    alpha. Setting one slot's probe to ``-alpha`` gives the loss without that seed: a
-    counterfactual.
-    """
-
-
-nnx.register_variable_name("bank", BlueprintParam)
-nnx.register_variable_name("seeds", SeedVariable)
-nnx.register_variable_name("probe", GraftProbe)
 
 
 class SeedBed(nnx.Module):
@@ -138,17 +119,22 @@ class SeedBed(nnx.Module):
             raise ValueError(f"strategy must be a Strategy, got {strategy!r}")
         if capacity is None:
             capacity = min(DEFAULT_CAPACITY, num_seeds)
-        self.seeds = SeedVariable(init_seeds(num_seeds, capacity, strategy))
-        self.bank = BlueprintParam(
+        self.seeds = VariableTree(
+            SeedVariable, init_seeds(num_seeds, capacity, strategy)
+        )
+        self.bank = VariableTree(
+            BlueprintParam,
             init_bank(
                 rngs.params(), capacity, self.blueprints, self.layout.width, features
-            )
+            ),
         )
         self.probe = GraftProbe(jnp.zeros(capacity, jnp.float32))
 
     def __call__(self, y: Float[Array, "*B F"]) -> Float[Array, "*B F"]:
         """``y`` with the living seeds blended in, of the same shape and dtype."""
         seeds = self.seeds.get_value()
+        # Inside raw JAX transforms (jax.vmap, lax.scan, ...) nothing can be written.
+        records = not self.deterministic and self.seeds.writable
         alpha, beta, blueprint = slot_coefficients(seeds)
         out, statistics, reconstruction = blend(
             y,
@@ -160,20 +146,23 @@ class SeedBed(nnx.Module):
             layout=self.layout,
             blueprints=self.blueprints,
             incubation=self.incubation,
-            statistics_rows=self._rows(),
+            statistics_rows=self._rows() if records else 0,
             implementation=self.implementation,
             sharding=self.sharding,
         )
-        if not self.deterministic:
+        if records:
             statistics = collectives.total(statistics, self.axis_name)
             reconstruction = collectives.mean(reconstruction, self.axis_name)
             self.seeds.set_value(record(seeds, statistics, reconstruction))
         return out
 
+    def set_view(self, deterministic: bool | None = None) -> None:
+        """Lets `nnx.view` switch the collection of statistics off and on."""
+        if deterministic is not None:
+            self.deterministic = deterministic
+
     def _rows(self) -> int | None:
         """Rows that this call measures on this device."""
-        if self.deterministic:
-            return 0  # nobody records the statistics, so do not compute them
         if self.axis_name is None or not self.statistics_rows:
             return self.statistics_rows
         return max(1, self.statistics_rows // collectives.axis_size(self.axis_name))

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from esper_jax.growth.recipe import Batch
 from esper_jax.growth.reports import TickReport
 from esper_jax.growth.state import LOSS_WINDOW, GovernorMemory, TrainState
+from esper_jax.train.recipe import Batch
 from esper_jax.trees import is_key
 
 __all__ = [

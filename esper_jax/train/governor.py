@@ -20,7 +20,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from esper_jax.growth.recipe import Batch
 from esper_jax.growth.reports import TickReport
 from esper_jax.growth.state import TrainState
 from esper_jax.train.faults import (
@@ -33,6 +32,7 @@ from esper_jax.train.faults import (
     sound_values,
 )
 from esper_jax.train.program import Program
+from esper_jax.train.recipe import Batch
 from esper_jax.train.retreat import Rollback, TrainingStopped, retreat
 from esper_jax.trees import copy_state
 

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, Key
 
-from esper_jax.growth.recipe import Batch
 from esper_jax.growth.reports import TickReport
 from esper_jax.growth.state import TrainState
 from esper_jax.parallel.replicas import check_replicas
 from esper_jax.train.governor import Governor
 from esper_jax.train.program import Program
+from esper_jax.train.recipe import Batch
 
 __all__ = ["epoch_order", "fit"]
 

@@ -19,20 +19,20 @@ from jaxtyping import Array, Float, Int
 from esper_jax import blueprints
 from esper_jax.chunks import ChunkLayout
 from esper_jax.growth.capacity import grow_capacity
-from esper_jax.growth.evaluation import evaluate
 from esper_jax.growth.parts import split_model, values_of
-from esper_jax.growth.recipe import AT_ONCE, Batch, Loss, Recipe
 from esper_jax.growth.reports import TickReport
 from esper_jax.growth.state import Arrays, TrainState
-from esper_jax.growth.tick import tick
 from esper_jax.lifecycle.rules import LifecycleConfig
 from esper_jax.optim import PerSlot, per_slot
 from esper_jax.parallel import collectives
 from esper_jax.policy import heuristic
 from esper_jax.policy.config import ControllerConfig
 from esper_jax.policy.heuristic import Decide
+from esper_jax.train.evaluation import evaluate
+from esper_jax.train.recipe import AT_ONCE, Batch, Loss, TrainRecipe
 from esper_jax.train.start import initial_state
 from esper_jax.train.step import train_step
+from esper_jax.train.tick import tick
 from esper_jax.train.tracing import count_recompiles, counted
 from esper_jax.trees import is_key
 
@@ -145,13 +145,7 @@ def build(
         )
     policy = controller_config or ControllerConfig()
     parts = split_model(model, axis_name)
-    for name, kinds in parts.kinds.items():
-        if policy.blueprint >= len(kinds):
-            raise ValueError(
-                f"controller blueprint must be an index into the {len(kinds)} "
-                f"blueprints of layer {name!r}, got {policy.blueprint}"
-            )
-    recipe = Recipe(
+    recipe = TrainRecipe(
         parts=parts,
         loss=loss,
         optimizer=optimizer,
@@ -175,7 +169,7 @@ def build(
     return _program(recipe, initial)
 
 
-def _program(recipe: Recipe, initial: Arrays) -> Program:
+def _program(recipe: TrainRecipe, initial: Arrays) -> Program:
     """The jitted functions of a recipe, with the values that a run starts from."""
     parts, traces = recipe.parts, Counter[str]()
 

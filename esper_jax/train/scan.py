@@ -14,11 +14,11 @@ from flax import nnx, struct
 from jaxtyping import Array, Float, Int, Key
 
 from esper_jax.growth.parts import values_of
-from esper_jax.growth.recipe import Batch
 from esper_jax.growth.reports import TickReport
 from esper_jax.growth.state import Arrays, TrainState
 from esper_jax.train.loop import epoch_order
 from esper_jax.train.program import Program
+from esper_jax.train.recipe import Batch
 
 __all__ = ["ScanReport", "scan_fit", "start_from"]
 

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key
 
-from esper_jax.growth.recipe import Recipe
 from esper_jax.growth.state import Arrays, GovernorMemory, Monitor, TrainState
 from esper_jax.policy.memory import init_memory
+from esper_jax.train.recipe import TrainRecipe
 
 __all__ = ["initial_state"]
 
@@ -16,7 +16,9 @@ _CONTROLLER = 0x5EED
 Not 0 or 1, since folding with those equals splitting."""
 
 
-def initial_state(recipe: Recipe, initial: Arrays, rng: Key[Array, ""]) -> TrainState:
+def initial_state(
+    recipe: TrainRecipe, initial: Arrays, rng: Key[Array, ""]
+) -> TrainState:
     """The state before the first step.
 
     Args:
@@ -28,8 +30,8 @@ def initial_state(recipe: Recipe, initial: Arrays, rng: Key[Array, ""]) -> Train
     values = jax.tree.map(jnp.array, initial)
     banks, seeds = parts.take(values, "bank"), parts.take(values, "seeds")
     for bed in parts.beds.values():
-        values.pop(f"{bed.path}/bank", None)
-        values.pop(f"{bed.path}/seeds", None)
+        for variable in (*bed.variables("bank"), *bed.variables("seeds")):
+            values.pop(variable, None)
     params = {name: values.pop(name) for name in parts.host_params()}
     host_mean = {layer: parts.host_weights(params, layer) for layer in parts.beds}
     num_seeds = {layer: layout.num_seeds for layer, layout in parts.layouts.items()}

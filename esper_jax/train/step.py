@@ -7,26 +7,29 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Float, Key
 
 from esper_jax.blueprints import Bank
-from esper_jax.growth import gradients
 from esper_jax.growth.parts import values_of
-from esper_jax.growth.recipe import Batch, Recipe
 from esper_jax.growth.state import Arrays, TrainState
+from esper_jax.growth.update import (
+    Layer,
+    LayerGradients,
+    add_gradients,
+    update_layer,
+)
 from esper_jax.lifecycle.state import (
     SeedState,
-    saturating_add,
-    slot_coefficients,
     start_tick,
 )
 from esper_jax.parallel import collectives
+from esper_jax.train.recipe import Batch, TrainRecipe
 from esper_jax.trees import is_key
 
 __all__ = ["train_step"]
 
 
-def train_step(recipe: Recipe, state: TrainState, batch: Batch) -> TrainState:
+def train_step(recipe: TrainRecipe, state: TrainState, batch: Batch) -> TrainState:
     """One update of host and blueprints.
 
     Args:
@@ -38,14 +41,16 @@ def train_step(recipe: Recipe, state: TrainState, batch: Batch) -> TrainState:
     updates, opt_state = recipe.optimizer.update(
         learned.params, state.opt_state, state.params
     )
-    seeds, banks, bank_opt = {}, {}, {}
-    for name in state.seeds:
-        seeds[name], banks[name], bank_opt[name] = _update_bank(
-            recipe, state, name, learned
-        )
+    layers = {name: _update(recipe, state, name, learned) for name in state.seeds}
     monitor = dataclasses.replace(
         state.monitor,
-        gradients=_add_gradients(recipe, state, learned),
+        gradients=add_gradients(
+            recipe.parts,
+            state.monitor.gradients,
+            state.seeds,
+            learned.params,
+            learned.banks,
+        ),
         train_loss=state.monitor.train_loss + learned.loss,
         grad_norm=state.monitor.grad_norm + optax.tree.norm(learned.params),
         steps=state.monitor.steps + 1,
@@ -55,11 +60,30 @@ def train_step(recipe: Recipe, state: TrainState, batch: Batch) -> TrainState:
         step=state.step + 1,
         params=optax.apply_updates(state.params, updates),
         opt_state=opt_state,
-        seeds=seeds,
-        banks=banks,
-        bank_opt=bank_opt,
+        seeds={name: layer.seeds for name, layer in layers.items()},
+        banks={name: layer.bank for name, layer in layers.items()},
+        bank_opt={name: layer.moments for name, layer in layers.items()},
         rest=learned.rest,
         monitor=monitor,
+    )
+
+
+def _update(
+    recipe: TrainRecipe, state: TrainState, name: str, learned: "_Learned"
+) -> Layer:
+    """One layer with what was measured and learned."""
+    seeds, measured = state.seeds[name], learned.seeds[name]
+    seeds = dataclasses.replace(
+        seeds,
+        statistics=jax.tree.map(jnp.add, seeds.statistics, measured.statistics),
+        reconstruction=seeds.reconstruction + measured.reconstruction,
+        steps=seeds.steps + measured.steps,
+    )
+    return update_layer(
+        recipe.bank_optimizer,
+        Layer(seeds, state.banks[name], state.bank_opt[name]),
+        LayerGradients(learned.banks[name], learned.gains[name], measured.steps),
+        state.step,
     )
 
 
@@ -79,7 +103,7 @@ class _Learned(NamedTuple):
     """The model's other variables afterwards."""
 
 
-def _learn(recipe: Recipe, state: TrainState, batch: Batch) -> _Learned:
+def _learn(recipe: TrainRecipe, state: TrainState, batch: Batch) -> _Learned:
     """Loss and gradients of one batch."""
     (x, y), parts, axis_name = batch, recipe.parts, recipe.axis_name
     trained = (state.params, state.banks, parts.take(state.rest, "probe"))
@@ -109,24 +133,6 @@ def _learn(recipe: Recipe, state: TrainState, batch: Batch) -> _Learned:
         seeds=parts.take(after, "seeds"),
         rest=_shared(state.rest, after, axis_name),
     )
-
-
-def _add_gradients(
-    recipe: Recipe, state: TrainState, learned: _Learned
-) -> dict[str, gradients.GradientSums]:
-    """The tick's sums of gradient norms with this step's, by layer."""
-    parts = recipe.parts
-    return {
-        name: gradients.add(
-            state.monitor.gradients[name],
-            parts.host_weights(learned.params, name),
-            learned.banks[name],
-            state.seeds[name],
-            parts.layouts[name],
-            owns=parts.has_base(name),
-        )
-        for name in parts.beds
-    }
 
 
 def _own(rest: Arrays, axis_name: str) -> Arrays:
@@ -175,50 +181,3 @@ def _shared(before: Arrays, after: Arrays, axis_name: str | None) -> Arrays:
         name: jax.tree.map(functools.partial(share, name), old, after[name])
         for name, old in before.items()
     }
-
-
-def _update_bank(
-    recipe: Recipe, state: TrainState, name: str, learned: _Learned
-) -> tuple[SeedState, Bank, Any]:
-    """Updates the slots of a layer that learn.
-
-    A slot whose gradient is not finite waits a step. That is an error; so is, in a slot
-    that only counts, a correction that is not finite.
-    """
-    seeds, bank, opt_state = state.seeds[name], state.banks[name], state.bank_opt[name]
-    measured, grads, gain = (
-        learned.seeds[name],
-        learned.banks[name],
-        learned.gains[name],
-    )
-    alpha, beta, _ = slot_coefficients(seeds)
-    finite = _finite_slots(grads) & jnp.isfinite(gain)
-    learning = beta != 0
-    living = learning | (alpha != 0)
-
-    def update() -> tuple[Bank, Any]:
-        updates, new = recipe.bank_optimizer.update(
-            grads, opt_state, bank, active=learning & finite, step=state.step
-        )
-        return optax.apply_updates(bank, updates), new
-
-    bank, opt_state = jax.lax.cond(jnp.any(learning), update, lambda: (bank, opt_state))
-    # A layer that is called several times in a step has as many errors.
-    wrong = jnp.where(living & ~finite, measured.steps, 0)
-    seeds = dataclasses.replace(
-        seeds,
-        statistics=jax.tree.map(jnp.add, seeds.statistics, measured.statistics),
-        reconstruction=seeds.reconstruction + measured.reconstruction,
-        steps=seeds.steps + measured.steps,
-        gain=seeds.gain + gain,
-        errors=saturating_add(seeds.errors, wrong),
-    )
-    return seeds, bank, opt_state
-
-
-def _finite_slots(grads: Bank) -> Bool[Array, " K"]:
-    leaves = [
-        jnp.all(jnp.isfinite(leaf), axis=tuple(range(1, leaf.ndim)))
-        for leaf in jax.tree.leaves(grads)
-    ]
-    return functools.reduce(jnp.logical_and, leaves)

@@ -7,18 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from esper_jax.growth.recipe import Batch, Recipe
+from esper_jax.growth.measure import asked_for_worth
 from esper_jax.growth.state import Arrays, TrainState
-from esper_jax.lifecycle.rules import LifecycleConfig
-from esper_jax.lifecycle.stages import Stage
-from esper_jax.lifecycle.state import SeedState, slot_coefficients
+from esper_jax.lifecycle.state import slot_coefficients
 from esper_jax.parallel import collectives
+from esper_jax.train.recipe import Batch, TrainRecipe
 
 __all__ = ["counterfactuals", "evaluate"]
 
 
 def evaluate(
-    recipe: Recipe, values: Arrays, data: Batch
+    recipe: TrainRecipe, values: Arrays, data: Batch
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Mean loss and score over all rows, ``recipe.eval_batch`` at a time.
 
@@ -61,7 +60,7 @@ def evaluate(
 
 
 def counterfactuals(
-    recipe: Recipe,
+    recipe: TrainRecipe,
     state: TrainState,
     held_out: Batch,
     base_loss: Float[Array, ""],
@@ -85,11 +84,11 @@ def counterfactuals(
     """
     alphas = {name: slot_coefficients(s)[0] for name, s in state.seeds.items()}
     flat = jnp.concatenate(list(alphas.values()))
-    on_probation = jnp.concatenate(
-        [_on_probation(s, recipe.gates) for s in state.seeds.values()]
-    )
     ends = np.cumsum([a.size for a in alphas.values()])[:-1]
-    asked = on_probation & (flat != 0) & allowed
+    asked = jnp.concatenate(
+        [asked_for_worth(s, recipe.gates) for s in state.seeds.values()]
+    )
+    asked &= allowed
 
     def without(slot: Array) -> Array:
         probe = jnp.where(jnp.arange(flat.size) == slot, -flat, 0.0)
@@ -123,17 +122,3 @@ def _only_where(
     results = jnp.full(asked.shape, jnp.nan, dtype)
     results = jax.lax.fori_loop(0, groups, group, results)
     return jnp.where(asked, results, jnp.nan)
-
-
-def _on_probation(state: SeedState, gates: LifecycleConfig) -> Bool[Array, " K"]:
-    """Slots whose seed is asked for its worth.
-
-    A fossil is not, since no decision depends on it. A seed in FINE_TUNING is from the
-    window of measurement on.
-    """
-    owner = jnp.maximum(state.seed_of_slot, 0)
-    stage = state.stage[owner]
-    age = state.epochs_in_stage[owner].astype(jnp.int32)
-    soon = age + gates.worth_window >= gates.min_epochs[Stage.FINE_TUNING]
-    asked = (stage != Stage.FOSSILIZED) & ((stage != Stage.FINE_TUNING) | soon)
-    return (state.seed_of_slot >= 0) & asked

@@ -1,0 +1,80 @@
+"""The variables that a layer which can grow adds to a Flax NNX model."""
+
+from typing import Any
+
+import jax
+from flax import nnx
+
+__all__ = ["BlueprintParam", "GraftProbe", "SeedVariable", "VariableTree"]
+
+
+class BlueprintParam(nnx.Variable):
+    """An array of the bank: parameters of the blueprints.
+
+    No `nnx.Param`, so that an optimizer of the host's parameters does not see it.
+    """
+
+
+class SeedVariable(nnx.Variable):
+    """An array of the layer's `SeedState`."""
+
+
+class GraftProbe(nnx.Variable):
+    """Added to each slot's alpha; always 0 while training.
+
+    The loss's gradient with respect to the probe is the gradient with respect to alpha.
+    With the probe at ``-alpha`` of one slot, the loss is that without its seed: a
+    counterfactual.
+    """
+
+
+nnx.register_variable_name("bank", BlueprintParam)
+nnx.register_variable_name("seeds", SeedVariable)
+nnx.register_variable_name("probe", GraftProbe)
+
+
+class VariableTree(nnx.Module):
+    """A pytree held as one NNX variable a leaf.
+
+    So whatever handles arrays by path (pure dicts, safetensors, Orbax) sees plain
+    arrays. An attribute is named by its leaf's keys, joined by underscores.
+
+    Args:
+      kind: the variables' type.
+      tree: a pytree of arrays.
+    """
+
+    def __init__(self, kind: type[nnx.Variable], tree: Any) -> None:
+        leaves, self.treedef = jax.tree_util.tree_flatten_with_path(tree)
+        self.names: tuple[str, ...] = tuple(
+            "_".join(map(_key, path)) for path, _ in leaves
+        )
+        for name, (_, leaf) in zip(self.names, leaves, strict=True):
+            setattr(self, name, kind(leaf))
+
+    def get_value(self) -> Any:
+        """The pytree."""
+        leaves = [getattr(self, name).get_value() for name in self.names]
+        return jax.tree.unflatten(self.treedef, leaves)
+
+    def set_value(self, tree: Any) -> None:
+        """Sets all leaves.
+
+        Args:
+          tree: of the same structure.
+        """
+        leaves = jax.tree.leaves(tree)
+        for name, leaf in zip(self.names, leaves, strict=True):
+            getattr(self, name).set_value(leaf)
+
+    @property
+    def writable(self) -> bool:
+        """Whether the variables can be written in the current trace."""
+        return all(getattr(self, name)._can_update for name in self.names)
+
+
+def _key(key: Any) -> str:
+    for attribute in ("name", "key", "idx"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    raise TypeError(f"a tree must be of dictionaries, tuples and dataclasses: {key!r}")
