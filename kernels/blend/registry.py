@@ -40,7 +40,10 @@ def _found() -> tuple[dict[str, Backend], dict[str, str]]:
         if name == reference.BACKEND.name:
             continue
         try:
-            found.append(importlib.import_module(f"{room.__name__}.{name}").BACKEND)
+            # The first call may be traced, but what a module holds must not be.
+            with jax.ensure_compile_time_eval():
+                module = importlib.import_module(f"{room.__name__}.{name}")
+            found.append(module.BACKEND)
         # A name that JAX has removed is the one or the other.
         except (ImportError, AttributeError) as error:
             missing[name] = (
