@@ -23,6 +23,7 @@ from esper_jax.blueprints import (
 )
 from esper_jax.chunks import ChunkLayout
 from esper_jax.kernels.blend import blend, oracle, reference
+from esper_jax.kernels.blend.static import Slots, Static
 from esper_jax.lifecycle.signals import Statistics
 from esper_jax.lifecycle.stages import Stage
 from esper_jax.lifecycle.state import coefficients, init_seeds
@@ -152,17 +153,9 @@ def truth(args: dict[str, Any], g: Any, layout: ChunkLayout, incubation: str) ->
         args, g = jax.tree.map(wide, (args, g))
 
         def f(y: Any, bank: Any, alpha: Any) -> Any:
-            out, *rest = oracle.blend(
-                y,
-                bank,
-                alpha,
-                args["beta"],
-                args["blueprint"],
-                args["seed_of_slot"],
-                layout,
-                KINDS,
-                incubation,  # type: ignore[arg-type]
-            )
+            slots = Slots(alpha, args["beta"], args["blueprint"], args["seed_of_slot"])
+            s = Static(layout=layout, blueprints=KINDS, incubation=incubation)
+            out, *rest = oracle.blend(s, y, bank, slots)
             return out, rest
 
         given = [args[name] for name in ("y", "bank", "alpha")]
