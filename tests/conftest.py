@@ -40,6 +40,8 @@ def pytest_configure(config: pytest.Config) -> None:
             os.environ["XLA_FLAGS"] = (
                 f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
             )
+    # Nobody reads the tracebacks in compiled code, and writing them costs time.
+    os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
     # What several tests, workers or commands under test need is compiled once. Workers
     # and commands inherit the variables; JAX reads them when it is imported.
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:

@@ -53,24 +53,23 @@ def _is_struct(hint: Any) -> bool:
 
 @functools.cache
 def _field_hints(struct: type) -> dict[str, Any]:
+    """Annotations of the fields that speak of arrays."""
     hints = typing.get_type_hints(struct, include_extras=True)
-    if hasattr(struct, "_fields"):
-        return {name: hints[name] for name in struct._fields if name in hints}
-    return {f.name: hints[f.name] for f in dataclasses.fields(struct)}
+    names = getattr(struct, "_fields", None) or [
+        field.name for field in dataclasses.fields(struct)
+    ]
+    return {n: hints[n] for n in names if n in hints and _says_something(hints[n])}
 
 
-def _says_something(hint: Any, inside: tuple[Any, ...] = ()) -> bool:
+def _says_something(hint: Any) -> bool:
     """Whether an annotation names the shape of any array."""
     if _is_array(hint):
         return True
     if _is_struct(hint):
-        return hint not in inside and any(
-            _says_something(field, (*inside, hint))
-            for field in _field_hints(hint).values()
-        )
+        return bool(_field_hints(hint))
     if typing.get_origin(hint) in (Callable, typing.Annotated):
         return False  # what is annotated so has other shapes than its class says
-    return any(_says_something(part, inside) for part in typing.get_args(hint))
+    return any(_says_something(part) for part in typing.get_args(hint))
 
 
 def _pieces(hint: Any, value: Any, path: str, scope: Any) -> Iterator[Any]:
@@ -128,9 +127,14 @@ def _check(name: str, hints: dict[str, Any], values: dict[str, Any]) -> None:
                     )
 
 
-def _matches(value: Any, hint: Any) -> bool:
+@functools.cache
+def _of_any_class(hint: Any) -> Any:
     # Of numpy or of jax, or a ShapeDtypeStruct: mypy looks at the class.
-    return hasattr(value, "shape") and isinstance(value, hint.dtype[Any, hint.dim_str])
+    return hint.dtype[Any, hint.dim_str]
+
+
+def _matches(value: Any, hint: Any) -> bool:
+    return hasattr(value, "shape") and isinstance(value, _of_any_class(hint))
 
 
 def _spelled(hint: Any) -> str:

@@ -162,6 +162,9 @@ def cotangent(spec: ArgSpec) -> Any:
     return jnp.asarray(rng.normal(size=(spec.rows, spec.features)), spec.dtype)
 
 
+ARGUMENTS = ("y", "bank", "alpha", "beta", "blueprint", "seed_of_slot")
+
+
 @functools.cache
 def truth(spec_name: str, seed: int) -> Any:
     """What the oracle says, in float64."""
@@ -172,7 +175,8 @@ def truth(spec_name: str, seed: int) -> Any:
         return jnp.asarray(x, jnp.int32 if x.dtype.kind == "i" else jnp.float64)
 
     def call(args: dict[str, Any]) -> Any:
-        return oracle.blend(**args, **spec.options)
+        y, bank, *slots = (args[name] for name in ARGUMENTS)
+        return oracle.blend(Static(**spec.options), y, bank, Slots(*slots))
 
     args, g = spec.arrays(seed, mixed=True), cotangent(spec)
     with jax.enable_x64(True):

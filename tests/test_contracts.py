@@ -163,10 +163,10 @@ def test_half_precision_is_the_same_network(slot: int, place: str) -> None:
 
 
 def test_which_blueprint_grows_where_is_a_run_time_value() -> None:
-    fresh = jax.jit(lambda *arguments: correct(*arguments))
-    for age, place in itertools.product(banks(), PLACES):
-        fresh(*rows("float32"), banks()[age], PLACES[place])
-    assert fresh._cache_size() == 1
+    dtypes = ("float32", "bfloat16")
+    for age, place, dtype in itertools.product(banks(), PLACES, dtypes):
+        corrected(age, place, dtype)
+    assert compiled._cache_size() == len(dtypes)
 
 
 def test_blueprints_under_vmap_are_a_loop() -> None:

@@ -44,7 +44,6 @@ LONG_LISTS = {
     "esper_jax/train/program.py:build": CONSTRUCTORS,
     "esper_jax/train/loop.py:fit": CONSTRUCTORS,
     "esper_jax/train/scan.py:scan_fit": CONSTRUCTORS,
-    "esper_jax/hosts.py:ConvNet.__init__": CONSTRUCTORS,
     "kernels/blend/api.py:blend": CONSTRUCTORS,
 }
 """Functions with more than `PARAMETERS` parameters, and why they may."""

@@ -20,6 +20,7 @@ from esper_jax.lifecycle.grafting import GraftConfig, Strategy
 from esper_jax.lifecycle.history import unpack_history
 from esper_jax.lifecycle.rules import LifecycleConfig
 from esper_jax.lifecycle.signals import Signals
+from esper_jax.lifecycle.slots import resize
 from esper_jax.lifecycle.stages import LEGAL, LIVING, Outcome, Stage
 from esper_jax.lifecycle.state import (
     SeedState,
@@ -481,7 +482,7 @@ def test_an_embargo_holds_a_culled_seed() -> None:
 
 def test_a_seed_can_leave_a_stage_after_its_minimum_of_ticks() -> None:
     state = state_with([Stage.GRAFTING] + [Stage.DORMANT] * 5)
-    state = dataclasses.replace(state, seed_of_slot=state.seed_of_slot[:3])
+    state = resize(state, 3)
     ask = commands_for(6, {0: Stage.STABILIZATION})
     codes = []
     for _ in range(3):

@@ -23,7 +23,7 @@ def report(tick, **layers):
         loss=np.float32(1.5),
         accuracy=np.float32(0.625),
         reason=np.int8(0),
-        replicas_agree=True,
+        replicas_agree=np.True_,
         layers={name: seeds(stages) for name, stages in layers.items()},
     )
 
@@ -38,8 +38,8 @@ def seeds(stages):
         slot=zero - 1,
         stage=stage,
         alpha=np.zeros(len(stages), np.float32),
-        epochs=zero,
-        errors=zero,
+        epochs=zero.astype(np.uint16),
+        errors=zero.astype(np.uint8),
         signals=Signals.unmeasured(),
     )
 

@@ -30,8 +30,8 @@ def moves(*seeds):
         "target": target,
         "outcome": outcome,
         "slot": zero - 1,
-        "epochs": zero + 3,
-        "errors": zero,
+        "epochs": (zero + 3).astype(np.uint16),
+        "errors": zero.astype(np.uint8),
     }
 
 
@@ -45,13 +45,13 @@ def report(tick, *seeds, loss=1.5):
             signals=Signals.unmeasured(),
         )
     return TickReport(
-        tick=tick,
-        step=8 * tick,
+        tick=np.int32(tick),
+        step=np.int32(8 * tick),
         train_loss=np.float32(2),
         loss=np.float32(loss),
         accuracy=np.float32(0.5),
-        replicas_agree=True,
-        reason=0,
+        replicas_agree=np.True_,
+        reason=np.int8(0),
         layers=layers,
     )
 

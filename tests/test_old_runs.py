@@ -23,7 +23,7 @@ from esper_jax.data import DATASETS
 from esper_jax.lifecycle.stages import Stage
 from esper_jax.lifecycle.state import transitions
 from esper_jax.migrations import CURRENT
-from esper_jax.run.folder import read_config
+from esper_jax.run.folder import RunFolder, read_config
 from esper_jax.run.run import build_run
 
 ROOT = Path(__file__).parents[1]
@@ -87,7 +87,7 @@ def test_a_run_of_version_0_1_migrates(tmp_path, monkeypatch, capsys):
 @pytest.fixture(scope="module")
 def program():
     """Of the early runs, whose configs are equal where they say anything."""
-    config = read_config(EARLY["wide"])
+    config = read_config(RunFolder(EARLY["wide"]))
     data = DATASETS[config.data.name](config.data.seed)
     built = build_run(config, data)
     return built, built.init(jax.random.key(1)), jax.tree.map(jnp.asarray, data.test)

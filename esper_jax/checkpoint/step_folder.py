@@ -37,7 +37,16 @@ from esper_jax.checkpoint.manifest import (
     leaf_record,
 )
 
-__all__ = ["Damaged", "FileRecord", "LeafRecord", "Manifest", "check", "read", "write"]
+__all__ = [
+    "Damaged",
+    "FileRecord",
+    "Header",
+    "LeafRecord",
+    "Manifest",
+    "check",
+    "read",
+    "write",
+]
 
 _MANIFEST = "manifest.json"
 

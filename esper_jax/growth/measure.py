@@ -14,7 +14,7 @@ from esper_jax.growth import gradients
 from esper_jax.growth.parts import ModelParts
 from esper_jax.growth.state import Monitor, TrainState
 from esper_jax.lifecycle.rules import LifecycleConfig
-from esper_jax.lifecycle.signals import DECAY, Signals, health, running_mean
+from esper_jax.lifecycle.signals import DECAY, Signals, health, running_moments
 from esper_jax.lifecycle.stages import Stage
 from esper_jax.lifecycle.state import (
     SeedState,
@@ -52,8 +52,8 @@ def measure(
       accuracy: on the same data.
     """
     old = state.monitor
-    loss_mean, loss_variance = _running(old.loss_mean, old.loss_variance, loss)
-    accuracy_mean, accuracy_variance = _running(
+    loss_mean, loss_variance = running_moments(old.loss_mean, old.loss_variance, loss)
+    accuracy_mean, accuracy_variance = running_moments(
         old.accuracy_mean, old.accuracy_variance, accuracy
     )
     initial = jnp.where(jnp.isfinite(old.initial_loss), old.initial_loss, loss)
@@ -144,17 +144,6 @@ def asked_for_worth(state: SeedState, gates: LifecycleConfig) -> Bool[Array, " K
     soon = age + gates.worth_window >= gates.min_epochs[Stage.FINE_TUNING]
     asked = (stage != Stage.FOSSILIZED) & ((stage != Stage.FINE_TUNING) | soon)
     return (slot_coefficients(state)[0] != 0) & asked
-
-
-def _running(mean: Array, variance: Array, value: Array) -> tuple[Array, Array]:
-    """Running mean and variance with one more value; NaN before the first.
-
-    A value that is not finite leaves both as they were.
-    """
-    change = value - mean
-    moved = DECAY * (variance + (1 - DECAY) * change**2)
-    moved = jnp.where(jnp.isnan(mean), 0.0, moved)
-    return running_mean(mean, value), jnp.where(jnp.isfinite(value), moved, variance)
 
 
 def _drift(

@@ -6,7 +6,15 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Shaped
 
-__all__ = ["DECAY", "Health", "Signals", "Statistics", "health", "running_mean"]
+__all__ = [
+    "DECAY",
+    "Health",
+    "Signals",
+    "Statistics",
+    "health",
+    "running_mean",
+    "running_moments",
+]
 
 DECAY = 0.9
 """Of every running mean over ticks."""
@@ -114,5 +122,28 @@ def running_mean(
       mean: the mean so far; NaN before the first value.
       value: the new value. One that is not finite leaves the mean as it was.
     """
-    moved = jnp.where(jnp.isnan(mean), value, mean + (1 - DECAY) * (value - mean))
+    moved = jnp.where(jnp.isnan(mean), value, DECAY * mean + (1 - DECAY) * value)
     return jnp.where(jnp.isfinite(value), moved, mean)
+
+
+def running_moments(
+    mean: Float[Array, "*N"], variance: Float[Array, "*N"], value: Float[Array, "*N"]
+) -> tuple[Float[Array, "*N"], Float[Array, "*N"]]:
+    """The exponential running mean and variance with one more value.
+
+    Follows T. Finch, Incremental calculation of weighted mean and variance, 2009. The
+    mean is that of `running_mean` to rounding.
+
+    Args:
+      mean: the mean so far; NaN before the first value.
+      variance: the variance so far; NaN before the first value.
+      value: the new value. One that is not finite leaves both as they were.
+    """
+    first, measured = jnp.isnan(mean), jnp.isfinite(value)
+    change = value - mean
+    new_mean = jnp.where(first, value, mean + (1 - DECAY) * change)
+    new_variance = jnp.where(first, 0.0, DECAY * (variance + (1 - DECAY) * change**2))
+    return (
+        jnp.where(measured, new_mean, mean),
+        jnp.where(measured, new_variance, variance),
+    )

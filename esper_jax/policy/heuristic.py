@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Int
 from esper_jax.blueprints import living_parameters
 from esper_jax.lifecycle.commands import Commands
 from esper_jax.lifecycle.rules import LifecycleConfig, gates_pass
-from esper_jax.lifecycle.signals import DECAY, Signals
+from esper_jax.lifecycle.signals import Signals, running_mean
 from esper_jax.lifecycle.stages import NO_REQUEST, Stage, is_active
 from esper_jax.lifecycle.state import SeedState
 from esper_jax.policy.config import ControllerConfig
@@ -154,16 +154,11 @@ def _watch(
         shifted = jnp.asarray(False)
     better = loss < memory.best_loss - config.threshold * jnp.abs(memory.best_loss)
     better |= jnp.isinf(memory.best_loss) & jnp.isfinite(loss)
-    mean = jnp.where(
-        jnp.isnan(memory.loss_mean),
-        loss,
-        DECAY * memory.loss_mean + (1 - DECAY) * loss,
-    )
     memory = dataclasses.replace(
         memory,
         best_loss=jnp.where(better, loss, memory.best_loss),
         stale=jnp.where(better, 0, memory.stale + 1),
-        loss_mean=jnp.where(jnp.isfinite(loss), mean, memory.loss_mean),
+        loss_mean=running_mean(memory.loss_mean, loss),
         since=memory.since + 1,
     )
     return memory, shifted

@@ -12,7 +12,6 @@ from jaxtyping import Array, Float, Int
 from esper_jax.blueprints import Bank, Blueprint
 from esper_jax.chunks import ChunkLayout
 from esper_jax.kernels.blend import sharded, vjp
-from esper_jax.kernels.blend.backend import Results
 from esper_jax.kernels.blend.checks import check_arguments, check_whole_layer
 from esper_jax.kernels.blend.registry import choose
 from esper_jax.kernels.blend.sharded import check_sharding
@@ -122,7 +121,7 @@ def _on_one_device(
     y: Array,
     bank: Bank,
     slots: Slots,
-) -> Results:
+) -> tuple[Float[Array, "*B F"], Statistics, Float[Array, " K"]]:
     """`blend` of what one device holds, on arguments already checked."""
     y, bank, slots = collectives.same_varying(y, bank, slots)
     flat = y.reshape(-1, s.layout.features)

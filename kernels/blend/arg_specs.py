@@ -7,14 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from esper_jax.blueprints import Blueprint, init_bank, resolve
+from esper_jax.blueprints import Blueprint, Dense, init_bank, registered, resolve
 from esper_jax.chunks import ChunkLayout
 from esper_jax.lifecycle.stages import Incubation
 
 __all__ = ["ARG_SPECS", "KINDS", "ArgSpec"]
 
-KINDS: tuple[str, ...] = ("residual_mlp", "bottleneck", "low_rank", "affine", "noop")
-"""Every built-in blueprint that is `Dense`, so that kernels take it."""
+KINDS: tuple[str, ...] = tuple(
+    name for name, kind in registered().items() if isinstance(kind, Dense)
+)
+"""Every registered blueprint of the built-in form."""
 
 _COEFFICIENTS = ((0.0, 1.0), (0.6, 1.0), (1.0, 0.0), (1.0, 1.0))
 

@@ -11,8 +11,8 @@ import numpy as np
 
 from esper_jax.blueprints import ACTIVATIONS, Bank, Blueprint, Custom
 from esper_jax.chunks import ChunkLayout
+from esper_jax.kernels.blend.static import Slots, Static
 from esper_jax.lifecycle.signals import Statistics
-from esper_jax.lifecycle.stages import Incubation
 
 __all__ = ["blend", "correction"]
 
@@ -51,16 +51,7 @@ def correction(
 
 
 def blend(
-    y: jax.Array,
-    bank: Bank,
-    alpha: jax.Array,
-    beta: jax.Array,
-    blueprint: jax.Array,
-    seed_of_slot: jax.Array,
-    layout: ChunkLayout,
-    blueprints: tuple[Blueprint, ...],
-    incubation: Incubation = "task",
-    statistics_rows: int | None = None,
+    s: Static, y: jax.Array, bank: Bank, slots: Slots
 ) -> tuple[jax.Array, Statistics, jax.Array]:
     """`esper_jax.kernels.blend.blend` by definition, for concrete stages and slots.
 
@@ -68,34 +59,34 @@ def blend(
     of the parameters comes from a term of value 0, ``beta * (f - stop_gradient(f))`` at
     ``stop_gradient(y)``. JAX differentiates all the rest.
     """
-    stop = jax.lax.stop_gradient
+    layout, stop = s.layout, jax.lax.stop_gradient
     # Dynamic indices and slices: static ones would compile again for each place.
     of_slot = jax.lax.dynamic_index_in_dim
     flat = y.reshape(-1, layout.features)
     out = flat
     reconstruction = []
-    for k, seed in enumerate(np.asarray(seed_of_slot)):
-        a, b = (of_slot(x, k, keepdims=False) for x in (alpha, beta))
+    for k, seed in enumerate(np.asarray(slots.seed_of_slot)):
+        a, b = (of_slot(x, k, keepdims=False) for x in (slots.alpha, slots.beta))
         living = seed >= 0 and bool((a != 0) | (b != 0))
         if not living:
             reconstruction.append(jnp.zeros((), y.dtype))
             continue
         start, size = int(layout.starts[seed]), int(layout.sizes[seed])
         params = jax.tree.map(lambda x, k=k: of_slot(x, k, keepdims=False), bank)
-        kind = blueprints[int(np.asarray(blueprint)[k])]
+        kind = s.blueprints[int(np.asarray(slots.blueprint)[k])]
         chunk = jax.lax.dynamic_slice_in_dim(flat, start, size, axis=1)
         r_frozen = correction(stop(params), chunk, kind, flat)
         r_learning = correction(params, stop(chunk), kind, stop(flat))
         reconstruction.append(stop(jnp.mean(r_frozen**2)))
         new = chunk + a * r_frozen
-        if incubation == "reconstruction" and bool(a == 0):
+        if s.incubation == "reconstruction" and bool(a == 0):
             # Enters the sum over outputs with a cotangent of 1, whatever the loss.
             loss = jnp.mean(r_learning**2)
             new = new + _unit_cotangent(b * (loss - stop(loss)), chunk)
         else:
             new = new + b * (r_learning - stop(r_learning))
         out = jax.lax.dynamic_update_slice_in_dim(out, new, start, axis=1)
-    statistics = _statistics(stop(flat), layout, statistics_rows)
+    statistics = _statistics(stop(flat), layout, s.statistics_rows)
     return out.reshape(y.shape), statistics, jnp.stack(reconstruction)
 
 

@@ -8,12 +8,12 @@ is one more folder. Plain JAX, ``"xla"``, is always there.
 import functools
 import importlib
 import pkgutil
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 
-import esper_jax.kernels.blend as room
 from esper_jax.kernels.blend import reference
 from esper_jax.kernels.blend.backend import Backend
 from esper_jax.kernels.blend.static import Static
@@ -21,10 +21,15 @@ from esper_jax.kernels.blend.static import Static
 __all__ = ["backends", "check_implementation", "choose", "missing"]
 
 
+def _path() -> list[str]:
+    """Folders that hold the backends."""
+    return list(sys.modules[__package__].__path__)
+
+
 @functools.cache
 def _names() -> tuple[str, ...]:
     """Every name that ``implementation=`` takes, whether or not it can be imported."""
-    folders = [m.name for m in pkgutil.iter_modules(room.__path__) if m.ispkg]
+    folders = [m.name for m in pkgutil.iter_modules(_path()) if m.ispkg]
     return (*folders, reference.BACKEND.name)
 
 
@@ -40,7 +45,10 @@ def _found() -> tuple[dict[str, Backend], dict[str, str]]:
         if name == reference.BACKEND.name:
             continue
         try:
-            found.append(importlib.import_module(f"{room.__name__}.{name}").BACKEND)
+            # The first call may be traced, but what a module holds must not be.
+            with jax.ensure_compile_time_eval():
+                module = importlib.import_module(f"{__package__}.{name}")
+            found.append(module.BACKEND)
         # A name that JAX has removed is the one or the other.
         except (ImportError, AttributeError) as error:
             missing[name] = (

@@ -31,6 +31,7 @@ __all__ = [
     "loop",
     "near_zero",
     "order_of",
+    "parts_of",
     "read",
     "share_of",
     "slot_at",
