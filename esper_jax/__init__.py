@@ -6,6 +6,7 @@ some. `blend`, `lifecycle` and `per_slot` work on plain arrays, without Flax.
 
 from esper_jax import _old_paths, lifecycle
 from esper_jax.chunks import ChunkLayout
+from esper_jax.growth.transformation import Growth
 from esper_jax.kernels.blend import blend
 from esper_jax.layers.bed import SeedBed
 from esper_jax.layers.capacity import grow_capacity
@@ -36,6 +37,7 @@ __all__ = [
     "ControllerConfig",
     "Governor",
     "GovernorConfig",
+    "Growth",
     "GraftConfig",
     "GraftProbe",
     "LifecycleConfig",

@@ -8,11 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from esper_jax.growth.evaluation import _on_probation
 from flax import nnx
 
 from esper_jax import lifecycle
-from esper_jax.growth.measure import measure
+from esper_jax.growth.measure import asked_for_worth, measure
 from esper_jax.growth.parts import split_model
 from esper_jax.hosts import MLP
 from esper_jax.layers.bed import SeedBed
@@ -524,8 +523,8 @@ def test_a_seed_that_is_tuned_is_measured_only_when_it_may_be_kept_soon(age, mea
         seed_of_slot=jnp.array([1, 0], jnp.int32),
         epochs_in_stage=jnp.array([age, 0], jnp.uint16),
     )
-    assert _on_probation(state, gates).tolist() == [True, measured]  # by slot
-    assert _on_probation(state, LifecycleConfig()).tolist() == [True, True]
+    assert asked_for_worth(state, gates).tolist() == [True, measured]  # by slot
+    assert asked_for_worth(state, LifecycleConfig()).tolist() == [True, True]
 
 
 def test_worth_is_the_mean_of_the_ticks_that_measured_it(program):

@@ -1,11 +1,18 @@
-"""Growth itself: the state of a run, its measurements, and the tick."""
+"""Growth itself: a transformation beside the host's training.
+
+`Growth` is its face for a loop of one's own in Flax NNX. The rest are the pure parts.
+"""
 
 from esper_jax.growth.recipe import Recipe
 from esper_jax.growth.reports import LayerReport, SeedMoves, TickReport
 from esper_jax.growth.state import GovernorMemory, Monitor, TrainState
+from esper_jax.growth.transformation import Growth, GrowthState, GrowthVariable
 
 __all__ = [
     "GovernorMemory",
+    "Growth",
+    "GrowthState",
+    "GrowthVariable",
     "LayerReport",
     "Monitor",
     "Recipe",
