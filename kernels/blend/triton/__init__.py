@@ -13,6 +13,7 @@ over its features. Wider chunks are multiplied as matrices: each program is one 
 """
 
 import dataclasses
+import warnings
 from typing import Any
 
 import jax
@@ -34,6 +35,7 @@ MAX_WIDTH = 512
 """Widest chunk that the kernels take."""
 
 _FAST_WIDTH = 128
+_DEPRECATED = "The Pallas Triton backend is deprecated"
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -60,6 +62,9 @@ def _slow(s: Static, rows: int, slots: int) -> bool:
 
 
 def _prepare(s: Static, rows: int) -> TritonStatic:
+    # JAX warns while lowering, after the call has returned: a context around it would
+    # not catch that. Done at each call, since a kernel is not always traced again.
+    warnings.filterwarnings("ignore", message=_DEPRECATED, category=DeprecationWarning)
     config = s.config
     if config is None:
         config = choose(s, rows, jax.devices()[0].device_kind)

@@ -1,7 +1,6 @@
 """How the kernels are launched, and what all launches share."""
 
 import dataclasses
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,8 +20,6 @@ __all__ = ["FIRST", "Launch", "launch", "programs_over", "shared", "struct"]
 
 FIRST = len(Refs._fields)
 """Index of the first input after those that `shared` gives."""
-
-_DEPRECATED = "The Pallas Triton backend is deprecated"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,9 +45,6 @@ def launch(
     s: TritonStatic, kernel: Callable[..., None], how: Launch, inputs: Sequence[Array]
 ) -> Any:
     """Runs ``kernel(*input_refs, *output_refs)`` in every program of the grid."""
-    # JAX warns while lowering, after this function has returned, so that a context
-    # around the call would not catch it. The README tells users of the deprecation.
-    warnings.filterwarnings("ignore", message=_DEPRECATED, category=DeprecationWarning)
 
     def named(*refs: Any) -> None:
         kernel(*refs)
