@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from esper_jax.blueprints import Custom, Dense, param_counts, resolve
+from esper_jax.blueprints import Custom, param_counts, resolve
 from esper_jax.layers import (
     BlueprintParam,
     ChunkedLayer,
@@ -165,7 +165,7 @@ def test_every_blueprint_gives_the_same_outputs(blueprint, fold):
     close(plain(X), want)
     if kind.name != "noop":  # the truth is of something
         assert np.abs(model.head(nnx.relu(model.layer.base(X))) - want).max() > 0.1
-    folded = fold and kind.name in ("affine", "low_rank") or kind.name == "noop"
+    folded = (fold and kind.name in ("affine", "low_rank")) or kind.name == "noop"
     assert type(plain.layer) is (nnx.Linear if folded else CorrectedLayer)
     host = count(model)
     assert count(plain) == (host if folded else host + kept_parameters(model))
@@ -398,3 +398,250 @@ def test_a_harvested_model_trains():
     plain = harvest(net(parts=fossils("residual_mlp", "glu")))
     grads = nnx.grad(lambda m: (m(X) ** 2).mean())(plain)
     assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(grads))
+
+
+class Blocks(nnx.Module):
+    """Three layers under `nnx.scan`, and the same three as an ensemble of two."""
+
+    def __init__(self, *axes):
+        def make(rngs):
+            return nnx.Linear(11, 11, rngs=rngs)
+
+        def grown(rngs):
+            return ChunkedLayer(
+                make(rngs), 4, capacity=4, blueprints=ALL, deterministic=True, rngs=rngs
+            )
+
+        for length in axes[::-1]:
+            grown = nnx.vmap(grown, in_axes=(0,), out_axes=0)
+            grown = nnx.split_rngs(splits=length)(grown)
+        self.mlp = grown(nnx.Rngs(0))
+        self.axes = axes
+
+    def __call__(self, x):
+        run = nnx.scan(lambda x, layer: (layer(x), None))
+        for _ in self.axes[1:]:
+            run = nnx.vmap(run, in_axes=(None, 0), out_axes=0)
+        return run(x, self.mlp)[0]
+
+
+def grow_stack(bed, parts_of):
+    state = bed.bank.get_value()
+    leaves, tree = jax.tree.flatten(state)
+    rng = np.random.default_rng(0)
+    fresh = [jnp.asarray(0.3 * rng.normal(size=v.shape), jnp.float32) for v in leaves]
+    bed.bank.set_value(jax.tree.unflatten(tree, fresh))
+    for at, parts in parts_of.items():
+        grow(bed, parts, at=at)
+
+
+STACKS = {
+    "folded": {(0,): fossils("affine", "low_rank"), (2,): fossils("low_rank")},
+    "one or none": {
+        (1,): {3: ("residual_mlp", Stage.FOSSILIZED), 0: ("glu", Stage.TRAINING)}
+    },
+    "all kinds": {
+        (0,): fossils("residual_mlp", "low_rank", "affine", "residual_mlp"),
+        (1,): fossils("glu", "bottleneck"),
+        (2,): {2: ("residual_mlp", Stage.GRAFTING), 0: ("affine", Stage.FINE_TUNING)},
+    },
+    "reading all": {(0,): fossils("context", "affine"), (1,): fossils("context_glu")},
+    "none": {},
+}
+
+
+@pytest.mark.parametrize("name", STACKS)
+@pytest.mark.parametrize("fold", [True, False])
+def test_each_layer_of_a_stack_keeps_its_own_parts(name, fold):
+    model = Blocks(3)
+    grow_stack(model.mlp.bed, STACKS[name])
+    plain = harvest(model, parts="counting", fold=fold)
+    is_plain(plain)
+    x = np.random.default_rng(1).normal(size=(8, 11)).astype(np.float32)
+    close(plain(x), model(x))
+    if name == "none" or (name == "folded" and fold):
+        assert type(plain.mlp) is nnx.Linear
+    else:
+        assert type(plain.mlp) is CorrectedLayer
+
+
+def test_an_ensemble_of_stacks():
+    model = Blocks(2, 3)
+    parts = {
+        (0, 0): fossils("residual_mlp", "affine"),
+        (1, 2): fossils("residual_mlp", "residual_mlp", "low_rank"),
+        (1, 0): fossils("glu"),
+    }
+    grow_stack(model.mlp.bed, parts)
+    plain = harvest(model)
+    x = np.random.default_rng(1).normal(size=(8, 11)).astype(np.float32)
+    assert plain(x).shape == (2, 8, 11)
+    close(plain(x), model(x))
+    shapes = {g.blueprint.name: g for g in plain.mlp.corrections.groups}
+    assert set(shapes) == {"residual_mlp", "glu"}
+    assert shapes["residual_mlp"].seeds.shape == (2, 3, 2)
+    assert shapes["glu"].seeds.shape == (2, 3, 1)
+    # What is padded has no part: zeros of the parameters, no chunk.
+    assert (shapes["glu"].seeds[0] == -1).all()
+    kinds = {type(v) for _, v in nnx.to_flat_state(nnx.state(plain))}
+    assert kinds == {nnx.Param, PartVariable}
+
+
+def test_padding_is_no_number_that_spoils_gradients():
+    model = Blocks(3)
+    grow_stack(model.mlp.bed, {(1,): fossils("residual_mlp")})
+    bank = model.mlp.bed.bank.get_value()
+    model.mlp.bed.bank.set_value(
+        dataclasses.replace(bank, w1=bank.w1.at[0].set(np.nan))
+    )
+    plain = harvest(model)
+    x = np.ones((2, 11), np.float32)
+    grads = nnx.grad(lambda m: m(x).sum())(plain)
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
+
+
+class OwnCall(ChunkedLayer):
+    def __call__(self, x):
+        return 2 * super().__call__(x)
+
+
+def test_what_cannot_be_harvested_is_refused_by_name():
+    with pytest.raises(TypeError, match=r"model must be an nnx\.Module, got dict"):
+        harvest({})
+    model = net(parts=fossils("affine"))
+    with pytest.raises(ValueError, match=r"parts must be one of .*'fossils'.*'all'"):
+        harvest(model, parts="all")
+    with pytest.raises(TypeError, match="layer 'layer/bed' is traced: call harvest"):
+        nnx.jit(lambda m: harvest(m)(X))(model)
+    model.layer = OwnCall(nnx.Linear(6, 11, rngs=nnx.Rngs(0)), 2, rngs=nnx.Rngs(1))
+    with pytest.raises(ValueError, match="'layer': OwnCall has a __call__ of its own"):
+        harvest(model)
+    stack = Blocks(3)
+    stack.mlp.bed.probe.set_value(jnp.zeros((4, 3)))
+    with pytest.raises(ValueError, match=r"'mlp/bed'.*first axes"):
+        harvest(stack)
+
+
+def fresh_process(code, *arguments):
+    """Runs code where esper_jax cannot be imported."""
+    code = "import sys; sys.modules['esper_jax'] = None\n" + code
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=arguments[0],
+    )
+    assert done.returncode == 0, done.stderr
+
+
+FOLDED = net(blueprints=["affine", "low_rank"], parts=fossils("affine", "low_rank"))
+KEPT = net(parts=fossils("residual_mlp", "affine", "glu", "context"))
+
+
+def test_safetensors_loads_without_esper_jax(tmp_path):
+    safetensors = pytest.importorskip("safetensors.numpy")
+    for name, model in (("folded", FOLDED), ("kept", KEPT)):
+        plain = harvest(model)
+        flat = nnx.to_flat_state(nnx.state(plain))
+        arrays = {".".join(map(str, p)): np.asarray(v.get_value()) for p, v in flat}
+        safetensors.save_file(arrays, tmp_path / f"{name}.safetensors")
+        np.save(tmp_path / f"{name}.npy", model(X))
+        back = safetensors.load_file(tmp_path / f"{name}.safetensors")
+        assert sum(a.size for a in back.values()) == count(plain)
+        for key, array in arrays.items():
+            same_bits(back[key], array)
+    np.save(tmp_path / "x.npy", X)
+    fresh_process(
+        """
+import numpy as np
+from flax import nnx
+from safetensors.numpy import load_file
+
+class Net(nnx.Module):
+    def __init__(self, rngs):
+        self.layer = nnx.Linear(6, 11, rngs=rngs)
+        self.head = nnx.Linear(11, 3, rngs=rngs)
+    def __call__(self, x):
+        return self.head(nnx.relu(self.layer(x)))
+
+model = Net(nnx.Rngs(0))
+flat = load_file("folded.safetensors")
+nested = {}
+for name, array in flat.items():
+    layer, leaf = name.split(".")
+    nested.setdefault(layer, {})[leaf] = array
+state = nnx.state(model)
+nnx.replace_by_pure_dict(state, nested)
+nnx.update(model, state)
+got, want = model(np.load("x.npy")), np.load("folded.npy")
+assert np.abs(got - want).max() <= 1e-5 * np.abs(want).max()
+kept = load_file("kept.safetensors")
+assert kept["layer.base.kernel"].shape == (6, 11)
+assert kept["layer.corrections.groups.0.params.w1"].shape == (1, 3, 6)
+""",
+        tmp_path,
+    )
+
+
+@pytest.mark.parametrize("grown", [FOLDED, KEPT])
+def test_orbax_round_trip(grown, tmp_path):
+    import orbax.checkpoint as ocp
+
+    plain = harvest(grown)
+    pure = nnx.to_pure_dict(nnx.state(plain))
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "model", pure)
+        checkpointer.wait_until_finished()
+        back = checkpointer.restore(tmp_path / "model", pure)
+    other = nnx.clone(plain)
+    state = jax.tree.map(jnp.zeros_like, nnx.state(other))
+    nnx.replace_by_pure_dict(state, back)
+    nnx.update(other, state)
+    same_bits(other(X), plain(X))
+
+
+def test_pickle():
+    kept = net(parts=fossils("residual_mlp", "bottleneck", "low_rank", "affine"))
+    for fold in (True, False):
+        plain = harvest(kept, fold=fold)
+        same_bits(pickle.loads(pickle.dumps(plain))(X), plain(X))
+
+
+def test_a_folded_layer_unpickles_without_esper_jax(tmp_path):
+    layer = harvest(FOLDED).layer
+    (tmp_path / "layer.pkl").write_bytes(pickle.dumps(layer))
+    np.save(tmp_path / "x.npy", X)
+    np.save(tmp_path / "y.npy", layer(X))
+    fresh_process(
+        """
+import pickle, numpy as np
+layer = pickle.load(open("layer.pkl", "rb"))
+assert np.allclose(layer(np.load("x.npy")), np.load("y.npy"), rtol=1e-6)
+""",
+        tmp_path,
+    )
+
+
+def test_stablehlo_of_any_batch_runs_without_esper_jax(tmp_path):
+    pytest.importorskip("flatbuffers", reason="jax.export writes with it")
+    plain = harvest(KEPT)
+    [rows] = jax.export.symbolic_shape("rows")
+    argument = jax.ShapeDtypeStruct((rows, 6), jnp.float32)
+    exported = jax.export.export(
+        jax.jit(lambda x: plain(x)), platforms=["cpu", "cuda", "tpu"]
+    )(argument)
+    (tmp_path / "model").write_bytes(exported.serialize())
+    np.save(tmp_path / "x.npy", X)
+    np.save(tmp_path / "y.npy", KEPT(X))
+    fresh_process(
+        """
+import jax, jax.export, numpy as np
+model = jax.export.deserialize(bytearray(open("model", "rb").read()))
+assert model.platforms == ("cpu", "cuda", "tpu")
+x, want = np.load("x.npy"), np.load("y.npy")
+for rows in (1, 5, 32):
+    got = model.call(x[:rows])
+    assert np.abs(got - want[:rows]).max() <= 1e-5 * np.abs(want).max()
+""",
+        tmp_path,
+    )
