@@ -19,6 +19,7 @@ from esper_jax import blueprints
 from esper_jax.chunks import ChunkLayout
 from esper_jax.growth.state import Arrays, TrainState
 from esper_jax.layers.bed import SeedBed, stack_of
+from esper_jax.policy.interface import LayerShape
 from esper_jax.trees import is_key
 
 __all__ = ["Bed", "ModelParts", "split_model", "values_of"]
@@ -34,6 +35,8 @@ class Bed:
     """Path of the `ChunkedLayer` that holds the bed, or the bed's own path."""
     forms: Mapping[str, tuple[tuple[str, ...], Any]]
     """Of ``bank``, ``seeds`` and ``probe``: names of the leaves, and the tree."""
+    capacity: int
+    """Slots when the model was taken apart."""
     stack: tuple[int, ...] = ()
     """Leading axes of the variables of a stack of layers; () for a single layer."""
     index: tuple[int, ...] = ()
@@ -134,6 +137,19 @@ class ModelParts:
             taken[layer] = jax.tree.unflatten(bed.forms[name][1], leaves)
         return taken
 
+    def shapes(self) -> dict[str, LayerShape]:
+        """What is fixed of each layer that can grow, for a policy."""
+        return {
+            layer: LayerShape(
+                num_seeds=self.layouts[layer].num_seeds,
+                capacity=bed.capacity,
+                costs=blueprints.param_counts(
+                    self.kinds[layer], self.layouts[layer].sizes
+                ),
+            )
+            for layer, bed in self.beds.items()
+        }
+
     def host_weights(self, params: Arrays, layer: str) -> Arrays:
         """The parameters of the host layer that a layer's seeds grow in.
 
@@ -196,10 +212,13 @@ def _layers(node: SeedBed, path: str, owner: str) -> dict[str, Bed]:
         "seeds": (node.seeds.names, node.seeds.treedef),
         "probe": ((), jax.tree.structure(0)),
     }
+    slots = node.seeds.get_value().capacity
     if not stack:
-        return {owner: Bed(path, owner, forms)}
+        return {owner: Bed(path, owner, forms, slots)}
     return {
-        f"{owner}[{','.join(map(str, index))}]": Bed(path, owner, forms, stack, index)
+        f"{owner}[{','.join(map(str, index))}]": Bed(
+            path, owner, forms, slots, stack, index
+        )
         for index in np.ndindex(stack)
     }
 

@@ -5,14 +5,12 @@ import dataclasses
 import numpy as np
 from jaxtyping import Int
 
-from esper_jax.blueprints import param_counts
 from esper_jax.growth.parts import ModelParts
 from esper_jax.lifecycle.rules import LifecycleConfig
 from esper_jax.optim import PerSlot
-from esper_jax.policy.config import ControllerConfig
-from esper_jax.policy.heuristic import Decide
+from esper_jax.policy.interface import Policy, PolicyFactory, Setting, made
 
-__all__ = ["Recipe"]
+__all__ = ["Recipe", "policy_for"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -25,30 +23,31 @@ class Recipe:
       parts: the model, taken apart.
       bank_optimizer: of the banks, slot by slot.
       gates: minimum ages and gates of the lifecycle.
-      policy: numbers of the policy.
-      decide: what asks for transitions.
-
-    Raises:
-      ValueError: if the policy's blueprint is not one of every layer's.
+      policy: what asks for transitions.
     """
 
     parts: ModelParts
     bank_optimizer: PerSlot
     gates: LifecycleConfig
-    policy: ControllerConfig
-    decide: Decide
-
-    def __post_init__(self) -> None:
-        for name, kinds in self.parts.kinds.items():
-            if self.policy.blueprint >= len(kinds):
-                raise ValueError(
-                    f"controller blueprint must be an index into the {len(kinds)} "
-                    f"blueprints of layer {name!r}, got {self.policy.blueprint}"
-                )
+    policy: Policy
 
     def costs(self) -> dict[str, Int[np.ndarray, "N S"]]:
         """Parameters of each blueprint on each chunk, by layer."""
-        return {
-            name: param_counts(kinds, self.parts.layouts[name].sizes)
-            for name, kinds in self.parts.kinds.items()
-        }
+        return {name: layer.costs for name, layer in self.parts.shapes().items()}
+
+
+def policy_for(
+    parts: ModelParts, gates: LifecycleConfig, policy: Policy | PolicyFactory
+) -> Policy:
+    """The policy for a model.
+
+    Args:
+      parts: the model.
+      gates: minimum ages and gates of the lifecycle.
+      policy: a policy, or what makes one.
+
+    Raises:
+      TypeError: if it is neither.
+      ValueError: by what makes it, if it does not suit the model.
+    """
+    return made(policy, Setting(layers=parts.shapes(), gates=gates))

@@ -52,7 +52,7 @@ class TickReport:
     accuracy: Float[Array, ""]
     """Score on the same data."""
     reason: Int[Array, ""]
-    """`Reason` that the policy gave for germinating something, or nothing."""
+    """`Reason` that the policy gave for germinating or not; -1 if it gave none."""
     replicas_agree: Bool[Array, ""]
     """False if devices were found to have different states. Only looked for in debug
     mode."""

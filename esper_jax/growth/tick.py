@@ -56,9 +56,7 @@ def advance(
             state, name, seen.worth[name], costs[name], measured
         )
         seeds[name] = lifecycle.age(layer, signals[name], recipe.gates)
-    commands, memory = recipe.decide(
-        seeds, signals, state.memory, recipe.policy, recipe.gates, costs
-    )
+    commands, memory = recipe.policy.decide(seeds, signals, state.memory)
     rng, birth = jax.random.split(state.rng)
     grown, layers = _carry_out(recipe, state, seeds, signals, commands, birth)
     new = dataclasses.replace(
@@ -76,7 +74,7 @@ def advance(
         train_loss=state.monitor.train_loss / steps,
         loss=seen.loss,
         accuracy=seen.accuracy,
-        reason=memory.reason,
+        reason=jnp.asarray(getattr(memory, "reason", -1), jnp.int8),
         replicas_agree=seen.agree,
         layers=layers,
     )

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, Key
 from esper_jax.blueprints import Bank
 from esper_jax.growth.measure import asked_for_worth
 from esper_jax.growth.parts import ModelParts, split_model, values_of
-from esper_jax.growth.recipe import Recipe
+from esper_jax.growth.recipe import Recipe, policy_for
 from esper_jax.growth.reports import TickReport
 from esper_jax.growth.state import Arrays, GovernorMemory, Monitor, TrainState
 from esper_jax.growth.tick import Seen, advance
@@ -33,10 +33,9 @@ from esper_jax.layers.variables import BlueprintParam, GraftProbe, VariableTree
 from esper_jax.lifecycle.rules import LifecycleConfig
 from esper_jax.lifecycle.state import SeedState, slot_coefficients
 from esper_jax.optim import PerSlot, per_slot
-from esper_jax.policy import heuristic
 from esper_jax.policy.config import ControllerConfig
-from esper_jax.policy.heuristic import Decide
-from esper_jax.policy.memory import init_memory
+from esper_jax.policy.heuristic import policy_of
+from esper_jax.policy.interface import Policy, PolicyFactory
 
 __all__ = ["Growth", "GrowthState", "GrowthVariable"]
 
@@ -100,12 +99,13 @@ class Growth(nnx.Module):
         frozen host, for which no gradients are computed then.
       lifecycle_config: minimum ages, gates and grafting.
       controller_config: numbers of the heuristic.
-      decide: the policy, with the signature of `policy.decide`.
+      policy: a `Policy`, or what makes one, instead of the heuristic.
       rngs: key ``params`` draws the blueprints and the policy's choices.
 
     Raises:
-      ValueError: if the model holds nothing that can grow, or the controller's
-        blueprint is not one of every layer's.
+      TypeError: if ``policy`` is none.
+      ValueError: if the model holds nothing that can grow, or the policy does not suit
+        it.
     """
 
     def __init__(
@@ -113,22 +113,21 @@ class Growth(nnx.Module):
         model: nnx.Module,
         optimizer: optax.GradientTransformation | PerSlot,
         *,
-        wrt: nnx.filterlib.Filter | None = nnx.Param,
+        wrt: Any = nnx.Param,
         lifecycle_config: LifecycleConfig | None = None,
         controller_config: ControllerConfig | None = None,
-        decide: Decide = heuristic.decide,
+        policy: Policy | PolicyFactory | None = None,
         rngs: nnx.Rngs | None = None,
     ) -> None:
         parts = split_model(model)
-        policy = controller_config or ControllerConfig()
+        gates = lifecycle_config or LifecycleConfig()
         self.recipe = Recipe(
             parts=parts,
             bank_optimizer=(
                 optimizer if isinstance(optimizer, PerSlot) else per_slot(optimizer)
             ),
-            gates=lifecycle_config or LifecycleConfig(),
-            policy=policy,
-            decide=decide,
+            gates=gates,
+            policy=policy_for(parts, gates, policy_of(policy, controller_config, None)),
         )
         self.wrt = wrt
         key = (rngs or nnx.Rngs(0)).params()
@@ -280,11 +279,7 @@ class Growth(nnx.Module):
                 name: self.recipe.bank_optimizer.init(bank)
                 for name, bank in parts.take(values, "bank").items()
             },
-            memory=init_memory(
-                num_seeds,
-                key=policy,
-                blueprints=min(len(kinds) for kinds in parts.kinds.values()),
-            ),
+            memory=self.recipe.policy.init(parts.shapes(), policy),
             monitor=Monitor.start(jax.tree.map(jnp.array, host_mean), num_seeds),
             calls={name: jnp.zeros((), jnp.int32) for name in parts.beds},
         )

@@ -25,7 +25,9 @@ _WORDS = {
 
 
 def why(reason: int) -> str:
-    """A `Reason` of the controller, in words."""
+    """A `Reason` of the policy, in words; -1 is none."""
+    if int(reason) == -1:
+        return "the policy gives no reason"
     match Reason(int(reason)):
         case Reason.GERMINATED:
             return "a seed germinates"

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Int, Key
 
 from esper_jax.blueprints import living_parameters
 from esper_jax.lifecycle.commands import Commands
@@ -20,11 +20,12 @@ from esper_jax.lifecycle.signals import Signals, running_mean
 from esper_jax.lifecycle.stages import NO_REQUEST, Stage, is_active
 from esper_jax.lifecycle.state import SeedState
 from esper_jax.policy.config import ControllerConfig
-from esper_jax.policy.memory import ControllerMemory, Reason
+from esper_jax.policy.interface import LayerShape, Policy, PolicyFactory, Setting
+from esper_jax.policy.memory import ControllerMemory, Reason, init_memory
 from esper_jax.policy.moves import advance, may_be_kept, strategy_for, take_turns
 from esper_jax.policy.places import Limits, choose, choose_blueprint, cost_of, scores
 
-__all__ = ["Costs", "Decide", "decide"]
+__all__ = ["Costs", "Decide", "decide", "heuristic", "policy_of"]
 
 Costs = Mapping[str, Int[np.ndarray, "N S"]]
 """Parameters of each blueprint on each chunk, by layer."""
@@ -41,6 +42,68 @@ Decide = Callable[
     tuple[dict[str, Commands], Any],
 ]
 """The type of `decide`. The memory may be of another type if it has a ``reason``."""
+
+
+def heuristic(
+    config: ControllerConfig | None = None, *, decide: Decide | None = None
+) -> PolicyFactory:
+    """The heuristic as a policy for any model.
+
+    Args:
+      config: its numbers.
+      decide: what decides with them instead, with the signature of `decide`.
+
+    Returns:
+      A function that makes the policy for a model. It raises ValueError if the config
+      asks for a blueprint that a layer does not have.
+    """
+    numbers = config or ControllerConfig()
+    chosen = decide or _decide
+
+    def make(setting: Setting) -> Policy:
+        costs = {name: layer.costs for name, layer in setting.layers.items()}
+        for name, cost in costs.items():
+            if numbers.blueprint >= len(cost):
+                raise ValueError(
+                    f"controller blueprint must be an index into the {len(cost)} "
+                    f"blueprints of layer {name!r}, got {numbers.blueprint}"
+                )
+
+        def init(shapes: Mapping[str, LayerShape], key: Key[Array, ""]) -> Any:
+            return init_memory(
+                {name: layer.num_seeds for name, layer in shapes.items()},
+                key=key,
+                blueprints=min(len(layer.costs) for layer in shapes.values()),
+            )
+
+        def decide(
+            seeds: Mapping[str, SeedState], signals: Mapping[str, Signals], memory: Any
+        ) -> tuple[dict[str, Commands], Any]:
+            return chosen(seeds, signals, memory, numbers, setting.gates, costs)
+
+        return Policy(init, decide)
+
+    return make
+
+
+def policy_of(
+    policy: Policy | PolicyFactory | None,
+    config: ControllerConfig | None,
+    decide: Decide | None,
+) -> Policy | PolicyFactory:
+    """The policy that was asked for: one given, or the heuristic.
+
+    Raises:
+      ValueError: if a policy is given together with what the heuristic takes.
+    """
+    if policy is None:
+        return heuristic(config, decide=decide)
+    if config is not None or decide is not None:
+        raise ValueError(
+            "policy must be given alone, or controller_config and decide without it: "
+            "they are the heuristic's. Write policy=policy.heuristic(config)"
+        )
+    return policy
 
 
 def decide(
@@ -285,3 +348,7 @@ def _first_reason(cases: list[tuple[Bool[Array, ""], Reason]]) -> Int[Array, ""]
     return jnp.select(
         list(holds), [jnp.int8(r) for r in reasons], jnp.int8(Reason.GERMINATED)
     )
+
+
+_decide: Decide = decide
+"""`decide`, where an argument has its name."""

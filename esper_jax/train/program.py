@@ -20,14 +20,15 @@ from esper_jax import blueprints
 from esper_jax.chunks import ChunkLayout
 from esper_jax.growth.capacity import grow_capacity
 from esper_jax.growth.parts import split_model, values_of
+from esper_jax.growth.recipe import policy_for
 from esper_jax.growth.reports import TickReport
 from esper_jax.growth.state import Arrays, TrainState
 from esper_jax.lifecycle.rules import LifecycleConfig
 from esper_jax.optim import PerSlot, per_slot
 from esper_jax.parallel import collectives
-from esper_jax.policy import heuristic
 from esper_jax.policy.config import ControllerConfig
-from esper_jax.policy.heuristic import Decide
+from esper_jax.policy.heuristic import Decide, policy_of
+from esper_jax.policy.interface import Policy, PolicyFactory
 from esper_jax.train.evaluation import evaluate
 from esper_jax.train.recipe import AT_ONCE, Batch, Loss, TrainRecipe
 from esper_jax.train.start import initial_state
@@ -102,7 +103,8 @@ def build(
     loss: Loss = classification,
     lifecycle_config: LifecycleConfig | None = None,
     controller_config: ControllerConfig | None = None,
-    decide: Decide = heuristic.decide,
+    decide: Decide | None = None,
+    policy: Policy | PolicyFactory | None = None,
     eval_batch: int = 1024,
     axis_name: str | None = None,
     debug: bool = False,
@@ -120,7 +122,9 @@ def build(
         score counts as accuracy.
       lifecycle_config: minimum ages, gates and grafting.
       controller_config: numbers of the heuristic.
-      decide: the policy, with the signature of `policy.decide`.
+      decide: decides instead of the heuristic, with the signature of `policy.decide`.
+      policy: a `Policy`, or what makes one, instead of the heuristic; see
+        `policy.Policy`.
       eval_batch: rows that are evaluated at once.
       axis_name: for several devices, the mapped axis that the rows are divided along.
         Call ``step``, ``tick`` and ``evaluate`` inside `jax.pmap` or `jax.shard_map`
@@ -143,8 +147,9 @@ def build(
             "with it; got None. With plain jit on sharded arrays, call "
             "parallel.check_replicas(state) between ticks instead"
         )
-    policy = controller_config or ControllerConfig()
     parts = split_model(model, axis_name)
+    gates = lifecycle_config or LifecycleConfig()
+    asked = policy_of(policy, controller_config, decide)
     recipe = TrainRecipe(
         parts=parts,
         loss=loss,
@@ -154,9 +159,8 @@ def build(
             if isinstance(blueprint_optimizer, PerSlot)
             else per_slot(blueprint_optimizer)
         ),
-        gates=lifecycle_config or LifecycleConfig(),
-        policy=policy,
-        decide=decide,
+        gates=gates,
+        policy=policy_for(parts, gates, asked),
         eval_batch=eval_batch,
         # JAX cannot vmap a branch whose operands vary along a mapped axis.
         at_once=AT_ONCE if axis_name is None else 1,

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Key
 
 from esper_jax.growth.state import Arrays, GovernorMemory, Monitor, TrainState
-from esper_jax.policy.memory import init_memory
 from esper_jax.train.recipe import TrainRecipe
 
 __all__ = ["initial_state"]
@@ -47,11 +46,7 @@ def initial_state(
         },
         seeds=seeds,
         rest=values,
-        memory=init_memory(
-            num_seeds,
-            key=jax.random.fold_in(rng, _CONTROLLER),
-            blueprints=min(len(kinds) for kinds in parts.kinds.values()),
-        ),
+        memory=recipe.policy.init(parts.shapes(), jax.random.fold_in(rng, _CONTROLLER)),
         monitor=Monitor.start(jax.tree.map(jnp.array, host_mean), num_seeds),
         governor=GovernorMemory.start(),
     )
