@@ -107,7 +107,8 @@ def net(blueprints=ALL, num_seeds=4, parts=None, **options):
     model.layer.base.bias.set_value(
         jnp.linspace(-1, 1, 11).astype(model.layer.base.bias.dtype)
     )
-    grow(model.layer.bed, parts or {})
+    if parts:
+        grow(model.layer.bed, parts)
     model.eval()
     return model
 
@@ -403,13 +404,17 @@ def test_a_harvested_model_trains():
 class Blocks(nnx.Module):
     """Three layers under `nnx.scan`, and the same three as an ensemble of two."""
 
-    def __init__(self, *axes):
+    def __init__(self, *axes, blueprints=ALL):
         def make(rngs):
             return nnx.Linear(11, 11, rngs=rngs)
 
         def grown(rngs):
             return ChunkedLayer(
-                make(rngs), 4, capacity=4, blueprints=ALL, deterministic=True, rngs=rngs
+                make(rngs),
+                4,
+                blueprints=blueprints,
+                deterministic=True,
+                rngs=rngs,
             )
 
         for length in axes[::-1]:
@@ -450,8 +455,10 @@ STACKS = {
 }
 
 
-@pytest.mark.parametrize("name", STACKS)
-@pytest.mark.parametrize("fold", [True, False])
+@pytest.mark.parametrize(
+    ("name", "fold"),
+    [*((name, True) for name in STACKS), ("folded", False), ("all kinds", False)],
+)
 def test_each_layer_of_a_stack_keeps_its_own_parts(name, fold):
     model = Blocks(3)
     grow_stack(model.mlp.bed, STACKS[name])
@@ -466,7 +473,7 @@ def test_each_layer_of_a_stack_keeps_its_own_parts(name, fold):
 
 
 def test_an_ensemble_of_stacks():
-    model = Blocks(2, 3)
+    model = Blocks(2, 3, blueprints=["residual_mlp", "affine", "low_rank", "glu"])
     parts = {
         (0, 0): fossils("residual_mlp", "affine"),
         (1, 2): fossils("residual_mlp", "residual_mlp", "low_rank"),
@@ -513,6 +520,9 @@ def test_what_cannot_be_harvested_is_refused_by_name():
         harvest(model, parts="all")
     with pytest.raises(TypeError, match="layer 'layer/bed' is traced: call harvest"):
         nnx.jit(lambda m: harvest(m)(X))(model)
+    abstract = nnx.eval_shape(lambda: net())
+    with pytest.raises(TypeError, match="layer 'layer/bed' is abstract"):
+        harvest(abstract)
     model.layer = OwnCall(nnx.Linear(6, 11, rngs=nnx.Rngs(0)), 2, rngs=nnx.Rngs(1))
     with pytest.raises(ValueError, match="'layer': OwnCall has a __call__ of its own"):
         harvest(model)

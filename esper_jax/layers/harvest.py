@@ -53,7 +53,8 @@ def harvest(
     If every part that counts is kept, the outputs are those of the grown model in
     evaluation mode: bit for bit where nothing counts. Where something does, a layer's
     outputs differ by rounding: relative to the largest, by up to about 1e-5 in float32
-    and 2e-2 in bfloat16, whose unit is 8e-3.
+    and 2e-2 in bfloat16, whose unit is 8e-3. (A device that multiplies float32
+    matrices in a narrower format by default, such as TF32, rounds as that does.)
 
     In a stack (`nnx.vmap`, `nnx.scan`) each layer may have other parts. Their arrays
     are as many as the layer with the most parts of a blueprint needs, padded with
@@ -68,7 +69,7 @@ def harvest(
       fold: whether to fold what can be folded.
 
     Raises:
-      TypeError: if the model is no `nnx.Module`, or is traced.
+      TypeError: if the model is no `nnx.Module`, or is traced or abstract.
       ValueError: if ``parts`` is none of the above, or a layer cannot be harvested; the
         message names it.
     """
@@ -143,10 +144,12 @@ def _check_class(node: Any, name: str) -> None:
 def _kept(bed: SeedBed, parts: Parts, name: str) -> list[_Part]:
     """The parts of a bed that are kept, in the order of stack and seeds."""
     seeds = bed.seeds.get_value()
-    if isinstance(seeds.stage, jax.core.Tracer):
+    traced = isinstance(seeds.stage, jax.core.Tracer)
+    if traced or not isinstance(seeds.stage, jax.Array | np.ndarray):
         raise TypeError(
-            f"layer {name!r} is traced: call harvest outside of jax.jit and other "
-            "transforms, since the shapes of its result depend on the seeds"
+            f"layer {name!r} is {'traced' if traced else 'abstract'}: call harvest on "
+            "a model with values, outside of jax.jit and other transforms, since the "
+            "shapes of its result depend on the seeds"
         )
     stack_of(bed, f"layer {name!r}")
     alpha = np.asarray(coefficients(seeds)[0])
@@ -301,7 +304,7 @@ def _replace_children(parent: Any, new: Mapping[int, Any]) -> None:
         for key, child in parent.items():
             if (swapped := _swapped(child, new)) is not child:
                 parent[key] = swapped
-    elif isinstance(parent, nnx.Module):
+    elif isinstance(parent, nnx.Pytree):
         for key, child in list(vars(parent).items()):
             if (swapped := _swapped(child, new)) is not child:
                 setattr(parent, key, swapped)
