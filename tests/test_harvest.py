@@ -655,3 +655,16 @@ for rows in (1, 5, 32):
 """,
         tmp_path,
     )
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_corrections_promote_nothing_by_themselves(dtype):
+    parts = fossils("residual_mlp", "low_rank", "affine", "bottleneck")
+    corrections = harvest(net(parts=parts), fold=False).layer.corrections
+    with (
+        jax.numpy_rank_promotion("raise"),
+        jax.numpy_dtype_promotion("strict"),
+    ):
+        for shape in ((11,), (0, 11), (2, 3, 11)):
+            out = corrections(jnp.ones(shape, dtype))
+            assert (out.shape, out.dtype) == (shape, dtype)

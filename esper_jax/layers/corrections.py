@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from esper_jax.blueprints import ACTIVATIONS, Blueprint, Dense
 from esper_jax.chunks import ChunkLayout
+from esper_jax.layers.folding import wide_dtype
 from esper_jax.layers.variables import VariableTree
 
 __all__ = ["CorrectedLayer", "Correction", "Corrections", "PartVariable"]
@@ -68,7 +69,7 @@ class Correction(nnx.Module):
         """``out`` with ``y + alpha r(y)`` in the parts' chunks."""
         columns = self._columns()
         chunks = y.at[:, columns].get(mode="fill", fill_value=0)
-        wide = jnp.promote_types(y.dtype, jnp.float32)
+        wide = wide_dtype(y.dtype)
         alpha = self.alpha
         if isinstance(alpha, nnx.Variable):
             alpha = alpha.get_value()
@@ -77,12 +78,14 @@ class Correction(nnx.Module):
         mixed = chunks.astype(wide) + a.astype(wide) * r.astype(wide)
         return out.at[:, columns].set(mixed.astype(y.dtype), mode="drop")
 
-    def _columns(self) -> Int[Array, "N W"]:
+    def _columns(self) -> Int[Array | np.ndarray, "N W"]:
         """Features of each part; one past the last where there is none."""
+        layout = self.layout
         if isinstance(self.seeds, nnx.Variable):
-            return self.layout.columns(self.seeds.get_value())[:, : self.width]
-        with jax.ensure_compile_time_eval():
-            return self.layout.columns(jnp.array(self.seeds))[:, : self.width]
+            return layout.columns(self.seeds.get_value())[:, : self.width]
+        seeds, offset = np.array(self.seeds)[:, None], np.arange(self.width)[None]
+        inside = offset < layout.sizes[seeds]
+        return np.where(inside, layout.starts[seeds] + offset, layout.features)
 
     def _corrections(
         self, chunks: Float[Array, "N R W"], y: Float[Array, "R F"]
@@ -104,7 +107,7 @@ def _dense(
     Multiplies matrices in the dtype of ``chunks`` and sums in at least float32, as
     `blend` does.
     """
-    wide = jnp.promote_types(chunks.dtype, jnp.float32)
+    wide = wide_dtype(chunks.dtype)
 
     def matmul(x: Array, w: Array) -> Array:
         return jnp.einsum(

@@ -12,7 +12,7 @@ from jaxtyping import Array
 
 from esper_jax.blueprints import Blueprint, Dense
 
-__all__ = ["LinearPart", "fold_into", "takes", "takes_corrections"]
+__all__ = ["LinearPart", "fold_into", "takes", "takes_corrections", "wide_dtype"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,8 +105,13 @@ def fold_into(base: Any, parts: list[LinearPart]) -> None:
         base.bias.set_value(bias.astype(base.bias.dtype))
 
 
+def wide_dtype(dtype: Any) -> Any:
+    """Float32, or ``dtype`` where that is wider. Strict promotion allows it."""
+    return dtype if jnp.finfo(dtype).bits > 32 else jnp.dtype(jnp.float32)
+
+
 def _wide(x: Array) -> Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(wide_dtype(x.dtype))
 
 
 def _affine(part: LinearPart, dtype: Any) -> tuple[Array, Array]:
