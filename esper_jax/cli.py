@@ -1,4 +1,4 @@
-"""The command line: ``esper-jax train``, ``evaluate`` and ``checkpoint``."""
+"""The command line: ``esper-jax train``, ``evaluate``, ``export``, ``checkpoint``."""
 
 import contextlib
 import dataclasses
@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-__all__ = ["Checkpoint", "Evaluate", "Train", "main"]
+__all__ = ["Checkpoint", "Evaluate", "Export", "Train", "main"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +46,25 @@ class Evaluate:
 
 
 @dataclasses.dataclass(frozen=True)
+class Export:
+    """Write the model of a run, without seeds and slots, for use elsewhere.
+
+    Takes the newest sound checkpoint. The last line of the output is one JSON object
+    with path, format, step and the number of parameters.
+    """
+
+    dir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+    """Folder of the run."""
+    format: Literal["safetensors", "stablehlo", "orbax"]
+    """safetensors: named arrays. stablehlo: a program that jax.export.deserialize
+    reads, for any number of rows on cpu, cuda and tpu. orbax: a folder."""
+    out: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
+    """What to write; must not exist. Default: DIR.FORMAT, beside the run."""
+    parts: Literal["fossils", "counting"] = "fossils"
+    """What to keep: fossils, or whatever counts in the output at the checkpoint."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Checkpoint:
     """List, verify or migrate the checkpoints of a run.
 
@@ -65,7 +84,12 @@ def main() -> None:
     Exits with status 2 for input that cannot be used, and with 130 when interrupted.
     """
     command = tyro.extras.subcommand_cli_from_dict(
-        {"train": Train, "evaluate": Evaluate, "checkpoint": Checkpoint},
+        {
+            "train": Train,
+            "evaluate": Evaluate,
+            "export": Export,
+            "checkpoint": Checkpoint,
+        },
         prog="esper-jax",
         description="Grow neural networks while they train.",
     )
@@ -76,7 +100,7 @@ def main() -> None:
         raise SystemExit(130) from None
 
 
-def _run(command: Train | Evaluate | Checkpoint) -> None:
+def _run(command: Train | Evaluate | Export | Checkpoint) -> None:
     # Imported late, so that --help and mistyped options answer at once.
     from esper_jax.checkpoint import CheckpointError
     from esper_jax.run.config import ConfigError
@@ -88,6 +112,8 @@ def _run(command: Train | Evaluate | Checkpoint) -> None:
                 _train(command)
             elif isinstance(command, Evaluate):
                 _evaluate(command)
+            elif isinstance(command, Export):
+                _export(command)
             else:
                 _checkpoint(command)
     except (CheckpointError, ConfigError, RunError, OSError) as error:
@@ -164,6 +190,13 @@ def _evaluate(command: Evaluate) -> None:
     from esper_jax.run.run import evaluate_run
 
     print(json.dumps(evaluate_run(command.dir)))
+
+
+def _export(command: Export) -> None:
+    from esper_jax.run.export import export_run
+
+    written = export_run(command.dir, command.format, command.out, parts=command.parts)
+    print(json.dumps(written))
 
 
 def _checkpoint(command: Checkpoint) -> None:

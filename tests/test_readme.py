@@ -23,6 +23,7 @@ SUBJECTS = (
     "devices",
     "lifecycle",
     "policies",
+    "shipping",
 )
 
 

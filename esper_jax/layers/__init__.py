@@ -8,7 +8,9 @@ from esper_jax.layers.bed import (
 )
 from esper_jax.layers.capacity import grow_capacity
 from esper_jax.layers.chunked import ChunkedLayer
+from esper_jax.layers.corrections import CorrectedLayer, Corrections
 from esper_jax.layers.growable import make_growable
+from esper_jax.layers.harvest import harvest
 from esper_jax.layers.variables import (
     BlueprintParam,
     GraftProbe,
@@ -21,11 +23,14 @@ __all__ = [
     "DEFAULT_STATISTICS_ROWS",
     "BlueprintParam",
     "ChunkedLayer",
+    "CorrectedLayer",
+    "Corrections",
     "GraftProbe",
     "SeedBed",
     "SeedVariable",
     "VariableTree",
     "grow_capacity",
+    "harvest",
     "make_growable",
     "stack_of",
 ]

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from esper_jax.blueprints import living_parameters, param_counts
 from esper_jax.checkpoint import Retention
-from esper_jax.checkpoint.checkpointer import Checkpointer
+from esper_jax.checkpoint.checkpointer import Checkpointer, Restored
 from esper_jax.data import Dataset
 from esper_jax.growth.reports import TickReport
 from esper_jax.growth.state import TrainState
@@ -43,7 +43,7 @@ from esper_jax.train.program import Program
 from esper_jax.train.retreat import Rollback, TrainingStopped
 from esper_jax.trees import state_hash
 
-__all__ = ["evaluate_run", "train_run"]
+__all__ = ["evaluate_run", "restore_run", "train_run"]
 
 _log = logging.getLogger(__name__)
 
@@ -126,14 +126,23 @@ def evaluate_run(out: Path) -> dict[str, Any]:
       RunError: if ``out`` holds no run.
       CheckpointError: if there is no sound checkpoint.
     """
-    folder = RunFolder(out)
+    program, data, found = restore_run(RunFolder(out))
+    loss, accuracy = _test(program, found.state, data)
+    return {"step": int(found.state.step), "accuracy": accuracy, "loss": loss}
+
+
+def restore_run(folder: RunFolder) -> tuple[Program, Dataset, Restored]:
+    """Program and data of a run, and its newest sound checkpoint.
+
+    Raises:
+      RunError: if the folder holds no run.
+      CheckpointError: if there is no sound checkpoint.
+    """
     config = read_config(folder)
     data = load_data(config)
     program = build_run(config, data)
     like = program.init(jax.random.key(config.seed))
-    state = Checkpointer(folder.checkpoints).restore(like).state
-    loss, accuracy = _test(program, state, data)
-    return {"step": int(state.step), "accuracy": accuracy, "loss": loss}
+    return program, data, Checkpointer(folder.checkpoints).restore(like)
 
 
 def _check_batch_size(config: RunConfig, data: Dataset) -> None:

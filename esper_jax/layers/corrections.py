@@ -1,0 +1,190 @@
+"""Grown corrections as ordinary parameters: what `harvest` puts after a layer."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from esper_jax.blueprints import ACTIVATIONS, Blueprint, Dense
+from esper_jax.chunks import ChunkLayout
+from esper_jax.layers.folding import wide_dtype
+from esper_jax.layers.variables import VariableTree
+
+__all__ = ["CorrectedLayer", "Correction", "Corrections", "PartVariable"]
+
+
+class PartVariable(nnx.Variable):
+    """What each layer of a stack writes and how much it counts; not trained."""
+
+
+nnx.register_variable_name("part", PartVariable)
+
+
+class Correction(nnx.Module):
+    """Parts of one blueprint, computed as one batch.
+
+    The parameters are float32 with an axis of the ``N`` parts before their own. A stack
+    of layers has its axes before that.
+
+    Args:
+      blueprint: computes the corrections.
+      layout: chunks of the layer.
+      width: features that each part reads and writes.
+      where: of the parts, ``seeds`` (int32, the chunk that each one writes, -1 for
+        none) and ``alpha`` (float32, how much it counts): numpy arrays of shape (N,),
+        or with the axes of the stack before that.
+      params: pytree of the parameters; for `Dense`, a dictionary of the arrays that the
+        blueprint uses.
+    """
+
+    def __init__(
+        self,
+        blueprint: Blueprint,
+        layout: ChunkLayout,
+        width: int,
+        where: tuple[np.ndarray, np.ndarray],
+        params: Any,
+    ) -> None:
+        self.blueprint = blueprint
+        self.layout = layout
+        self.width = width
+        seeds, alpha = where
+        self.seeds: Any
+        self.alpha: Any
+        if seeds.ndim == 1:
+            self.seeds = tuple(int(seed) for seed in seeds)
+            self.alpha = tuple(float(a) for a in alpha)
+        else:  # nnx.vmap and nnx.scan take each layer's own from a variable
+            self.seeds = PartVariable(jnp.asarray(seeds, jnp.int32))
+            self.alpha = PartVariable(jnp.asarray(alpha, jnp.float32))
+        # With a name before them, a user's own keys cannot meet the tree's attributes.
+        named = params if isinstance(blueprint, Dense) else {blueprint.name: params}
+        self.params = VariableTree(nnx.Param, named)
+
+    def write(self, out: Float[Array, "R F"], y: Float[Array, "R F"]) -> Array:
+        """``out`` with ``y + alpha r(y)`` in the parts' chunks."""
+        columns = self._columns()
+        chunks = y.at[:, columns].get(mode="fill", fill_value=0)
+        wide = wide_dtype(y.dtype)
+        alpha = self.alpha
+        if isinstance(alpha, nnx.Variable):
+            alpha = alpha.get_value()
+        a = jnp.asarray(alpha, jnp.float32)[None, :, None]
+        r = jnp.swapaxes(self._corrections(jnp.swapaxes(chunks, 0, 1), y), 0, 1)
+        mixed = chunks.astype(wide) + a.astype(wide) * r.astype(wide)
+        return out.at[:, columns].set(mixed.astype(y.dtype), mode="drop")
+
+    def _columns(self) -> Int[Array | np.ndarray, "N W"]:
+        """Features of each part; one past the last where there is none."""
+        layout = self.layout
+        if isinstance(self.seeds, nnx.Variable):
+            return layout.columns(self.seeds.get_value())[:, : self.width]
+        seeds, offset = np.array(self.seeds)[:, None], np.arange(self.width)[None]
+        inside = offset < layout.sizes[seeds]
+        return np.where(inside, layout.starts[seeds] + offset, layout.features)
+
+    def _corrections(
+        self, chunks: Float[Array, "N R W"], y: Float[Array, "R F"]
+    ) -> Float[Array, "N R W"]:
+        params = self.params.get_value()
+        b = self.blueprint
+        if isinstance(b, Dense):
+            return _dense(b, params, chunks)
+        layer = b.reads == "layer"
+        x = (y if layer else chunks).astype(jnp.float32)
+        return jax.vmap(b.apply, in_axes=(0, None if layer else 0))(params[b.name], x)
+
+
+def _dense(
+    blueprint: Dense, params: dict[str, Array], chunks: Float[Array, "N R W"]
+) -> Float[Array, "N R W"]:
+    """``W2 act(W1 y + b1) + b2 + scale * y`` of the arrays that there are.
+
+    Multiplies matrices in the dtype of ``chunks`` and sums in at least float32, as
+    `blend` does.
+    """
+    wide = wide_dtype(chunks.dtype)
+
+    def matmul(x: Array, w: Array) -> Array:
+        return jnp.einsum(
+            "nri,nij->nrj", x, w.astype(x.dtype), preferred_element_type=wide
+        )
+
+    out = jnp.zeros(chunks.shape, wide)
+    if "w1" in params:
+        before = matmul(chunks, params["w1"])
+        if "b1" in params:
+            before = before + params["b1"][:, None].astype(wide)
+        after = ACTIVATIONS[blueprint.activation](before)
+        out = matmul(after.astype(chunks.dtype), params["w2"])
+    if "b2" in params:
+        out = out + params["b2"][:, None].astype(wide)
+    if "scale" in params:
+        out = out + params["scale"][:, None].astype(wide) * chunks.astype(wide)
+    return out
+
+
+class Corrections(nnx.Module):
+    """Adds corrections to the chunks of an activation; the identity without any.
+
+    Args:
+      features: width of the last axis.
+      groups: the corrections. Each reads the activation as it came; their chunks are
+        disjoint.
+    """
+
+    def __init__(self, features: int, groups: Sequence[Correction] = ()) -> None:
+        self.features = features
+        self.groups = nnx.List(groups)
+
+    def __call__(self, y: Float[Array, "*B F"]) -> Float[Array, "*B F"]:
+        """``y`` with the corrections added, of the same shape and dtype."""
+        if not hasattr(y, "shape") or y.shape[-1:] != (self.features,):
+            raise ValueError(
+                f"y must be an array with {self.features} features on its last axis, "
+                f"got {getattr(y, 'shape', type(y).__name__)}"
+            )
+        if not self.groups:
+            return y
+        flat = out = y.reshape(-1, self.features)
+        for group in self.groups:
+            out = group.write(out, flat)
+        return out.reshape(y.shape)
+
+
+class CorrectedLayer(nnx.Module):
+    """A layer and the corrections of its output.
+
+    Attributes of the base can be read and set through the layer, as on `ChunkedLayer`.
+
+    Args:
+      base: the layer.
+      corrections: of its output.
+    """
+
+    def __init__(self, base: Any, corrections: Corrections) -> None:
+        self.base = base
+        self.corrections = corrections
+
+    def __getattr__(self, name: str) -> Any:
+        # Python calls this only for attributes that the layer itself lacks.
+        if name.startswith("_") or name == "base":
+            raise AttributeError(name)
+        return getattr(self.base, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Writes go where reads look: an attribute that only the base has is set there.
+        own = name in ("base", "corrections") or name.startswith("_")
+        base = vars(self).get("base")
+        if own or hasattr(type(self), name) or base is None or not hasattr(base, name):
+            super().__setattr__(name, value)
+        else:
+            setattr(base, name, value)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The base's output on the same arguments, with the corrections added."""
+        return self.corrections(self.base(*args, **kwargs))

@@ -1,0 +1,130 @@
+"""Folds linear corrections of a layer's output into the layer's weights."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.nn import dtypes
+from jaxtyping import Array
+
+from esper_jax.blueprints import Blueprint, Dense
+
+__all__ = ["LinearPart", "fold_into", "takes", "takes_corrections", "wide_dtype"]
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearPart:
+    """A correction without an activation, of one chunk.
+
+    Args:
+      at: index of the layer in its stack; () without one.
+      start: first feature of the chunk.
+      width: features of the chunk, ``C``.
+      alpha: how much the correction counts.
+      params: arrays of the common form that it uses, each without further axes.
+    """
+
+    at: tuple[int, ...]
+    start: int
+    width: int
+    alpha: float
+    params: Mapping[str, Array]
+
+
+def takes_corrections(
+    base: Any, stack: tuple[int, ...], references: Mapping[int, int]
+) -> bool:
+    """Whether a layer's output is linear in weights that nothing else uses.
+
+    Args:
+      base: the layer.
+      stack: leading axes that its variables should have.
+      references: how many places of the model hold each module and variable, by id.
+    """
+    product: tuple[Any, Any]
+    match base:
+        case nnx.Linear() if type(base) is nnx.Linear:
+            own, product = 2, (base.dot_general, jax.lax.dot_general)
+        case nnx.Conv() if type(base) is nnx.Conv:
+            own = len(base.kernel_shape)
+            product = base.conv_general_dilated, jax.lax.conv_general_dilated
+        case _:
+            return False
+    plain = product[0] is product[1] and base.promote_dtype is dtypes.promote_dtype
+    weights = [w for w in (base.kernel, base.bias) if w is not None]
+    return (
+        plain
+        and all(isinstance(w, nnx.Variable) for w in weights)
+        and all(jnp.issubdtype(w.dtype, jnp.floating) for w in weights)
+        and base.kernel.ndim == len(stack) + own
+        and base.kernel.shape[: len(stack)] == stack
+        and all(references[id(part)] == 1 for part in (base, *weights))
+    )
+
+
+def takes(base: Any, blueprint: Blueprint) -> bool:
+    """Whether a layer that takes corrections takes those of a blueprint."""
+    if not isinstance(blueprint, Dense):
+        return False
+    if blueprint.expansion:
+        # A hidden layer mixes features, which masks and groups of a Conv keep apart.
+        mixes = getattr(base, "feature_group_count", 1) == 1
+        if not mixes or getattr(base, "mask", None) is not None:
+            return False
+        if blueprint.activation != "identity":
+            return False
+    return base.bias is not None or not blueprint.bias
+
+
+def fold_into(base: Any, parts: list[LinearPart]) -> None:
+    """Changes kernel and bias so that the layer's output has the corrections in it.
+
+    Computes in float32, or float64 for weights of that dtype, and rounds once.
+
+    Args:
+      base: an `nnx.Linear` or `nnx.Conv`, or a stack of them.
+      parts: of disjoint chunks.
+    """
+    kernel = _wide(base.kernel.get_value())
+    bias = None if base.bias is None else _wide(base.bias.get_value())
+    for part in parts:
+        columns = (*part.at, ..., slice(part.start, part.start + part.width))
+        matrix, offset = _affine(part, kernel.dtype)
+        own = kernel[columns]
+        more = jnp.matmul(own, matrix, precision="highest")
+        kernel = kernel.at[columns].set(own + more)
+        if bias is not None:
+            own = bias[columns]
+            more = jnp.matmul(own, matrix, precision="highest") + offset
+            bias = bias.at[columns].set(own + more)
+    base.kernel.set_value(kernel.astype(base.kernel.dtype))
+    if bias is not None:
+        base.bias.set_value(bias.astype(base.bias.dtype))
+
+
+def wide_dtype(dtype: Any) -> Any:
+    """Float32, or ``dtype`` where that is wider. Strict promotion allows it."""
+    return dtype if jnp.finfo(dtype).bits > 32 else jnp.dtype(jnp.float32)
+
+
+def _wide(x: Array) -> Array:
+    return x.astype(wide_dtype(x.dtype))
+
+
+def _affine(part: LinearPart, dtype: Any) -> tuple[Array, Array]:
+    """The correction ``alpha r(y)`` as ``y @ matrix + offset``."""
+    p = {name: leaf.astype(dtype) for name, leaf in part.params.items()}
+    matrix = jnp.zeros((part.width, part.width), dtype)
+    offset = jnp.zeros(part.width, dtype)
+    if "w1" in p:
+        matrix = jnp.matmul(p["w1"], p["w2"], precision="highest")
+        if "b1" in p:
+            offset = jnp.matmul(p["b1"], p["w2"], precision="highest")
+    if "b2" in p:
+        offset = offset + p["b2"]
+    if "scale" in p:
+        matrix = matrix + jnp.diag(p["scale"])
+    return part.alpha * matrix, part.alpha * offset
