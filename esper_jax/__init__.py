@@ -1,7 +1,7 @@
 """Grow neural networks while they train, in JAX and Flax.
 
-`ChunkedLayer` makes a layer able to grow; `build` and `fit` train a model that holds
-some. `blend`, `lifecycle` and `per_slot` work on plain arrays, without Flax.
+`make_growable` makes layers able to grow. `Growth` grows them beside your own loop;
+`build` and `fit` are a loop of ours. `harvest` gives back a plain model.
 """
 
 from esper_jax import _old_paths, lifecycle
@@ -12,6 +12,7 @@ from esper_jax.layers.bed import SeedBed
 from esper_jax.layers.capacity import grow_capacity
 from esper_jax.layers.chunked import ChunkedLayer
 from esper_jax.layers.growable import make_growable
+from esper_jax.layers.harvest import harvest
 from esper_jax.layers.variables import BlueprintParam, GraftProbe, SeedVariable
 from esper_jax.lifecycle.commands import Commands
 from esper_jax.lifecycle.grafting import GraftConfig, Strategy
@@ -21,11 +22,7 @@ from esper_jax.lifecycle.stages import Outcome, Stage
 from esper_jax.lifecycle.state import SeedState, coefficients, init_seeds
 from esper_jax.optim import per_slot
 from esper_jax.policy.config import ControllerConfig
-from esper_jax.train.faults import GovernorConfig
-from esper_jax.train.governor import Governor
-from esper_jax.train.loop import fit
-from esper_jax.train.mesh import over_mesh
-from esper_jax.train.program import build
+from esper_jax.train import Governor, GovernorConfig, build, fit, over_mesh
 
 __version__ = "0.2.0"
 
@@ -53,6 +50,7 @@ __all__ = [
     "coefficients",
     "fit",
     "grow_capacity",
+    "harvest",
     "init_seeds",
     "lifecycle",
     "make_growable",

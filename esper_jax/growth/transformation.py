@@ -341,7 +341,7 @@ def _measured(
     evaluate: Evaluate, model: nnx.Module, probes: Arrays | None = None
 ) -> tuple[float, float]:
     """Held-out loss and score, NaN for none, of the model with these probes."""
-    view = nnx.merge(*nnx.split(model))
+    view = nnx.merge(*nnx.split(model), copy=True)
     for path, node in nnx.iter_graph(view):
         if isinstance(node, SeedBed):
             node.deterministic = True
