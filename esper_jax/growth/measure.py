@@ -153,6 +153,9 @@ def _drift(
     drift, host_mean = {}, {}
     for name, mean in state.monitor.host_mean.items():
         weights = parts.host_weights(state.params, name)
+        if not weights:  # a frozen host does not drift
+            drift[name], host_mean[name] = jnp.zeros(()), {}
+            continue
         away = optax.tree.norm(jax.tree.map(jnp.subtract, weights, mean))
         scale = optax.tree.norm(mean)
         drift[name] = jnp.asarray(away / jnp.where(scale > 0, scale, jnp.nan))
