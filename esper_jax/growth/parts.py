@@ -211,7 +211,7 @@ def _layers(node: SeedBed, path: str, owner: str) -> dict[str, Bed]:
 def split_model(
     model: nnx.Module,
     axis_name: str | None = None,
-    wrt: nnx.filterlib.Filter | None = nnx.Param,
+    wrt: Any = nnx.Param,
 ) -> ModelParts:
     """Splits a model into the parts that `ModelParts` holds.
 
@@ -278,9 +278,7 @@ def _train(model: nnx.Module, frozen: list[_Flag]) -> None:
         setattr(node, name, True)
 
 
-def _trained(
-    model: nnx.Module, beds: Mapping[str, Bed], wrt: nnx.filterlib.Filter | None
-) -> tuple[str, ...]:
+def _trained(model: nnx.Module, beds: Mapping[str, Bed], wrt: Any) -> tuple[str, ...]:
     """Names of the host's variables that a filter matches."""
     if wrt is None:
         return ()
@@ -311,7 +309,7 @@ def _trained(
     return trained
 
 
-def _filter_name(wrt: nnx.filterlib.Filter) -> str:
+def _filter_name(wrt: Any) -> str:
     return getattr(wrt, "__name__", None) or repr(wrt)
 
 

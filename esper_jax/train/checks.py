@@ -52,8 +52,10 @@ class Checks:
         leaves = jax.tree.leaves(data)
         # JAX's arrays do not change. Those that passed need no second look.
         passed = self._passed.get(name, [])
-        if len(passed) == len(leaves) and all(
-            old() is new for old, new in zip(passed, leaves, strict=True)
+        if (
+            leaves
+            and len(passed) == len(leaves)
+            and all(old() is new for old, new in zip(passed, leaves, strict=True))
         ):
             return
         if self._recipe.objective is None:
@@ -135,7 +137,7 @@ def _concrete(x: Any) -> bool:
         isinstance(x, jax.Array)
         and not isinstance(x, jax.core.Tracer)
         and x.is_fully_addressable
-        and x.is_ready()
+        and getattr(x, "is_ready", lambda: True)()
     )
 
 

@@ -47,8 +47,12 @@ def evaluate(
     def one(batch: Batch) -> tuple[Array, Array, Array]:
         result = recipe.result(recipe.parts.merge(values, train=False), batch)
         weight = _weight(recipe, result, batch)
-        loss, score = jnp.mean(result.loss), jnp.mean(result.score)
-        return loss * weight, score * weight, weight
+        # A batch without weight counts nothing, also where its mean is 0 / 0.
+        loss, score = (
+            jnp.where(weight == 0, 0.0, jnp.mean(x).astype(jnp.float32) * weight)
+            for x in (result.loss, result.score)
+        )
+        return loss, score, weight
 
     sums = [
         jax.tree.map(jnp.sum, jax.lax.map(one, group))

@@ -19,8 +19,8 @@ class Result(NamedTuple):
 
     loss: Float[Array, "*N"]
     """One number for each row, or a single one for the batch."""
-    score: Float[Array, "*N"]
-    """The same; NaN if there is none."""
+    score: Float[Array, "*M"]
+    """The like; NaN if there is none."""
     weight: Float[Array, ""] | None
     """How much the batch counts beside others; None for the number of its rows."""
 
@@ -89,7 +89,7 @@ def read_loss(result: Any, rows: int | None) -> Result:
       ValueError: if it is something else.
     """
     pair = result if isinstance(result, tuple) else (result, None)
-    if len(pair) != 2 or jax.tree.structure(pair[0]) != jax.tree.structure(0):
+    if len(pair) != 2 or not jax.tree_util.all_leaves([pair[0]]):
         raise ValueError(
             "loss must return the loss, or the tuple (loss, score), each one number a "
             f"row or a single one; got {_described(result)}. To return other values, "
@@ -110,7 +110,7 @@ def read_objective(result: Any, rows: int | None) -> Result:
       ValueError: if it is something else.
     """
     pair = result if isinstance(result, tuple) else (result, None)
-    if len(pair) != 2 or jax.tree.structure(pair[0]) != jax.tree.structure(0):
+    if len(pair) != 2 or not jax.tree_util.all_leaves([pair[0]]):
         raise ValueError(
             "objective must return the loss, or the tuple (loss, aux), where the loss "
             f"is one number a row or a single one; got {_described(result)}"
@@ -137,31 +137,37 @@ def _checked(
             f"{name} must return a loss of floating point; got {loss.dtype}, which has "
             "no gradient"
         )
-    loss = _by_row(f"{name}'s loss", loss, rows)
+    loss = _by_row(f"{name} must return a loss", loss, rows)
     if score is None:
         # From the loss, so that it varies over devices as the loss does.
         return Result(loss, jnp.full_like(loss, jnp.nan) + 0 * loss, weight)
-    if jax.tree.structure(score) != jax.tree.structure(0):
+    if not jax.tree_util.all_leaves([score]):
         raise ValueError(
-            f"{name}'s score must be one number a row or a single one; got "
+            f"{name} must return a score of one number a row, or a single number; got "
             f"{_described(score)}"
         )
     score = jnp.asarray(score)
     if not jnp.issubdtype(score.dtype, jnp.floating):
         score = score.astype(jnp.float32)
-    return Result(loss, _by_row(f"{name}'s score", score, rows), weight)
+    return Result(loss, _by_row(f"{name} must return a score", score, rows), weight)
 
 
 def _by_row(name: str, value: Array, rows: int | None) -> Array:
-    """The mean of each row, or the single number of the batch."""
+    """The mean of each row, or the single number of the batch.
+
+    Args:
+      name: how an error message begins: who must return what.
+      value: loss or score.
+      rows: of the batch; None if it has no such number.
+    """
     if value.ndim and rows is not None and value.shape[0] != rows:
         raise ValueError(
-            f"{name} must have the {rows} rows of the batch on its first axis, or be a "
-            f"single number; got shape {value.shape}. Reshape it to "
-            f"({rows}, ...) or take its mean"
+            f"{name} with the {rows} rows of the batch on its first axis, or a single "
+            f"number; got shape {value.shape}. Reshape it to ({rows}, ...) or take its "
+            "mean"
         )
     if value.size == 0:
-        raise ValueError(f"{name} must hold a number; got shape {value.shape}")
+        raise ValueError(f"{name} of at least one number; got shape {value.shape}")
     return (
         jnp.mean(value, axis=tuple(range(1, value.ndim))) if value.ndim > 1 else value
     )

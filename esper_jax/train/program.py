@@ -102,7 +102,7 @@ def build(
     *,
     loss: Loss = classification,
     objective: Objective | None = None,
-    wrt: nnx.filterlib.Filter | None = nnx.Param,
+    wrt: Any = nnx.Param,
     lifecycle_config: LifecycleConfig | None = None,
     controller_config: ControllerConfig | None = None,
     decide: Decide = heuristic.decide,
