@@ -13,7 +13,7 @@ from esper_jax.lifecycle.grafting import GraftConfig
 from esper_jax.lifecycle.rules import LifecycleConfig
 from esper_jax.lifecycle.stages import Stage
 from esper_jax.policy.config import ControllerConfig
-from esper_jax.train import build, fit
+from esper_jax.train import build, fit, over_mesh
 from esper_jax.trees import state_hash
 
 RNG = np.random.default_rng(0)
@@ -348,3 +348,25 @@ def test_a_variable_that_grows_in_each_call_is_refused():
     program = build(model, SGD, SGD)
     with pytest.raises(ValueError, match=r"'h' must keep its shape.*nnx.pop"):
         program.step(start(program), (X, Y))
+
+
+def test_batches_over_a_mesh_are_those_of_one_device():
+    devices = len(jax.devices())
+    program = build(Net(), SGD, SGD, axis_name="data", eval_batch=8)
+    spread = over_mesh(program, jax.make_mesh((devices,), ("data",)))
+    alone = build(Net(), SGD, SGD, eval_batch=8)
+    batches = [(X[:8], Y[:8]), (X[8:16], Y[8:16]), (X[16:], Y[16:])]
+    states, losses = [], []
+    for one in (alone, spread):
+        state = fit(one, start(one), batches, batches, ticks=2)
+        losses.append(one.evaluate(state, batches))
+        states.append(state)
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+    for name, value in states[0].params.items():
+        np.testing.assert_allclose(states[1].params[name], value, atol=1e-6)
+    if devices > 1:
+        odd = [(X[: devices + 1], Y[: devices + 1])]
+        with pytest.raises(ValueError, match="number of rows that the"):
+            fit(spread, start(spread), odd, batches, ticks=1)
+        with pytest.raises(ValueError, match="number of rows that the"):
+            spread.evaluate(states[1], odd)

@@ -74,7 +74,7 @@ def scalar_alone(logits, y):
     "loss",
     [classification, per_row, trailing_one, scalars, mixed, alone, scalar_alone],
 )
-@pytest.mark.parametrize("rows", [10, 8, 3])  # ragged, whole, less than a batch
+@pytest.mark.parametrize("rows", [10, 3])  # a ragged last batch; less than a batch
 def test_the_true_held_out_loss_comes_out(loss, rows):
     program = new(loss)
     state = program.init(jax.random.key(0))

@@ -250,8 +250,10 @@ def split_model(
         _name(path): (path, variable) for path, variable in nnx.to_flat_state(abstract)
     }
     if axis_name is not None:
+        of_beds = tuple(f"{bed.path}/" for bed in beds.values())  # hold no keys
         for name, (_, variable) in variables.items():
-            _check_typed(name, variable)
+            if not name.startswith(of_beds):
+                _check_typed(name, variable)
     return ModelParts(graph, own_graph, variables, beds, layouts, kinds, trained)
 
 

@@ -61,23 +61,33 @@ class Checks:
         if self._recipe.objective is None:
             _check_pair(name, data)
         _check_rows(name, data, whole, self._recipe.objective is None)
+        seen = True
         if self._recipe.objective is None and self._recipe.loss is classification:
-            self._check_labels(name, *data)
-        if all(_concrete(leaf) for leaf in leaves):
+            seen = self._check_labels(name, *data)
+        if seen and all(
+            isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
+            for leaf in leaves
+        ):
             self._passed[name] = [weakref.ref(leaf) for leaf in leaves]
 
-    def _check_labels(self, name: str, x: Any, labels: Any) -> None:
-        """Refuses labels outside of the classes, where their values are known."""
-        if isinstance(labels, jax.core.Tracer) or not hasattr(labels, "dtype"):
-            return
-        if isinstance(labels, jax.Array) and not _concrete(labels):
-            return
+    def _check_labels(self, name: str, x: Any, labels: Any) -> bool:
+        """Refuses labels outside of the classes, where their values are known.
+
+        Returns:
+          Whether they are known.
+        """
+        if not hasattr(labels, "dtype") or (
+            isinstance(labels, jax.Array) and not _concrete(labels)
+        ):
+            return False
         labels = np.asarray(labels)
         if not np.issubdtype(labels.dtype, np.integer) or not labels.size:
-            return  # the loss refuses the dtype
+            return False  # the loss refuses the dtype
         classes = self._number_of_classes(x)
-        if classes is None or (labels.min() >= 0 and labels.max() < classes):
-            return
+        # A number below 0 is a large one without its sign: one pass finds both.
+        unsigned = labels.view(np.dtype(f"u{labels.dtype.itemsize}"))
+        if classes is None or unsigned.max() < classes:
+            return True
         bad = (labels < 0) | (labels >= classes)
         first = np.argwhere(bad)[0]
         where = f"row {first[0]}" if len(first) == 1 else f"place {first.tolist()}"
