@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.sharding import AxisType
 
 from esper_jax.layers import ChunkedLayer
 from esper_jax.layers.bed import SeedBed
@@ -353,7 +354,7 @@ def test_a_variable_that_grows_in_each_call_is_refused():
 def test_batches_over_a_mesh_are_those_of_one_device():
     devices = len(jax.devices())
     program = build(Net(), SGD, SGD, axis_name="data", eval_batch=8)
-    spread = over_mesh(program, jax.make_mesh((devices,), ("data",)))
+    spread = over_mesh(program, jax.make_mesh((devices,), ("data",), (AxisType.Auto,)))
     alone = build(Net(), SGD, SGD, eval_batch=8)
     batches = [(X[:8], Y[:8]), (X[8:16], Y[8:16]), (X[16:], Y[16:])]
     states, losses = [], []
