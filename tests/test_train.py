@@ -15,6 +15,7 @@ from esper_jax.growth.measure import asked_for_worth, measure
 from esper_jax.growth.parts import split_model
 from esper_jax.hosts import MLP
 from esper_jax.layers.bed import SeedBed
+from esper_jax.layers.variables import BlueprintParam
 from esper_jax.lifecycle.rules import LifecycleConfig
 from esper_jax.lifecycle.signals import Signals
 from esper_jax.lifecycle.stages import Outcome, Stage
@@ -347,7 +348,8 @@ def test_stability_of_a_loss_below_zero_and_after_an_infinite_one(program, first
 def test_building_leaves_the_users_model_as_it_was():
     model = make_model()
     frozen = make_model()
-    frozen.eval()
+    for layer in frozen.layers[1:]:
+        layer.eval()
     for made in (model, frozen):
         graph, values = nnx.split(made)
         build(made, optax.sgd(0.1), optax.sgd(0.1), axis_name="data")
@@ -457,7 +459,10 @@ def test_gradients_of_hosts_chunks_and_seeds(program):
     )
     batch = tuple(a[:16] for a in TRAIN)
     model = program.model(state)
-    loss = nnx.grad(lambda m: jnp.mean(classification(m(batch[0]), batch[1])[0]))
+    loss = nnx.grad(
+        lambda m: jnp.mean(classification(m(batch[0]), batch[1])[0]),
+        argnums=nnx.DiffState(0, nnx.Any(nnx.Param, BlueprintParam)),
+    )
     grads = nnx.to_pure_dict(nnx.jit(loss)(model))["layers"][0]
     kernel, bias = grads["base"]["linear"]["kernel"], grads["base"]["linear"]["bias"]
     columns = np.asarray(jnp.sum(kernel**2, axis=0) + bias**2)

@@ -150,9 +150,13 @@ def _drift(
     parts: ModelParts, state: TrainState
 ) -> tuple[dict[str, Float[Array, ""]], dict[str, dict[str, Array]]]:
     """Drift of each layer's host weights from their running mean, and the new mean."""
-    drift, host_mean = {}, {}
+    drift: dict[str, Array] = {}
+    host_mean: dict[str, dict[str, Array]] = {}
     for name, mean in state.monitor.host_mean.items():
         weights = parts.host_weights(state.params, name)
+        if not weights:  # a frozen host does not drift
+            drift[name], host_mean[name] = jnp.zeros(()), {}
+            continue
         away = optax.tree.norm(jax.tree.map(jnp.subtract, weights, mean))
         scale = optax.tree.norm(mean)
         drift[name] = jnp.asarray(away / jnp.where(scale > 0, scale, jnp.nan))

@@ -65,6 +65,8 @@ class ModelParts:
     """Chunks of each layer, by layer name."""
     kinds: dict[str, tuple[blueprints.Blueprint, ...]]
     """Blueprints of each layer, by layer name."""
+    trained: tuple[str, ...]
+    """Names of the host's variables that train."""
 
     def merge(self, values: Arrays, train: bool, alone: bool = False) -> Any:
         """The model with the given values.
@@ -73,7 +75,8 @@ class ModelParts:
           values: values of all variables, by name.
           train: whether the model is in training mode.
           alone: whether the model will run outside the mapped axis that it is trained
-            along. It is then in training mode, whatever ``train`` says.
+            along. It is then in training mode, whatever ``train`` says. In training
+            mode, modules that the user put in evaluation mode stay there.
         """
         flat = [
             (path, _with_value(variable, values[name]))
@@ -83,12 +86,8 @@ class ModelParts:
         return nnx.merge(graph, nnx.from_flat_state(flat), copy=True)
 
     def host_params(self) -> list[str]:
-        """Names of the parameters that belong to no blueprint."""
-        return [
-            name
-            for name, (_, variable) in self.variables.items()
-            if isinstance(variable, nnx.Param)
-        ]
+        """Names of the host's variables that train; none is a blueprint's."""
+        return list(self.trained)
 
     def values(self, state: TrainState, probes: Arrays | None = None) -> Arrays:
         """The values of all variables by name.
@@ -154,7 +153,7 @@ class ModelParts:
         """The parameters of the host layer that a layer's seeds grow in.
 
         For a `ChunkedLayer`: the parameters of its base. For a bare `SeedBed`: those of
-        the nearest enclosing module that has any.
+        the nearest enclosing module that has any. A base that is frozen has none.
         """
         bed = self.beds[layer]
         place = bed.owner.split("/") if bed.owner else []
@@ -166,13 +165,18 @@ class ModelParts:
                 for name, p in params.items()
                 if name.startswith(prefix)
             }
-            if found:
+            if found or (prefix == self._base(layer) and self.has_base(layer)):
                 return found
         return {}
 
     def has_base(self, layer: str) -> bool:
         """Whether the layer has a base with parameters, which then write its output."""
-        return any(p.startswith(self._base(layer)) for p in self.host_params())
+        base = self._base(layer)
+        return any(
+            name.startswith(base)
+            and (name in self.trained or isinstance(variable, nnx.Param))
+            for name, (_, variable) in self.variables.items()
+        )
 
     def _base(self, layer: str) -> str:
         owner = self.beds[layer].owner
@@ -223,26 +227,37 @@ def _layers(node: SeedBed, path: str, owner: str) -> dict[str, Bed]:
     }
 
 
-def split_model(model: nnx.Module, axis_name: str | None = None) -> ModelParts:
+def split_model(
+    model: nnx.Module,
+    axis_name: str | None = None,
+    wrt: Any = nnx.Param,
+) -> ModelParts:
     """Splits a model into the parts that `ModelParts` holds.
+
+    Sown values (`nnx.Intermediate`) are left out: each call of the model adds to them.
 
     Args:
       model: the user's model; neither it nor its mode is changed.
       axis_name: name of the mapped axis that divides the rows among devices, if any.
+      wrt: which of the host's variables train, bare arrays included; None for none.
 
     Raises:
       ValueError: if the model holds nothing that can grow, or is itself a `SeedBed`; if
+        ``wrt`` matches no variable of the host, or one that has no gradient; if
         ``axis_name`` is given and the model holds an untyped random key, which cannot
         be told from other integers.
     """
     model = nnx.merge(*nnx.split(model))  # a copy: leave the user's model as it is
+    nnx.pop(model, nnx.Intermediate)
     beds, layouts, kinds = _find_beds(model)
-    model.train()
+    trained = _trained(model, beds, wrt)
+    frozen = _in_evaluation_mode(model)
+    _train(model, frozen)
     own_graph, state = nnx.split(model)
     nodes = [node for _, node in nnx.iter_graph(model) if isinstance(node, SeedBed)]
     graph = {}
     for train in (False, True):
-        (model.train if train else model.eval)()
+        _train(model, frozen) if train else model.eval()
         for node in nodes:
             node.axis_name = node.axis_name if axis_name is None else axis_name
         graph[train] = nnx.graphdef(model)
@@ -254,9 +269,69 @@ def split_model(model: nnx.Module, axis_name: str | None = None) -> ModelParts:
         _name(path): (path, variable) for path, variable in nnx.to_flat_state(abstract)
     }
     if axis_name is not None:
+        of_beds = tuple(f"{bed.path}/" for bed in beds.values())  # hold no keys
         for name, (_, variable) in variables.items():
-            _check_typed(name, variable)
-    return ModelParts(graph, own_graph, variables, beds, layouts, kinds)
+            if not name.startswith(of_beds):
+                _check_typed(name, variable)
+    return ModelParts(graph, own_graph, variables, beds, layouts, kinds, trained)
+
+
+_Flag = tuple[nnx.Module, str]
+_MODES = ("deterministic", "use_running_average")
+"""Attributes that `nnx.Module.train` and ``eval`` switch."""
+
+
+def _in_evaluation_mode(model: nnx.Module) -> list[_Flag]:
+    """The modules that are in evaluation mode, with the attribute that says so."""
+    return [
+        (node, name)
+        for _, node in nnx.iter_graph(model)
+        if isinstance(node, nnx.Module)
+        for name in _MODES
+        if getattr(node, name, None) is True
+    ]
+
+
+def _train(model: nnx.Module, frozen: list[_Flag]) -> None:
+    """Puts a model in training mode but for the modules that the user has frozen."""
+    model.train()
+    for node, name in frozen:
+        setattr(node, name, True)
+
+
+def _trained(model: nnx.Module, beds: Mapping[str, Bed], wrt: Any) -> tuple[str, ...]:
+    """Names of the host's variables that a filter matches."""
+    if wrt is None:
+        return ()
+    of_beds = tuple(f"{bed.path}/" for bed in beds.values())
+    host = {
+        _name(path): (path, leaf)
+        for path, leaf in nnx.to_flat_state(nnx.state(model))
+        if not _name(path).startswith(of_beds)
+    }
+    matches = nnx.filterlib.to_predicate(wrt)
+    trained = tuple(name for name, (p, leaf) in host.items() if matches(p, leaf))
+    for name in trained:
+        dtype = _dtype(_value(host[name][1]))
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(
+                "wrt must match variables of floating point, as others have no "
+                f"gradient; it matches {name!r} of {dtype}. Narrow it, for example to "
+                "nnx.All(wrt, nnx.Not(nnx.RngState))"
+            )
+    if not trained:
+        kinds = sorted({type(leaf).__name__ for _, leaf in host.values()})
+        raise ValueError(
+            f"wrt={_filter_name(wrt)} must match a variable of the host, but matches "
+            f"none; the host holds {', '.join(kinds) or 'no variables'}. Name what "
+            "trains, for example wrt=MyVariable or a function of path and variable, or "
+            "give wrt=None for a frozen host"
+        )
+    return trained
+
+
+def _filter_name(wrt: Any) -> str:
+    return getattr(wrt, "__name__", None) or repr(wrt)
 
 
 _Found = tuple[

@@ -3,8 +3,9 @@
 from esper_jax.train.faults import GovernorConfig
 from esper_jax.train.governor import Governor
 from esper_jax.train.loop import epoch_order, fit
+from esper_jax.train.losses import classification
 from esper_jax.train.mesh import over_mesh
-from esper_jax.train.program import Program, build, classification
+from esper_jax.train.program import Program, build
 from esper_jax.train.retreat import Rollback, TrainingStopped
 from esper_jax.train.scan import scan_fit, start_from
 

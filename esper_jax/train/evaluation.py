@@ -11,23 +11,93 @@ from esper_jax.growth.measure import asked_for_worth
 from esper_jax.growth.state import Arrays, TrainState
 from esper_jax.lifecycle.state import slot_coefficients
 from esper_jax.parallel import collectives
+from esper_jax.train.batches import Batches, cut
+from esper_jax.train.losses import Result, classification, common_rows
 from esper_jax.train.recipe import Batch, TrainRecipe
 
 __all__ = ["counterfactuals", "evaluate"]
 
 
 def evaluate(
-    recipe: TrainRecipe, values: Arrays, data: Batch
+    recipe: TrainRecipe, values: Arrays, data: Batch | Batches
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Mean loss and score over all rows, ``recipe.eval_batch`` at a time.
+    """Mean loss and score.
+
+    Of arrays, over all rows, ``recipe.eval_batch`` at a time. Of `Batches`, each batch
+    counts by its rows, or by the weight that the objective gives it. A batch whose
+    arrays share no number of rows counts by the numbers in its loss, or as one. A loss
+    that is a single number is taken for the mean over its batch.
 
     Along ``recipe.axis_name`` each device has an equal part of the rows.
 
     Args:
       recipe: holds the model and its loss.
       values: of the model's variables, by name.
-      data: what is evaluated, rows first.
+      data: what is evaluated: arrays, rows first, or batches.
     """
+    if not isinstance(data, Batches):
+        rows = common_rows(data)
+        if rows is None:  # one batch, as a graph is: nothing to cut
+            data = Batches((jax.tree.map(lambda a: jnp.asarray(a)[None], data),))
+        elif _fillable(recipe, values, data, min(rows, recipe.eval_batch)):
+            return _filled(recipe, values, data)
+        else:
+            data = cut(data, min(rows, recipe.eval_batch))
+
+    def one(batch: Batch) -> tuple[Array, Array, Array]:
+        result = recipe.result(recipe.parts.merge(values, train=False), batch)
+        weight = _weight(recipe, result, batch)
+        # A batch without weight counts nothing, also where its mean is 0 / 0.
+        loss, score = (
+            jnp.where(weight == 0, 0.0, jnp.mean(x).astype(jnp.float32) * weight)
+            for x in (result.loss, result.score)
+        )
+        return loss, score, weight
+
+    sums = [
+        jax.tree.map(jnp.sum, jax.lax.map(one, group))
+        if jax.tree.leaves(group)[0].shape[0] > 1
+        else one(jax.tree.map(lambda a: a[0], group))
+        for group in data.groups
+    ]
+    total = jax.tree.map(lambda *parts: sum(parts), *sums)
+    loss, score, weight = collectives.mean(total, recipe.axis_name)
+    return loss / weight, score / weight
+
+
+def _weight(recipe: TrainRecipe, result: Result, batch: Batch) -> Float[Array, ""]:
+    """How much a batch counts."""
+    if result.weight is not None:
+        return result.weight
+    rows = recipe.rows(batch)
+    if rows is None:
+        rows = result.loss.size
+    # From the loss, so that it varies over devices as the loss does.
+    return jnp.ones_like(result.loss, jnp.float32).sum() * (rows / result.loss.size)
+
+
+def _fillable(recipe: TrainRecipe, values: Arrays, data: Batch, size: int) -> bool:
+    """Whether rows that only fill up the last batch can be left out of the mean.
+
+    They cannot where a single number stands for the batch.
+    """
+    if recipe.objective is not None:
+        return False
+    if recipe.loss is classification:
+        return True
+
+    def result(values: Arrays, data: Batch) -> Result:
+        batch = jax.tree.map(lambda a: jnp.asarray(a)[:size], data)
+        return recipe.result(recipe.parts.merge(values, train=False), batch)
+
+    shapes = jax.eval_shape(result, values, data)
+    return shapes.loss.ndim == shapes.score.ndim == 1
+
+
+def _filled(
+    recipe: TrainRecipe, values: Arrays, data: Batch
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Mean loss and score of arrays whose last batch is filled up with other rows."""
     rows = jax.tree.leaves(data)[0].shape[0]
     size = min(recipe.eval_batch, rows)
     batches = -(-rows // size)
@@ -46,9 +116,9 @@ def evaluate(
         return jnp.swapaxes(a.reshape(size, batches, *a.shape[1:]), 0, 1)
 
     def one(part: tuple[Batch, Array]) -> tuple[Array, Array]:
-        (x, y), weight = part
-        losses, scores = recipe.loss(recipe.parts.merge(values, train=False)(x), y)
-        return jnp.sum(losses * weight), jnp.sum(scores * weight)
+        batch, weight = part
+        result = recipe.result(recipe.parts.merge(values, train=False), batch)
+        return jnp.sum(result.loss * weight), jnp.sum(result.score * weight)
 
     data = jax.tree.map(lambda a: filled(jnp.asarray(a)), data)
     if batches == 1:
@@ -62,7 +132,7 @@ def evaluate(
 def counterfactuals(
     recipe: TrainRecipe,
     state: TrainState,
-    held_out: Batch,
+    held_out: Batch | Batches,
     base_loss: Float[Array, ""],
     allowed: Bool[Array, ""],
 ) -> dict[str, Float[Array, " K"]]:

@@ -256,8 +256,10 @@ def first_wrong(state: TrainState) -> str:
     return "a value is not finite"
 
 
-def bad_rows(data: Batch) -> str:
-    """Says which rows of the data hold values that are not finite, if any."""
+def bad_rows(data: Batch | None) -> str:
+    """Says which rows of arrays hold values that are not finite, if any."""
+    if data is None:
+        return ""
     bad = np.zeros(jax.tree.leaves(data)[0].shape[0], bool)
     for leaf in map(np.asarray, jax.tree.leaves(data)):
         if np.issubdtype(leaf.dtype, np.inexact):

@@ -92,7 +92,11 @@ class Governor:
         return copy_state(self._good)
 
     def review(
-        self, state: TrainState, report: TickReport, data: Batch, held_out: Batch
+        self,
+        state: TrainState,
+        report: TickReport,
+        data: Batch | None,
+        held_out: Batch,
     ) -> tuple[TrainState, Rollback | None]:
         """Blesses the state after a tick, or goes back to the last good one.
 
@@ -101,7 +105,8 @@ class Governor:
         Args:
           state: after the tick; do not use it again.
           report: of the tick, on the device.
-          data: what was trained on, to say what is wrong with it.
+          data: arrays that were trained on, to say what is wrong with them; None for
+            an iterable of batches.
           held_out: data that the losses are watched on.
 
         Returns:

@@ -1,6 +1,7 @@
 """`fit`: the loop around step and tick."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +11,9 @@ from jaxtyping import Array, Int, Key
 from esper_jax.growth.reports import TickReport
 from esper_jax.growth.state import TrainState
 from esper_jax.parallel.replicas import check_replicas
+from esper_jax.train.batches import Feed, is_iterable, stack
 from esper_jax.train.governor import Governor
 from esper_jax.train.program import Program
-from esper_jax.train.recipe import Batch
 
 __all__ = ["epoch_order", "fit"]
 
@@ -20,29 +21,43 @@ __all__ = ["epoch_order", "fit"]
 def fit(
     program: Program,
     state: TrainState,
-    data: Batch,
-    held_out: Batch,
+    data: Any,
+    held_out: Any,
     *,
     ticks: int,
-    batch_size: int,
+    batch_size: int | None = None,
+    steps_per_tick: int | None = None,
     seed: int = 0,
     on_tick: Callable[[TrainState, TickReport], None] | None = None,
     governor: Governor | None = None,
 ) -> TrainState:
-    """Trains until the state has seen ``ticks`` ticks, one after each epoch.
+    """Trains until the state has seen ``ticks`` ticks, by default one after each epoch.
 
-    The order of the rows in an epoch depends only on ``seed``, the epoch's number and
-    the number of rollbacks, so a restored state continues where it stopped. Each epoch
-    leaves out the last rows if they do not fill a batch.
+    The order of the rows of arrays in an epoch depends only on ``seed``, the epoch's
+    number and the number of rollbacks, so a restored state continues where it stopped.
+    Each epoch leaves out the last rows if they do not fill a batch.
+
+    Batches of an iterable come as it gives them, in each pass anew. The state does not
+    hold its position: after a restore or a rollback it goes on as it is. Save and
+    restore the position of an iterator that has one (``get_state``, ``set_state``)
+    beside the state. Each new shape of a batch compiles the step once more.
 
     Args:
       program: made by `build`.
       state: where to start; donated.
-      data: ``(x, y)`` to train on, rows first.
-      held_out: ``(x, y)`` that the gates and the policy read.
+      data: arrays to train on, rows first: ``(x, y)``, or any pytree if the program has
+        an objective. Or an iterable of batches: a list, a loader, an iterator, or a
+        function that returns one and is called for each pass. A list is always taken
+        for batches.
+      held_out: what the gates and the policy read: arrays, or an iterable of batches.
+        It is read once, to its end, and kept on the device. Each batch counts by its
+        rows.
       ticks: number of the tick to stop at, counted from the beginning of the run.
-      batch_size: rows per step. Continue a restored state with the batch size it had:
-        its position in the data is counted in steps.
+      batch_size: rows per step, for arrays. Continue a restored state with the batch
+        size it had: its position in the data is counted in steps. An iterable's batches
+        have their own; if given, none may have more rows.
+      steps_per_tick: steps before each tick, for an iterable; by default a tick comes
+        after each pass.
       seed: seed for the order of the rows.
       on_tick: called after each tick with the state and the report on the host. Read
         the state but do not keep it: the next step donates it. Not called for a tick
@@ -53,29 +68,18 @@ def fit(
       The state after the last tick.
 
     Raises:
-      ValueError: if ``x`` and ``y`` have different numbers of rows, if
-        ``batch_size`` is below 1 or above the number of rows, if the devices do not
-        divide the rows, or (in debug mode) if the devices hold different states.
+      ValueError: if the data do not fit the program (rows, labels, shape of the loss),
+        if ``batch_size`` is below 1 or above the number of rows, if an iterable ends
+        before the last tick, if the devices do not divide the rows, or (in debug mode)
+        if the devices hold different states.
       TrainingStopped: if the governor gives up.
     """
-    data = _checked(program, "data", data, False)
-    held_out = _checked(program, "held_out", held_out, True)
-    rows = jax.tree.leaves(data)[0].shape[0]
-    if not 1 <= batch_size <= rows:
-        raise ValueError(
-            f"batch_size must be from 1 to the {rows} rows of data, got {batch_size}"
-        )
-    per_epoch = rows // batch_size
-
-    key = jax.random.key(seed)
+    epoch = _epochs(program, data, batch_size, steps_per_tick, seed)
+    held_out = _held_out(program, state, held_out)
     if governor is not None:
         governor.start(state)
-    while (epoch := int(state.ticks)) < ticks:
-        rollbacks = np.int32(state.governor.rollbacks)
-        order = _jitted_order(key, np.int32(epoch), rollbacks, rows)
-        order = program.place("order", order, False)
-        for _ in range(per_epoch - int(state.step) % per_epoch):
-            state = program.step_from(state, data, order, batch_size)
+    while int(state.ticks) < ticks:
+        state = epoch(state)
         state, report = program.tick(state, held_out)
         if not bool(report.replicas_agree):
             check_replicas(state)
@@ -84,12 +88,84 @@ def fit(
                 f"{int(report.tick)}. Start all replicas from one state"
             )
         if governor is not None:
-            state, rollback = governor.review(state, report, data, held_out)
+            seen = None if is_iterable(data) else data
+            state, rollback = governor.review(state, report, seen, held_out)
             if rollback is not None:
                 continue
         if on_tick is not None:
             on_tick(state, jax.device_get(report))
     return state
+
+
+_Epoch = Callable[[TrainState], TrainState]
+
+
+def _epochs(
+    program: Program,
+    data: Any,
+    batch_size: int | None,
+    steps_per_tick: int | None,
+    seed: int,
+) -> _Epoch:
+    """The steps before a tick, as a function of the state."""
+    if is_iterable(data):
+        if steps_per_tick is not None and steps_per_tick < 1:
+            raise ValueError(f"steps_per_tick must be at least 1, got {steps_per_tick}")
+        return _from_batches(program, Feed(data, steps_per_tick), batch_size)
+    if steps_per_tick is not None:
+        raise ValueError(
+            "steps_per_tick is for an iterable of batches; arrays have one tick an "
+            f"epoch, got {steps_per_tick}. Leave it out, or give batches"
+        )
+    program.check("data", data, True)
+    rows = jax.tree.leaves(data)[0].shape[0]
+    if batch_size is None or not 1 <= batch_size <= rows:
+        raise ValueError(
+            f"batch_size must be from 1 to the {rows} rows of data, got {batch_size}"
+        )
+    return _from_arrays(program, program.place("data", data, False), batch_size, seed)
+
+
+def _from_arrays(program: Program, data: Any, batch_size: int, seed: int) -> _Epoch:
+    rows = jax.tree.leaves(data)[0].shape[0]
+    per_epoch = rows // batch_size
+    key = jax.random.key(seed)
+
+    def epoch(state: TrainState) -> TrainState:
+        number, rollbacks = np.int32(state.ticks), np.int32(state.governor.rollbacks)
+        order = _jitted_order(key, number, rollbacks, rows)
+        order = program.place("order", order, False)
+        for _ in range(per_epoch - int(state.step) % per_epoch):
+            state = program.step_from(state, data, order, batch_size)
+        return state
+
+    return epoch
+
+
+def _from_batches(program: Program, feed: Feed, batch_size: int | None) -> _Epoch:
+    def epoch(state: TrainState) -> TrainState:
+        for batch in feed.tick(int(state.step)):
+            program.check("a batch of data", batch, False)
+            rows = jax.tree.leaves(batch)[0].shape[:1]
+            if batch_size is not None and rows and rows[0] > batch_size:
+                raise ValueError(
+                    f"batch_size must be at least the {rows[0]} rows of a batch of "
+                    f"data, got {batch_size}. Leave it out: batches have their own size"
+                )
+            state = program.step(state, program.place("a batch of data", batch, True))
+        return state
+
+    return epoch
+
+
+def _held_out(program: Program, state: TrainState, data: Any) -> Any:
+    """The held-out data on the devices, after a look at what the loss makes of them."""
+    if is_iterable(data):
+        data = stack("held_out", data, program.check)
+    program.check("held_out", data, False)
+    data = program.place("held_out", data, True)
+    jax.eval_shape(program.evaluate, state, data)
+    return data
 
 
 def epoch_order(
@@ -118,14 +194,3 @@ def _order(key: Key[Array, ""], epoch: Array, rollbacks: Array, rows: int) -> Ar
 
 _jitted_order = jax.jit(_order, static_argnums=3)
 """Compiled once for each number of rows, whatever the seed."""
-
-
-def _checked(program: Program, name: str, data: Batch, divided: bool) -> Batch:
-    shapes = [np.shape(leaf) for leaf in jax.tree.leaves(data)]
-    counts = {shape[:1] for shape in shapes}
-    if len(counts) != 1 or counts & {(), (0,)}:
-        raise ValueError(
-            f"{name} must be (x, y) with the same number of rows, at least one, on the "
-            f"first axis; got {shapes}"
-        )
-    return program.place(name, data, divided)

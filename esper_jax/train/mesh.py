@@ -11,6 +11,8 @@ from jaxtyping import Array
 
 from esper_jax.kernels.blend import check_sharding
 from esper_jax.parallel.replicas import check_divides
+from esper_jax.train.batches import Batches
+from esper_jax.train.checks import checked
 from esper_jax.train.program import Program
 from esper_jax.train.tracing import count_recompiles, counted
 from esper_jax.trees import is_key
@@ -43,16 +45,16 @@ def over_mesh(program: Program, mesh: jax.sharding.Mesh) -> Program:
             f"{mesh.axis_names}. Give build(..., axis_name=...) the mesh's"
         )
     everywhere = NamedSharding(mesh, PartitionSpec())
-    divided_rows = NamedSharding(mesh, PartitionSpec(axis_name))
     check_sharding(everywhere)
 
     def init(rng: Array, values: Any = None) -> Any:
         return _start(program, everywhere, rng, () if values is None else (values,))
 
     def place(name: str, data: Any, divided: bool) -> Any:
+        sharding = everywhere
         if divided:
-            check_divides(name, data, mesh.size)
-        sharding = divided_rows if divided else everywhere
+            _check_divides(name, data, mesh.size)
+            sharding = NamedSharding(mesh, _rows(axis_name, data))
         return jax.tree.map(lambda x: _put(x, sharding), data)
 
     return program._replace(init=init, place=place, **_mapped(program, mesh))
@@ -60,7 +62,10 @@ def over_mesh(program: Program, mesh: jax.sharding.Mesh) -> Program:
 
 def _mapped(program: Program, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     """The program's functions, jitted and mapped over the devices, by name."""
-    everywhere, rows = PartitionSpec(), PartitionSpec(program.axis_name)
+    everywhere = PartitionSpec()
+
+    def rows(data: Any) -> PartitionSpec:
+        return _rows(program.axis_name, data)
 
     def mapped(function: Any, *specs: PartitionSpec) -> Any:
         return jax.shard_map(
@@ -68,8 +73,8 @@ def _mapped(program: Program, mesh: jax.sharding.Mesh) -> dict[str, Any]:
         )
 
     def step(state: Any, batch: Any) -> Any:
-        check_divides("batch", batch, mesh.size)
-        return mapped(program.step, rows)(state, batch)
+        _check_divides("batch", batch, mesh.size)
+        return mapped(program.step, rows(batch))(state, batch)
 
     def step_from(state: Any, data: Any, order: Array, batch_size: int) -> Any:
         if batch_size % mesh.size:
@@ -84,23 +89,49 @@ def _mapped(program: Program, mesh: jax.sharding.Mesh) -> dict[str, Any]:
         return mapped(one, everywhere, everywhere)(state, data, order)
 
     def tick(state: Any, held_out: Any) -> Any:
-        check_divides("held_out", held_out, mesh.size)
-        return mapped(program.tick, rows)(state, held_out)
+        _check_divides("held_out", held_out, mesh.size)
+        return mapped(program.tick, rows(held_out))(state, held_out)
 
     def evaluate(state: Any, data: Any) -> Any:
-        check_divides("data", data, mesh.size)
-        return mapped(program.evaluate, rows)(state, data)
+        _check_divides("data", data, mesh.size)
+        return mapped(program.evaluate, rows(data))(state, data)
 
     traces: Counter[str] = Counter()
     return {
-        "step": jax.jit(counted(traces, step), donate_argnums=0),
-        "step_from": jax.jit(
-            counted(traces, step_from), donate_argnums=0, static_argnums=3
+        "step": checked(
+            program.check,
+            "batch",
+            jax.jit(counted(traces, step), donate_argnums=0),
+            False,
         ),
-        "tick": jax.jit(counted(traces, tick), donate_argnums=0),
-        "evaluate": jax.jit(evaluate),
+        "step_from": checked(
+            program.check,
+            "data",
+            jax.jit(counted(traces, step_from), donate_argnums=0, static_argnums=3),
+            True,
+        ),
+        "tick": checked(
+            program.check,
+            "held_out",
+            jax.jit(counted(traces, tick), donate_argnums=0),
+            False,
+        ),
+        "evaluate": checked(program.check, "data", jax.jit(evaluate), False),
         "recompiles": functools.partial(count_recompiles, traces),
     }
+
+
+def _rows(axis_name: str | None, data: Any) -> PartitionSpec:
+    """How the rows of arrays, or of stacked batches, lie over the devices."""
+    if isinstance(data, Batches):
+        return PartitionSpec(None, axis_name)
+    return PartitionSpec(axis_name)
+
+
+def _check_divides(name: str, data: Any, devices: int) -> None:
+    if isinstance(data, Batches):
+        data = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), data)
+    check_divides(name, data, devices)
 
 
 def _start(

@@ -5,6 +5,7 @@ recompiles while the model grows. `fit` runs them.
 """
 
 import functools
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array
 
 from esper_jax import blueprints
 from esper_jax.chunks import ChunkLayout
@@ -23,14 +24,17 @@ from esper_jax.growth.parts import split_model, values_of
 from esper_jax.growth.recipe import policy_for
 from esper_jax.growth.reports import TickReport
 from esper_jax.growth.state import Arrays, TrainState
+from esper_jax.layers.bed import SeedBed
 from esper_jax.lifecycle.rules import LifecycleConfig
 from esper_jax.optim import PerSlot, per_slot
 from esper_jax.parallel import collectives
 from esper_jax.policy.config import ControllerConfig
 from esper_jax.policy.heuristic import Decide, policy_of
 from esper_jax.policy.interface import Policy, PolicyFactory
+from esper_jax.train.checks import Checks, checked
 from esper_jax.train.evaluation import evaluate
-from esper_jax.train.recipe import AT_ONCE, Batch, Loss, TrainRecipe
+from esper_jax.train.losses import classification
+from esper_jax.train.recipe import AT_ONCE, Batch, Loss, Objective, TrainRecipe
 from esper_jax.train.start import initial_state
 from esper_jax.train.step import train_step
 from esper_jax.train.tick import tick
@@ -49,11 +53,14 @@ class Program(NamedTuple):
       init: ``init(rng) -> TrainState`` starts from the values that the model had when
         it was built. ``init(rng, values)`` starts from others, as
         `growth.parts.values_of` returns them.
-      step: ``step(state, batch) -> state``: one update from ``batch = (x, y)``.
+      step: ``step(state, batch) -> state``: one update from ``batch = (x, y)``, or from
+        what the objective takes.
       step_from: ``step_from(state, data, order, batch_size) -> state``: one update
         from the rows of ``data`` that ``order`` names at the state's position.
-      tick: ``tick(state, held_out) -> state, TickReport``.
-      evaluate: ``evaluate(state, data) -> loss, score``, means over the rows.
+      tick: ``tick(state, held_out) -> state, TickReport``. Held-out data are arrays, or
+        an iterable of batches.
+      evaluate: ``evaluate(state, data) -> loss, score``, means over the rows of arrays
+        or of an iterable of batches.
       model: ``model(state) -> nnx.Module`` with the state's values.
       grow_capacity: ``grow_capacity(state, capacity) -> state`` with another number of
         slots, in all layers or by name; see `growth.capacity`. Nothing else makes
@@ -66,6 +73,9 @@ class Program(NamedTuple):
       place: ``place(name, data, divided) -> data`` puts data on the devices as the
         functions want it: ``divided`` among them (a batch, held-out data) or whole
         (what ``step_from`` picks rows from). ``name`` is the argument's, for errors.
+      check: ``check(name, data, whole)`` refuses what the program cannot use: a batch,
+        or arrays to be cut into batches (``whole``). All functions above call it; see
+        `Checks`.
       recompiles: how often ``step``, ``step_from`` and ``tick`` were compiled again
         after their first time.
     """
@@ -73,8 +83,8 @@ class Program(NamedTuple):
     init: Callable[..., TrainState]
     step: Callable[[TrainState, Batch], TrainState]
     step_from: Callable[[TrainState, Batch, Any, int], TrainState]
-    tick: Callable[[TrainState, Batch], tuple[TrainState, TickReport]]
-    evaluate: Callable[[TrainState, Batch], tuple[Array, Array]]
+    tick: Callable[[TrainState, Any], tuple[TrainState, TickReport]]
+    evaluate: Callable[[TrainState, Any], tuple[Array, Array]]
     model: Callable[[TrainState], nnx.Module]
     grow_capacity: Callable[[TrainState, int | Mapping[str, int]], TrainState]
     layouts: dict[str, ChunkLayout]
@@ -82,17 +92,8 @@ class Program(NamedTuple):
     gates: LifecycleConfig
     axis_name: str | None
     place: Callable[[str, Any, bool], Any]
+    check: Callable[[str, Any, bool], None]
     recompiles: Callable[[], int]
-
-
-def classification(
-    logits: Float[Array, "B N"], labels: Int[Array, " B"]
-) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
-    """Softmax cross-entropy in nats, and whether the largest logit is the label's."""
-    loss = optax.softmax_cross_entropy_with_integer_labels(
-        logits.astype(jnp.float32), labels
-    )
-    return loss, (jnp.argmax(logits, -1) == labels).astype(jnp.float32)
 
 
 def build(
@@ -101,6 +102,8 @@ def build(
     blueprint_optimizer: optax.GradientTransformation | PerSlot,
     *,
     loss: Loss = classification,
+    objective: Objective | None = None,
+    wrt: Any = nnx.Param,
     lifecycle_config: LifecycleConfig | None = None,
     controller_config: ControllerConfig | None = None,
     decide: Decide | None = None,
@@ -114,12 +117,27 @@ def build(
     Args:
       model: a Flax NNX model that is called with a batch ``x`` and holds `ChunkedLayer`
         or `SeedBed` modules. Its values are copied, not changed; `Program.model` gives
-        it back trained.
+        it back trained. Modules in evaluation mode stay in it (``bn.eval()``, dropout
+        with ``deterministic=True``), all others train; evaluation puts all in
+        evaluation mode. Values sown as `nnx.Intermediate` are dropped.
       optimizer: for the host's parameters.
       blueprint_optimizer: for the banks; runs in each slot (`optim.per_slot`). A
         `PerSlot` is taken as it is.
-      loss: ``loss(outputs, y) -> (loss, score)``, one float of each for every row. The
-        score counts as accuracy.
+      loss: ``loss(outputs, y)`` returns the loss, or ``(loss, score)``. Each is one
+        number for every row, or several (pixels, tokens), whose mean is taken, or a
+        single number: the mean over the batch. The score counts as accuracy. That the
+        shape is one of these is checked; that a single number is a mean over the rows
+        given, and not a sum or a mean over fewer of them, cannot be known.
+      objective: ``objective(model, batch)``, in place of ``loss``, for batches of any
+        pytree. It calls the model itself, with keys and masks as it likes, and returns
+        the loss, shaped as for ``loss``, or ``(loss, aux)``. If ``aux`` is a dict, its
+        ``"score"`` counts as accuracy, and its ``"weight"`` says how much the batch
+        counts among held-out ones, by default the number of its rows. In evaluation
+        the model is in evaluation mode.
+      wrt: which of the host's variables ``optimizer`` trains, as for `nnx.Optimizer`:
+        a type of variable, a function of path and variable, ... Bare arrays and
+        variables of other types train only if it matches them. None is a frozen host,
+        for which no gradients are computed.
       lifecycle_config: minimum ages, gates and grafting.
       controller_config: numbers of the heuristic.
       decide: decides instead of the heuristic, with the signature of `policy.decide`.
@@ -136,9 +154,15 @@ def build(
 
     Raises:
       ValueError: if the model holds nothing that can grow, the controller's blueprint
-        is not one of every layer's, ``eval_batch`` is below 1, ``debug`` is given
-        without ``axis_name``, or, with it, the model holds an untyped random key.
+        is not one of every layer's, ``loss`` and ``objective`` are both given, ``wrt``
+        matches nothing, ``eval_batch`` is below 1, ``debug`` is given without
+        ``axis_name``, or, with it, the model holds an untyped random key.
     """
+    if objective is not None and loss is not classification:
+        raise ValueError(
+            "loss and objective must not both be given: objective(model, batch) "
+            "returns the loss. Leave one out"
+        )
     if eval_batch < 1:
         raise ValueError(f"eval_batch must be at least 1, got {eval_batch}")
     if debug and axis_name is None:
@@ -147,12 +171,14 @@ def build(
             "with it; got None. With plain jit on sharded arrays, call "
             "parallel.check_replicas(state) between ticks instead"
         )
-    parts = split_model(model, axis_name)
+    parts = split_model(model, axis_name, wrt)
     gates = lifecycle_config or LifecycleConfig()
     asked = policy_of(policy, controller_config, decide)
+    _warn_if_frozen(model)
     recipe = TrainRecipe(
         parts=parts,
         loss=loss,
+        objective=objective,
         optimizer=optimizer,
         bank_optimizer=(
             blueprint_optimizer
@@ -173,9 +199,22 @@ def build(
     return _program(recipe, initial)
 
 
+def _warn_if_frozen(model: nnx.Module) -> None:
+    """Tells that nothing will grow in a model that was left in evaluation mode."""
+    beds = [node for _, node in nnx.iter_graph(model) if isinstance(node, SeedBed)]
+    if all(bed.deterministic for bed in beds):
+        warnings.warn(
+            "model is in evaluation mode, and build keeps it there: its seeds measure "
+            "nothing, and BatchNorm and Dropout do not train. Call model.train() "
+            "before build, if that is not meant",
+            stacklevel=3,
+        )
+
+
 def _program(recipe: TrainRecipe, initial: Arrays) -> Program:
     """The jitted functions of a recipe, with the values that a run starts from."""
     parts, traces = recipe.parts, Counter[str]()
+    check = Checks(recipe, initial)
 
     def step(state: TrainState, batch: Batch) -> TrainState:
         return train_step(recipe, state, batch)
@@ -188,7 +227,7 @@ def _program(recipe: TrainRecipe, initial: Arrays) -> Program:
             batch_size //= collectives.axis_size(recipe.axis_name)
             position += jax.lax.axis_index(recipe.axis_name) * batch_size
         rows = jax.lax.dynamic_slice_in_dim(order, position, batch_size)
-        return step(state, jax.tree.map(lambda a: a[rows], data))
+        return step(state, jax.tree.map(lambda a: jnp.asarray(a)[rows], data))
 
     def one_tick(state: TrainState, held_out: Batch) -> tuple[TrainState, TickReport]:
         return tick(recipe, state, held_out)
@@ -200,13 +239,26 @@ def _program(recipe: TrainRecipe, initial: Arrays) -> Program:
 
     return Program(
         init=lambda rng, values=initial: init(values, rng),
-        step=jax.jit(counted(traces, step), donate_argnums=0),
-        step_from=jax.jit(
-            counted(traces, step_from), donate_argnums=0, static_argnums=3
+        step=checked(
+            check, "batch", jax.jit(counted(traces, step), donate_argnums=0), False
         ),
-        tick=jax.jit(counted(traces, one_tick), donate_argnums=0),
-        evaluate=jax.jit(
-            lambda state, data: evaluate(recipe, parts.values(state), data)
+        step_from=checked(
+            check,
+            "data",
+            jax.jit(counted(traces, step_from), donate_argnums=0, static_argnums=3),
+            True,
+        ),
+        tick=checked(
+            check,
+            "held_out",
+            jax.jit(counted(traces, one_tick), donate_argnums=0),
+            False,
+        ),
+        evaluate=checked(
+            check,
+            "data",
+            jax.jit(lambda state, data: evaluate(recipe, parts.values(state), data)),
+            False,
         ),
         # Copies: the state's own arrays are gone once it is donated.
         model=lambda state: parts.merge(
@@ -218,5 +270,6 @@ def _program(recipe: TrainRecipe, initial: Arrays) -> Program:
         gates=recipe.gates,
         axis_name=recipe.axis_name,
         place=lambda name, data, divided: jax.tree.map(jnp.asarray, data),
+        check=check,
         recompiles=functools.partial(count_recompiles, traces),
     )

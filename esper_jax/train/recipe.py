@@ -5,20 +5,24 @@ from collections.abc import Callable
 from typing import Any
 
 import optax
-from jaxtyping import Array
 
 from esper_jax.growth.recipe import Recipe
+from esper_jax.train.losses import Result, common_rows, read_loss, read_objective
 
-__all__ = ["AT_ONCE", "Batch", "Loss", "TrainRecipe"]
+__all__ = ["AT_ONCE", "Batch", "Loss", "Objective", "TrainRecipe"]
 
 AT_ONCE = 4
 """Counterfactuals that are evaluated side by side, which bounds their memory."""
 
-Batch = tuple[Any, Any]
-"""``(x, y)``, rows first."""
+Batch = Any
+"""``(x, y)``, rows first; any pytree for an `Objective`."""
 
-Loss = Callable[[Any, Any], tuple[Array, Array]]
-"""``loss(outputs, y) -> (loss, score)``, one float of each for every row."""
+Loss = Callable[[Any, Any], Any]
+"""``loss(outputs, y)`` returns the loss, or ``(loss, score)``; see `read_loss`."""
+
+Objective = Callable[[Any, Any], Any]
+"""``objective(model, batch)`` returns the loss, or ``(loss, aux)``; see
+`read_objective`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -26,7 +30,8 @@ class TrainRecipe(Recipe):
     """A `Recipe`, and what else our own loop is fixed by.
 
     Args:
-      loss: of the outputs and the labels, row by row.
+      loss: of the outputs and the labels.
+      objective: of the model and the batch; None for that of ``loss``.
       optimizer: of the host's parameters.
       eval_batch: rows that are evaluated at once.
       at_once: counterfactuals that are evaluated side by side.
@@ -35,8 +40,31 @@ class TrainRecipe(Recipe):
     """
 
     loss: Loss
+    objective: Objective | None = None
     optimizer: optax.GradientTransformation
     eval_batch: int
     at_once: int = AT_ONCE
     axis_name: str | None = None
     debug: bool = False
+
+    def result(self, model: Any, batch: Batch) -> Result:
+        """Loss and score of a batch.
+
+        Raises:
+          ValueError: if the loss has a shape or dtype that cannot be used.
+        """
+        if self.objective is not None:
+            return read_objective(self.objective(model, batch), self.rows(batch))
+        x, y = batch
+        return read_loss(self.loss(model(x), y), self.rows(batch))
+
+    def rows(self, batch: Batch) -> int | None:
+        """Rows of a batch, or None where its arrays share no first axis.
+
+        Of ``(x, y)``, the labels count: ``x`` may be a graph.
+        """
+        if self.objective is not None:
+            return common_rows(batch)
+        x, y = batch
+        rows = common_rows(y)
+        return common_rows(x) if rows is None else rows

@@ -58,20 +58,22 @@ def scan_fit(
     Args:
       program: made by `train.build`.
       state: must be at the beginning of an epoch, as after `Program.init` or a tick.
-      data: ``(x, y)`` to train on, rows first.
-      held_out: ``(x, y)`` that the gates and the controller read.
+      data: arrays to train on, rows first.
+      held_out: what the gates and the controller read: arrays, or a list of batches.
       ticks: number of ticks to run from this state.
       batch_size: rows per step.
       seed: seed for the order of the rows; may be traced.
-      watched: ``(x, y)`` to evaluate before each tick, for the report only.
+      watched: the like, to evaluate before each tick, for the report only.
 
     Returns:
       The state after the last tick, and the report of all ticks.
 
     Raises:
-      ValueError: if ``ticks`` is below 1, or ``batch_size`` is below 1 or above the
-        number of rows.
+      ValueError: if ``ticks`` is below 1, ``batch_size`` is below 1 or above the number
+        of rows, or the data do not fit the program. Traced labels have no values yet,
+        so those out of range give a loss of NaN instead.
     """
+    program.check("data", data, True)
     rows = jax.tree.leaves(data)[0].shape[0]
     if ticks < 1:
         raise ValueError(f"ticks must be at least 1, got {ticks}")

@@ -26,7 +26,8 @@ def initial_state(
       rng: random key of the run.
     """
     parts = recipe.parts
-    values = jax.tree.map(jnp.array, initial)
+    # What the model has sown is no part of the state.
+    values = {name: jax.tree.map(jnp.array, initial[name]) for name in parts.variables}
     banks, seeds = parts.take(values, "bank"), parts.take(values, "seeds")
     for bed in parts.beds.values():
         for variable in (*bed.variables("bank"), *bed.variables("seeds")):

@@ -35,7 +35,7 @@ def train_step(recipe: TrainRecipe, state: TrainState, batch: Batch) -> TrainSta
     Args:
       recipe: holds the model, its loss and the optimizers.
       state: of the run.
-      batch: ``(x, y)``, rows first.
+      batch: ``(x, y)``, rows first; what the objective takes, if there is one.
     """
     learned = _learn(recipe, state, batch)
     updates, opt_state = recipe.optimizer.update(
@@ -105,7 +105,7 @@ class _Learned(NamedTuple):
 
 def _learn(recipe: TrainRecipe, state: TrainState, batch: Batch) -> _Learned:
     """Loss and gradients of one batch."""
-    (x, y), parts, axis_name = batch, recipe.parts, recipe.axis_name
+    parts, axis_name = recipe.parts, recipe.axis_name
     trained = (state.params, state.banks, parts.take(state.rest, "probe"))
     rest = state.rest
     if axis_name is not None:
@@ -118,8 +118,7 @@ def _learn(recipe: TrainRecipe, state: TrainState, batch: Batch) -> _Learned:
             state, params=params, banks=banks, rest=rest, seeds=unmeasured
         )
         model = parts.merge(parts.values(current, probes), train=True)
-        losses, _ = recipe.loss(model(x), y)
-        return jnp.mean(losses), values_of(model)
+        return jnp.mean(recipe.result(model, batch).loss), values_of(model)
 
     (value, after), grads = jax.value_and_grad(
         objective, argnums=(0, 1, 2), has_aux=True
@@ -131,8 +130,27 @@ def _learn(recipe: TrainRecipe, state: TrainState, batch: Batch) -> _Learned:
         banks=banks,
         gains=gains,
         seeds=parts.take(after, "seeds"),
-        rest=_shared(state.rest, after, axis_name),
+        rest=_shared(state.rest, _unchanged(state.rest, after), axis_name),
     )
+
+
+def _unchanged(before: Arrays, after: Arrays) -> Arrays:
+    """The other variables after a step, which must have the shapes they had.
+
+    What the model created in the call, as `nnx.Module.sow` does, is left out.
+
+    Raises:
+      ValueError: if one has another shape, which would compile each step anew.
+    """
+    for name, old in before.items():
+        old, new = (jax.tree.map(jnp.shape, x) for x in (old, after[name]))
+        if old != new:
+            raise ValueError(
+                f"variable {name!r} must keep its shape in a call of the model; it had "
+                f"{old} and has {new}. If it is sown, take it out of the model with "
+                "nnx.pop before build, or sow nnx.Intermediate"
+            )
+    return {name: after[name] for name in before}
 
 
 def _own(rest: Arrays, axis_name: str) -> Arrays:
@@ -162,7 +180,7 @@ def _shared(before: Arrays, after: Arrays, axis_name: str | None) -> Arrays:
     """
 
     if axis_name is None:
-        return {name: after[name] for name in before}
+        return after
 
     def share(name: str, old: Array, new: Array) -> Array:
         if is_key(old):

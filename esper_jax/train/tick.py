@@ -6,6 +6,7 @@ from esper_jax.growth.reports import TickReport
 from esper_jax.growth.state import TrainState
 from esper_jax.growth.tick import Seen, advance
 from esper_jax.parallel import collectives
+from esper_jax.train.batches import Batches
 from esper_jax.train.evaluation import counterfactuals, evaluate
 from esper_jax.train.recipe import Batch, TrainRecipe
 
@@ -13,14 +14,14 @@ __all__ = ["tick"]
 
 
 def tick(
-    recipe: TrainRecipe, state: TrainState, held_out: Batch
+    recipe: TrainRecipe, state: TrainState, held_out: Batch | Batches
 ) -> tuple[TrainState, TickReport]:
     """Measures, decides and carries out what was decided, for all layers.
 
     Args:
       recipe: what the model is trained and grown by.
       state: after the steps since the last tick.
-      held_out: data that the gates and the policy read, rows first.
+      held_out: data that the gates and the policy read; see `evaluate`.
 
     Returns:
       The new state and the report.

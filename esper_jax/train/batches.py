@@ -1,0 +1,143 @@
+"""Data that come in batches: what is held out, and what `fit` trains on."""
+
+import collections
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+__all__ = ["Batches", "Feed", "cut", "is_iterable", "stack"]
+
+
+@struct.dataclass
+class Batches:
+    """Batches as one pytree, those of equal shapes stacked."""
+
+    groups: tuple[Any, ...]
+    """Pytrees of arrays with a leading axis of batches."""
+
+
+def is_iterable(data: Any) -> bool:
+    """Whether data are an iterable of batches, and not a pytree of arrays.
+
+    A list is one. So is what JAX knows nothing of and Python can iterate over, or a
+    function that returns such a thing.
+    """
+    if isinstance(data, list):
+        return True
+    unknown = jax.tree_util.all_leaves([data]) and not hasattr(data, "shape")
+    can_iterate = callable(data) or hasattr(data, "__iter__")
+    return unknown and can_iterate and not isinstance(data, str | bytes)
+
+
+def stack(
+    name: str,
+    data: Iterable[Any] | Callable[[], Iterable[Any]],
+    check: Callable[[str, Any, bool], None],
+) -> Batches:
+    """Reads an iterable of batches once, to its end.
+
+    Args:
+      name: the argument's, for the error message.
+      data: batches of any pytree, or a function that returns an iterable of them.
+      check: called with the name of each batch, the batch and False; see `Checks`.
+
+    Raises:
+      ValueError: if there are none, or ``check`` refuses one.
+    """
+    groups: dict[Any, list[Any]] = collections.defaultdict(list)
+    for number, batch in enumerate(data() if callable(data) else data):
+        check(f"batch {number} of {name}", batch, False)
+        batch = jax.tree.map(_array, batch)
+        leaves, tree = jax.tree.flatten(batch)
+        groups[tree, tuple((x.shape, str(x.dtype)) for x in leaves)].append(batch)
+    if not groups:
+        raise ValueError(
+            f"{name} must hold at least one batch; got none. An iterator gives its "
+            "batches once: make a list of them"
+        )
+    return Batches(tuple(jax.tree.map(_stacked, *group) for group in groups.values()))
+
+
+def cut(data: Any, size: int) -> Batches:
+    """Arrays as batches of ``size`` rows, and one of the rows that are left over.
+
+    Each batch has rows from everywhere, so that every device has a part of each where
+    the rows are divided.
+    """
+    rows = jax.tree.leaves(data)[0].shape[0]
+    whole = rows // size * size
+
+    def batched(a: Any) -> Any:
+        a = jnp.asarray(a)[:whole]
+        return jnp.swapaxes(a.reshape(size, whole // size, *a.shape[1:]), 0, 1)
+
+    groups = [jax.tree.map(batched, data)] if whole else []
+    if whole < rows:
+        groups.append(jax.tree.map(lambda a: jnp.asarray(a)[None, whole:], data))
+    return Batches(tuple(groups))
+
+
+class Feed:
+    """Gives an iterable's batches, tick by tick.
+
+    Args:
+      data: a list, a loader, an iterator, or a function that returns one of them and
+        is called for each pass.
+      steps_per_tick: batches in each tick; None for one pass.
+    """
+
+    def __init__(self, data: Any, steps_per_tick: int | None) -> None:
+        self._data = data
+        self._steps = steps_per_tick
+        self._pass: Iterator[Any] = iter(())
+        self._given = 0
+
+    def tick(self, done: int) -> Iterator[Any]:
+        """The batches of a tick.
+
+        Args:
+          done: steps that the state has done since the beginning of the run.
+
+        Raises:
+          ValueError: if they run out.
+        """
+        if self._steps is None:
+            self._pass = self._again()
+            yield self._next()
+            for batch in self._pass:
+                self._given += 1
+                yield batch
+            return
+        for _ in range(self._steps - done % self._steps):
+            yield self._next()
+
+    def _again(self) -> Iterator[Any]:
+        return iter(self._data() if callable(self._data) else self._data)
+
+    def _next(self) -> Any:
+        for batch in self._pass:
+            self._given += 1
+            return batch
+        self._pass = self._again()
+        for batch in self._pass:
+            self._given += 1
+            return batch
+        raise ValueError(
+            f"data must hold batches for all ticks, but ended after {self._given}. An "
+            "iterator gives its batches once: give a list, a loader, or a function "
+            "that returns a new iterator, or fewer ticks"
+        )
+
+
+def _array(x: Any) -> Any:
+    return x if isinstance(x, jax.Array) else np.asarray(x)
+
+
+def _stacked(*leaves: Any) -> Any:
+    if any(isinstance(x, jax.Array) for x in leaves):
+        return jnp.stack(leaves)
+    return np.stack(leaves)
