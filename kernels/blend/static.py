@@ -19,7 +19,7 @@ NEAR_ZERO = 1e-6
 
 def wide(x: Array) -> Any:
     """The dtype that sums over ``x`` are taken in: float64 for float64, else float32."""
-    return jnp.promote_types(x.dtype, jnp.float32)
+    return jnp.dtype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
 
 
 @jax.tree_util.register_dataclass
