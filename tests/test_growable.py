@@ -615,7 +615,8 @@ def test_one_array_of_several_grows_and_the_rest_is_kept(name):
     np.testing.assert_allclose(
         read(grown) - read(plain), [[0, 0, 1, 1, 0, 0, 0, 0]] * 2, atol=1e-6
     )
-    rest = [a is b or np.array_equal(a, b) for a, b in zip(*map(_flat, (grown, plain)))]
+    pairs = zip(_flat(grown), _flat(plain), strict=True)
+    rest = [np.array_equal(a, b) for a, b in pairs]
     assert rest.count(False) == 1
     if isinstance(plain, dict):
         assert list(grown) == list(plain)
@@ -632,7 +633,11 @@ def _flat(output):
 @pytest.mark.parametrize(
     ("output", "wrap", "message"),
     [
-        (None, lambda y: {"y": y}, r"returned \{'y': \(2, 8\)\}. Choose an array .* out"),
+        (
+            None,
+            lambda y: {"y": y},
+            r"returned \{'y': \(2, 8\)\}. Choose an array .* out",
+        ),
         (None, lambda y: (CACHE, None), r"returned tuple\(\(3,\), NoneType\)"),
         (2, lambda y: (y, y), r"output=2 is not in what Returned returned: tuple\("),
         ("z", lambda y: {"y": y}, r"output='z' is not in what Returned returned"),
@@ -642,9 +647,7 @@ def _flat(output):
     ],
 )
 def test_an_output_that_is_not_there_is_named_by_the_first_call(output, wrap, message):
-    layer = ChunkedLayer(
-        Returned(wrap), 4, features=8, output=output, rngs=nnx.Rngs(1)
-    )
+    layer = ChunkedLayer(Returned(wrap), 4, features=8, output=output, rngs=nnx.Rngs(1))
     with pytest.raises(ValueError, match=message):
         layer(jnp.ones((2, 8)))
 

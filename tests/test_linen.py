@@ -120,9 +120,9 @@ def test_a_linen_model_is_trained_and_grows() -> None:
         updates, first = host.update(grads[0], states[0])
         new, second = {}, {}
         for name in names:
-            learns = slot_coefficients(
-                linen.read_seeds(seeds[name]["bed"]["seeds"])
-            )[1] > 0
+            learns = (
+                slot_coefficients(linen.read_seeds(seeds[name]["bed"]["seeds"]))[1] > 0
+            )
             change, second[name] = slots.update(
                 grads[1][name], states[1][name], bank[name], active=learns
             )
@@ -220,7 +220,7 @@ HELD = ["params", "bank", "seeds", "probe"]
 
 
 def test_seeds_ride_through_nn_rnn() -> None:
-    with pytest.raises(ValueError, match="init would drop .* variable_broadcast"):
+    with pytest.raises(ValueError, match=r"init would drop .* variable_broadcast"):
         nn.RNN(Cell()).init(jax.random.key(0), X)
     rnn = nn.RNN(Cell(), variable_broadcast=HELD)
     variables = fossil(rnn.init(jax.random.key(0), X))
@@ -264,7 +264,7 @@ def test_seeds_ride_through_nn_scan_over_layers() -> None:
         )
         return scan()
 
-    with pytest.raises(ValueError, match="init would drop .* variable_axes"):
+    with pytest.raises(ValueError, match=r"init would drop .* variable_axes"):
         stack(["params"]).init(jax.random.key(0), X, None)
     model = stack(HELD)
     variables = fossil(model.init(jax.random.key(0), X, None))
@@ -349,7 +349,9 @@ def test_layers_of_a_linen_model_are_chosen(where: Any, found: list[str]) -> Non
 
 
 def test_what_does_not_fit_a_linen_model_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"no layer .* by 'Dense_7'.*'Dense_0', 'head'"):
+    with pytest.raises(
+        ValueError, match=r"no layer .* by 'Dense_7'.*'Dense_0', 'head'"
+    ):
         linen.Growable(Plain(), "Dense_7", 4).init(jax.random.key(0), X)
     with pytest.raises(ValueError, match="layer 'head': num_seeds must be from 1 to"):
         linen.Growable(Plain(), "head", 4).init(jax.random.key(0), X)

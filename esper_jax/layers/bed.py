@@ -188,9 +188,16 @@ def stack_of(bed: SeedBed, name: str) -> tuple[int, ...]:
       name: name of the bed, for the error message.
 
     Raises:
-      ValueError: if the variables are not stacked along their first axes.
+      ValueError: if the variables hold no values, or are not stacked along their first
+        axes.
     """
     seeds = bed.seeds.get_value()
+    if isinstance(seeds.stage, jax.ShapeDtypeStruct):
+        raise ValueError(
+            f"{name}: the model must hold arrays, and this layer holds shapes only, as "
+            "nnx.eval_shape makes them. Make the model itself, or give it values with "
+            "nnx.update(model, state)"
+        )
     stack = seeds.stage.shape[:-1]
     others = jax.tree.leaves((bed.bank.get_value(), bed.probe.get_value()))
     shapes = [leaf.shape for leaf in others if leaf.shape[: len(stack)] != stack]

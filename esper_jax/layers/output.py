@@ -80,17 +80,18 @@ def with_output(y: Any, path: tuple[Any, ...], change: Callable[[Any], Any]) -> 
     key, rest = path[0], path[1:]
     new = with_output(_child(y, key), rest, change)
     if isinstance(y, tuple | list):
-        index = key if isinstance(key, numbers.Integral) else y._fields.index(key)
+        kind: Any = type(y)
+        index = key if isinstance(key, numbers.Integral) else kind._fields.index(key)
         parts = list(y)
         parts[index] = new
-        return type(y)(*parts) if hasattr(y, "_fields") else type(y)(parts)
+        return kind(*parts) if hasattr(y, "_fields") else kind(parts)
     if isinstance(y, MutableMapping):
         filled = copy.copy(y)  # keeps the order and what a subclass holds besides
         filled[key] = new
         return filled
     if isinstance(y, Mapping):
-        make: Any = type(y)
-        return make({k: new if k == key else value for k, value in y.items()})
+        mapping: Any = type(y)
+        return mapping({k: new if k == key else value for k, value in y.items()})
     return dataclasses.replace(y, **{key: new})
 
 

@@ -6,7 +6,13 @@ from typing import Any
 import jax
 from flax import nnx
 
-__all__ = ["BlueprintParam", "GraftProbe", "SeedVariable", "VariableTree", "named_leaves"]
+__all__ = [
+    "BlueprintParam",
+    "GraftProbe",
+    "SeedVariable",
+    "VariableTree",
+    "named_leaves",
+]
 
 
 class BlueprintParam(nnx.Variable):

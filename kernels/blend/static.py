@@ -18,7 +18,7 @@ NEAR_ZERO = 1e-6
 
 
 def wide(x: Array) -> Any:
-    """The dtype that sums over ``x`` are taken in: float64 for float64, else float32."""
+    """The dtype that ``x`` is computed in: float64 for float64, else float32."""
     return jnp.dtype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
 
 

@@ -101,6 +101,7 @@ def _backward(
 
 _blend.defvjp(_forward, _backward)
 
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _blend_both(
     backend: Backend, s: Static, y: Array, bank: Bank, slots: Slots
@@ -119,10 +120,11 @@ def _tangents(
     backend: Backend, s: Static, primals: Any, tangents: Any
 ) -> tuple[Results, Results]:
     assert backend.tangent is not None
-    results = _blend_both(backend, s, *primals)
+    y, bank, slots = primals
+    results = _blend_both(backend, s, y, bank, slots)
     y_dot, bank_dot, slots_dot = tangents
     dots = _known(y_dot), _known(bank_dot), _known(slots_dot.alpha)
-    out_dot = backend.tangent(s, *primals, dots)
+    out_dot = backend.tangent(s, y, bank, slots, dots)
     return results, (out_dot, *jax.tree.map(jnp.zeros_like, results[1:]))
 
 
