@@ -10,7 +10,6 @@ from flax import nnx
 
 from esper_jax.layers.bed import SeedBed
 from esper_jax.layers.chunked import ChunkedLayer
-from esper_jax.layers.output import Output
 
 __all__ = ["make_growable"]
 
@@ -21,7 +20,6 @@ def make_growable(
     num_seeds: int | Callable[[str, Any], int],
     *,
     features: int | None = None,
-    output: Output = None,
     stack: int | None = None,
     rngs: nnx.Rngs,
     **options: Any,
@@ -44,14 +42,14 @@ def make_growable(
         function ``(path, module) -> bool``.
       num_seeds: number of seeds of each layer, or a function ``(path, layer) -> int``.
       features: width of the layers' outputs; by default read from each layer.
-      output: as for `ChunkedLayer`: which array grows where the layers return several.
-        The first call checks it, since only a call shows what a layer returns.
       stack: number of layers in the stack, if `nnx.vmap` made the layers (as for
         `nnx.scan`) along the first axis of their variables. For Flax's own layers, the
         variables' shapes show whether it is missing or wrong. For other layers it is
         checked only if given.
       rngs: its key ``params`` draws the banks.
-      **options: further arguments of `SeedBed`.
+      **options: further arguments of `ChunkedLayer` and `SeedBed`: among them
+        ``output``, which array grows where the layers return several. The first call
+        checks it, since only a call shows what a layer returns.
 
     Returns:
       The paths of the layers that were replaced.
@@ -72,9 +70,7 @@ def make_growable(
         seeds = num_seeds(path, layer) if callable(num_seeds) else num_seeds
         try:
             _check_stack(layer, stack)
-            grown = ChunkedLayer(
-                layer, seeds, features=features, output=output, rngs=rngs, **options
-            )
+            grown = ChunkedLayer(layer, seeds, features=features, rngs=rngs, **options)
             if stack is not None:
                 grown.bed = _stacked_bed(grown.bed, stack, options, rngs)
         except (TypeError, ValueError) as error:
@@ -211,6 +207,7 @@ def _stacked_bed(
     @nnx.vmap(in_axes=(0,), out_axes=0)
     def make(rngs: nnx.Rngs) -> SeedBed:
         layout = bed.layout
-        return SeedBed(layout.features, layout.num_seeds, rngs=rngs, **options)
+        own = {name: value for name, value in options.items() if name != "output"}
+        return SeedBed(layout.features, layout.num_seeds, rngs=rngs, **own)
 
     return make(rngs)
