@@ -77,7 +77,8 @@ class ChunkLayout:
         is ``features``, which is out of bounds: a gather in mode ``fill`` reads 0
         there, and a scatter in mode ``drop`` writes nothing.
         """
-        offset = jnp.arange(self.width)
+        offset = jnp.arange(self.width, dtype=jnp.int32)
+        offset = offset.reshape((1,) * seeds.ndim + (self.width,))
         seed = jnp.maximum(seeds, 0)[..., None]
         columns = jnp.asarray(self.starts)[seed] + offset
         inside = (seeds[..., None] >= 0) & (offset < jnp.asarray(self.sizes)[seed])

@@ -1,6 +1,7 @@
 """Growth inside a model that somebody else wrote: layers of every kind, stacks,
 ensembles, rematerialization, bfloat16."""
 
+import collections
 import dataclasses
 import functools
 
@@ -10,9 +11,10 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from flax.core import FrozenDict
 
 from esper_jax.checkpoint.checkpointer import Checkpointer
-from esper_jax.layers.bed import SeedBed, SeedVariable
+from esper_jax.layers.bed import BlueprintParam, SeedBed, SeedVariable
 from esper_jax.layers.chunked import ChunkedLayer
 from esper_jax.layers.growable import make_growable
 from esper_jax.lifecycle import GraftConfig
@@ -324,7 +326,8 @@ def test_jax_checkpoint_around_a_layer_changes_nothing():
             seed_of_slot=seeds.seed_of_slot.at[1].set(2),
         )
     )
-    graph, params, rest = nnx.split(layer, nnx.Param, ...)
+    learned = nnx.Any(nnx.Param, BlueprintParam)
+    graph, params, rest = nnx.split(layer, learned, ...)
 
     def loss(params, x):
         model = nnx.merge(graph, params, rest, copy=True)
@@ -335,8 +338,7 @@ def test_jax_checkpoint_around_a_layer_changes_nothing():
         for f in (loss, jax.checkpoint(loss))
     )
     same_bits(plain, again)
-    bank = again[1]["bed"]["bank"].get_value()
-    assert np.any(np.asarray(bank.w2[1]))
+    assert np.any(np.asarray(again[1]["bed"]["bank"]["w2"][1]))
 
 
 def test_an_existing_stack_is_made_growable(tmp_path):
@@ -518,3 +520,177 @@ def test_the_sample_of_a_batch_of_sequences_holds_every_position():
     assert np.all(seen.dead < 0.05)
     count = bed.seeds.get_value().statistics.count
     assert np.all((count > 200 * 4) & (count <= 256 * 4))
+
+
+# --- Layers that return several arrays, and methods other than the call.
+
+
+class Returned(nnx.Module):
+    """A layer of 8 features that returns what ``wrap`` makes of its output."""
+
+    def __init__(self, wrap):
+        self.proj = nnx.Linear(8, 8, rngs=nnx.Rngs(0))
+        self.output = nnx.Linear(8, 8, rngs=nnx.Rngs(1))
+        self.wrap = wrap
+
+    def __call__(self, x):
+        return self.wrap(self.proj(x))
+
+    def encode(self, x):
+        return self.proj(x)
+
+
+class Holder(nnx.Module):
+    def __init__(self, wrap):
+        self.layer = Returned(wrap)
+
+
+Point = collections.namedtuple("Point", "time place")
+
+
+@dataclasses.dataclass
+class Record:
+    hidden: object
+    note: str = "kept"
+
+
+def fossilize(bed):
+    """Seed 1 becomes a fossil that adds 1 to features 2 and 3."""
+    seeds, bank = bed.seeds.get_value(), bed.bank.get_value()
+    bed.seeds.set_value(
+        dataclasses.replace(
+            seeds,
+            stage=seeds.stage.at[1].set(Stage.FOSSILIZED),
+            slot_of_seed=seeds.slot_of_seed.at[1].set(0),
+            seed_of_slot=seeds.seed_of_slot.at[0].set(1),
+        )
+    )
+    bed.bank.set_value(dataclasses.replace(bank, b2=bank.b2.at[0].set(1)))
+
+
+CACHE = jnp.arange(3.0)
+OUTPUTS = {
+    "tuple": (None, lambda y: (y, None), lambda out: out[0]),
+    "list": (None, lambda y: [CACHE, y], lambda out: out[1]),
+    "cell": (None, lambda y: ((y, y), y), lambda out: out[1]),
+    "last": (-1, lambda y: (y, CACHE, y), lambda out: out[2]),
+    "dict": ("y", lambda y: {"b": CACHE, "y": y, "a": "words"}, lambda out: out["y"]),
+    "ordered": (
+        "y",
+        lambda y: collections.OrderedDict(z=1, y=y),
+        lambda out: out["y"],
+    ),
+    "frozen": ("y", lambda y: FrozenDict(y=y, z=CACHE), lambda out: out["y"]),
+    "namedtuple": ("place", lambda y: Point(CACHE, y), lambda out: out.place),
+    "namedtuple by default": (None, lambda y: Point(CACHE, y), lambda out: out.place),
+    "path": (
+        (1, "h", 0),
+        lambda y: (CACHE, {"h": [y, y]}),
+        lambda out: out[1]["h"][0],
+    ),
+    "dataclass": ("hidden", Record, lambda out: out.hidden),
+}
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_one_array_of_several_grows_and_the_rest_is_kept(name):
+    output, wrap, read = OUTPUTS[name]
+    model = Holder(wrap)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8)), jnp.float32)
+    plain = model.layer(x)
+    make_growable(
+        model,
+        "layer",
+        4,
+        features=8,
+        output=output,
+        blueprints=["bottleneck"],
+        rngs=nnx.Rngs(1),
+    )
+    assert isinstance(model.layer.output, nnx.Linear)  # not the option
+    same_bits(_flat(model.layer(x)), _flat(plain))
+    fossilize(model.layer.bed)
+    grown = model.layer(x)
+    assert type(grown) is type(plain)
+    np.testing.assert_allclose(
+        read(grown) - read(plain), [[0, 0, 1, 1, 0, 0, 0, 0]] * 2, atol=1e-6
+    )
+    pairs = zip(_flat(grown), _flat(plain), strict=True)
+    rest = [np.array_equal(a, b) for a, b in pairs]
+    assert rest.count(False) == 1
+    if isinstance(plain, dict):
+        assert list(grown) == list(plain)
+    model.layer.enabled = False
+    same_bits(_flat(model.layer(x)), _flat(plain))
+
+
+def _flat(output):
+    if isinstance(output, Record):
+        output = [output.hidden]
+    return [leaf for leaf in jax.tree.leaves(output) if hasattr(leaf, "shape")]
+
+
+@pytest.mark.parametrize(
+    ("output", "wrap", "message"),
+    [
+        (
+            None,
+            lambda y: {"y": y},
+            r"returned \{'y': \(2, 8\)\}. Choose an array .* out",
+        ),
+        (None, lambda y: (CACHE, None), r"returned tuple\(\(3,\), NoneType\)"),
+        (2, lambda y: (y, y), r"output=2 is not in what Returned returned: tuple\("),
+        ("z", lambda y: {"y": y}, r"output='z' is not in what Returned returned"),
+        (0, lambda y: y, "output=0 is not in what Returned returned"),
+        ((0, 1), lambda y: (CACHE, y), r"output=\(0, 1\) is not in"),
+        (0, lambda y: (CACHE, y), r"at output=0; Returned .* true width as features="),
+    ],
+)
+def test_an_output_that_is_not_there_is_named_by_the_first_call(output, wrap, message):
+    layer = ChunkedLayer(Returned(wrap), 4, features=8, output=output, rngs=nnx.Rngs(1))
+    with pytest.raises(ValueError, match=message):
+        layer(jnp.ones((2, 8)))
+
+
+@pytest.mark.parametrize("output", [1.5, True, (), (0, None), ["y"], len])
+def test_an_output_of_another_kind_is_refused_before_anything_changes(output):
+    model = Holder(lambda y: y)
+    with pytest.raises(TypeError, match="layer 'layer': output must be an index, a k"):
+        make_growable(model, "layer", 4, features=8, output=output, rngs=nnx.Rngs(1))
+    assert isinstance(model.layer, Returned)
+
+
+def test_methods_other_than_the_call_say_that_they_pass_the_seeds_by():
+    embed = nnx.Embed(5, 8, rngs=nnx.Rngs(0))
+    layer = ChunkedLayer(embed, 4, blueprints=["bottleneck"], rngs=nnx.Rngs(1))
+    x = jnp.ones((2, 8))
+    want = embed.attend(x)
+    same_bits(layer.attend(x), want)  # all seeds are dormant: nothing to say
+    fossilize(layer.bed)
+    with pytest.warns(UserWarning, match=r"Embed\.attend .* Read layer\.base\.attend"):
+        same_bits(layer.attend(x), want)
+    same_bits(layer.base.attend(x), want)
+    # Inside jit, it is not known whether a seed will count.
+    with pytest.warns(UserWarning, match=r"Embed\.attend"):
+        nnx.jit(lambda layer, x: layer.attend(x))(layer, x)
+    layer.enabled = False
+    same_bits(layer.attend(x), want)
+    # What NNX itself asks of every module passes no one by.
+    layer.enabled = True
+    nnx.view(layer, deterministic=True)
+    layer.eval()
+    assert layer.num_embeddings == 5
+
+
+def test_nnx_view_reaches_the_base_once():
+    seen = []
+
+    class Viewed(Returned):
+        def set_view(self, **kwargs):
+            seen.append(kwargs)
+            return {}
+
+    layer = ChunkedLayer(Viewed(lambda y: y), 4, features=8, rngs=nnx.Rngs(1))
+    fossilize(layer.bed)
+    nnx.view(layer, deterministic=True)
+    assert seen == [{"deterministic": True}]

@@ -53,6 +53,17 @@ class SeedBed(nnx.Module):
     `ChunkedLayer` is a base layer followed by a `SeedBed`. Use a bare `SeedBed` on an
     activation that no single layer produces.
 
+    In training mode a call adds statistics to ``seeds``. Inside raw JAX transforms
+    (`jax.vmap`, `jax.lax.scan`, `jax.checkpoint`, `jax.jit`, `jax.grad`, ...) that are
+    called in the model, the variables cannot be written, and the call leaves statistics
+    out. The seeds still act and learn, but if all calls are such, they have no health
+    and no reconstruction loss, and gates that read these refuse: `TRAINING` to
+    `GRAFTING` among them. NNX's own transforms (`nnx.vmap`, `nnx.scan`, `nnx.remat`,
+    `nnx.jit`, `nnx.grad`, ...) carry the variables, and statistics with them.
+
+    Forward-mode derivatives (`jax.jvp`, `jax.jacfwd`, `jax.hessian`, `jax.linearize`)
+    work in evaluation mode with plain JAX; `blend` says what they are.
+
     Args:
       features: width of the last axis.
       num_seeds: number of chunks that the features are cut into, one seed each.
@@ -72,8 +83,8 @@ class SeedBed(nnx.Module):
         several devices, each device measures its share; these are the same rows as on
         one device if the stride divides the number of rows per device.
       implementation: passed to `blend`.
-      deterministic: if True, a call collects no statistics. `nnx.Module.eval` and
-        ``train`` switch it.
+      deterministic: if True, a call collects no statistics, and forward-mode
+        derivatives work. `nnx.Module.eval` and ``train`` switch it.
       axis_name: name of the mapped axis (`pmap`, `shard_map`) that divides the rows
         among devices, if there is one. Statistics then cover the rows of all devices.
       sharding: layout of the activation over a mesh, for use in plain `jax.jit`; see
@@ -149,6 +160,7 @@ class SeedBed(nnx.Module):
             statistics_rows=self._rows() if records else 0,
             implementation=self.implementation,
             sharding=self.sharding,
+            forward_mode=self.deterministic,
         )
         if records:
             statistics = collectives.total(statistics, self.axis_name)
@@ -176,9 +188,16 @@ def stack_of(bed: SeedBed, name: str) -> tuple[int, ...]:
       name: name of the bed, for the error message.
 
     Raises:
-      ValueError: if the variables are not stacked along their first axes.
+      ValueError: if the variables hold no values, or are not stacked along their first
+        axes.
     """
     seeds = bed.seeds.get_value()
+    if isinstance(seeds.stage, jax.ShapeDtypeStruct):
+        raise ValueError(
+            f"{name}: the model must hold arrays, and this layer holds shapes only, as "
+            "nnx.eval_shape makes them. Make the model itself, or give it values with "
+            "nnx.update(model, state)"
+        )
     stack = seeds.stage.shape[:-1]
     others = jax.tree.leaves((bed.bank.get_value(), bed.probe.get_value()))
     shapes = [leaf.shape for leaf in others if leaf.shape[: len(stack)] != stack]

@@ -1,12 +1,18 @@
 """`ChunkedLayer`: a Flax NNX module that lets any layer grow."""
 
+import inspect
 import numbers
+import warnings
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import numpy as np
 from flax import nnx
 
 from esper_jax.layers.bed import SeedBed
+from esper_jax.layers.output import Output, check_output, find_output, with_output
+from esper_jax.lifecycle.state import coefficients
 
 __all__ = ["ChunkedLayer"]
 
@@ -17,6 +23,11 @@ class ChunkedLayer(nnx.Module):
     While all seeds are dormant or in TRAINING, output and gradients are bit-identical
     to the base layer's.
 
+    Seeds act on the result of a call only. Other methods of the base (``attend`` of
+    `nnx.Embed`, an ``encode``) work through the layer, but return what the base alone
+    computes, without the seeds. Reading one warns if a seed counts or may come to
+    count; read it from ``layer.base`` where that is meant.
+
     Args:
       base: any callable module whose output has its features on the last axis. You can
         read and set its attributes through the layer: ``layer.kernel = ...`` sets the
@@ -25,14 +36,20 @@ class ChunkedLayer(nnx.Module):
       num_seeds: number of chunks that the features are cut into, one seed each.
       features: width of the output; by default read from the base layer
         (``out_features``, ``features`` or ``num_features``).
+      output: which array of the base's output grows, if it returns several: an index
+        of a tuple or list, a key of a dictionary, the name of a dataclass's field, or a
+        tuple of these that leads to a nested array. The rest is returned as it is, in
+        the same containers. By default an output that is no tuple or list must be the
+        array itself; of a tuple or list, the first element that is an array with
+        ``features`` on its last axis grows.
       enabled: if False, a call runs the base layer alone.
       rngs: its key ``params`` draws the first bank.
       **options: further arguments of `SeedBed`.
 
     Raises:
       TypeError: if ``features`` is not given and the base layer does not tell it.
-      ValueError: if an argument does not fit, which the message names; by a call, if
-        the base layer's output has another width.
+      TypeError, ValueError: if an argument does not fit, which the message names; by a
+        call, if the base layer's output has another width or no such ``output``.
     """
 
     def __init__(
@@ -41,21 +58,34 @@ class ChunkedLayer(nnx.Module):
         num_seeds: int,
         *,
         features: int | None = None,
+        output: Output = None,
         enabled: bool = True,
         rngs: nnx.Rngs,
         **options: Any,
     ) -> None:
         if features is None:
             features = _output_features(base)
+        check_output(output)
         self.base = base
         self.enabled = enabled
+        # Private, since layers with an attribute called "output" are common.
+        self._output = output
         self.bed = SeedBed(features, num_seeds, rngs=rngs, **options)
 
     def __getattr__(self, name: str) -> Any:
         # Python calls this only for attributes that the layer itself lacks.
-        if name.startswith("_") or name == "base":
+        # nnx.view asks every module for set_view, so it finds the base's own by itself.
+        if name.startswith("_") or name in ("base", "set_view"):
             raise AttributeError(name)
-        return getattr(self.base, name)
+        value = getattr(self.base, name)
+        if inspect.ismethod(value) and value.__self__ is self.base and self._counts():
+            warnings.warn(
+                f"{type(self.base).__name__}.{name} is a method of the base layer: it "
+                "computes without the seeds, which act on the layer's calls only. Read "
+                f"layer.base.{name} if that is meant",
+                stacklevel=2,
+            )
+        return value
 
     def __setattr__(self, name: str, value: Any) -> None:
         # Writes go where reads look: an attribute that only the base has is set there.
@@ -72,15 +102,19 @@ class ChunkedLayer(nnx.Module):
         y = self.base(*args, **kwargs)
         if not self.enabled:
             return y
-        features = self.bed.layout.features
-        if not hasattr(y, "shape") or y.ndim < 1 or y.shape[-1] != features:
-            raise ValueError(
-                f"base must return an array with {features} features on its last axis; "
-                f"{type(self.base).__name__} returned "
-                f"{getattr(y, 'shape', type(y).__name__)}. Pass the true width "
-                "as features= to ChunkedLayer"
-            )
-        return self.bed(y)
+        name, features = type(self.base).__name__, self.bed.layout.features
+        path = find_output(y, vars(self).get("_output"), features, name)
+        return with_output(y, path, self.bed)
+
+    def _counts(self) -> bool:
+        """Whether a seed counts in the output, as far as can be known while tracing."""
+        if not self.enabled:
+            return False
+        seeds = self.bed.seeds.get_value()
+        if not isinstance(seeds.stage, jax.Array):  # a model without values
+            return False
+        alpha, _ = coefficients(seeds)
+        return isinstance(alpha, jax.core.Tracer) or bool(np.any(np.asarray(alpha)))
 
 
 def _output_features(base: Any) -> int:

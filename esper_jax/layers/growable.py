@@ -47,7 +47,9 @@ def make_growable(
         variables' shapes show whether it is missing or wrong. For other layers it is
         checked only if given.
       rngs: its key ``params`` draws the banks.
-      **options: further arguments of `SeedBed`.
+      **options: further arguments of `ChunkedLayer` and `SeedBed`: among them
+        ``output``, which array grows where the layers return several. The first call
+        checks it, since only a call shows what a layer returns.
 
     Returns:
       The paths of the layers that were replaced.
@@ -205,6 +207,7 @@ def _stacked_bed(
     @nnx.vmap(in_axes=(0,), out_axes=0)
     def make(rngs: nnx.Rngs) -> SeedBed:
         layout = bed.layout
-        return SeedBed(layout.features, layout.num_seeds, rngs=rngs, **options)
+        own = {name: value for name, value in options.items() if name != "output"}
+        return SeedBed(layout.features, layout.num_seeds, rngs=rngs, **own)
 
     return make(rngs)

@@ -1,14 +1,20 @@
-"""`ChunkedLayer` for Flax Linen."""
+"""Layers that can grow, for Flax Linen."""
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from flax import linen as nn
 from flax import nnx
 
 from esper_jax.layers.bed import SeedBed
+from esper_jax.layers.output import Output, check_output, find_output, with_output
+from esper_jax.layers.variables import named_leaves
+from esper_jax.lifecycle.state import SeedState, init_seeds
 
-__all__ = ["ChunkedLayer"]
+__all__ = ["ChunkedLayer", "Growable", "read_seeds", "write_seeds"]
 
 
 class ChunkedLayer(nn.Module):
@@ -16,20 +22,40 @@ class ChunkedLayer(nn.Module):
 
     The base layer's parameters stay in their own collections, under ``base``. The seeds
     add three collections: ``bank`` (parameters of the blueprints; optimize it with
-    `optim.per_slot`), ``seeds`` and ``probe``. Make ``seeds`` mutable to collect
-    statistics. The first call fixes the width of the output.
+    `optim.per_slot`), ``seeds`` and ``probe`` (always 0; may be left out). Each holds
+    one array a leaf. Make ``seeds`` mutable to collect statistics. The first call fixes
+    the width of the output.
+
+    ``apply`` needs ``bank`` and ``seeds``, so keep them beside the parameters, as
+    ``batch_stats`` are kept: in fields of a `TrainState` of your own. Transforms must
+    carry them too:
+
+    - `nn.scan` over layers, `nn.vmap`: ``variable_axes={"params": 0, "bank": 0,
+      "seeds": 0, "probe": 0}``;
+    - `nn.RNN`, `nn.scan` over time: ``variable_broadcast=["params", "bank", "seeds",
+      "probe"]``. To collect statistics, apply the same variables with ``seeds`` in
+      ``variable_carry`` instead (Flax cannot initialize what is carried).
 
     Attributes:
       base: any Linen layer whose output has its features on the last axis.
       num_seeds: number of chunks that the features are cut into, one seed each.
       options: further arguments of `SeedBed` by name.
       enabled: if False, a call runs the base layer alone.
+      features: width of the array that grows; by default the output's own. Needed where
+        the base returns several arrays.
+      output: which of several arrays grows; as for `esper_jax.layers.ChunkedLayer`.
+
+    Raises:
+      ValueError: by a call, if an argument does not fit; by ``apply``, if ``bank`` or
+        ``seeds`` is missing; by ``init``, if a transform would drop them.
     """
 
     base: nn.Module
     num_seeds: int
     options: Mapping[str, Any] | None = None
     enabled: bool = True
+    features: int | None = None
+    output: Output = None
 
     @nn.compact
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -37,14 +63,165 @@ class ChunkedLayer(nn.Module):
         y = self.base(*args, **kwargs)
         if not self.enabled:
             return y
-        options = dict(self.options or {})
-        if not self.is_initializing() and not self.is_mutable_collection("seeds"):
-            options["deterministic"] = True
-        bed = nnx.bridge.to_linen(
-            SeedBed,
-            features=y.shape[-1],
-            num_seeds=self.num_seeds,
-            name="bed",
-            **options,
-        )
-        return bed(y)
+        bed = _Bed(self.num_seeds, self.options, name="bed")
+        return _grow(y, bed, self.output, self.features, type(self.base).__name__)
+
+
+class Growable(nn.Module):
+    """A Linen model with layers that can grow, without changing its code.
+
+    Parameters keep their paths. The seeds of a layer at ``a/b`` are at ``a/b/bed`` in
+    the collections that `ChunkedLayer` describes.
+
+    Attributes:
+      model: the model; only its ``__call__`` grows.
+      where: which layers grow: a type, a path (``"Dense_0"``, ``"block/mlp"``), a
+        function ``(path, module) -> bool``, or a tuple of these.
+      num_seeds: number of seeds of each layer, or a function ``(path, layer) -> int``.
+      options: further arguments of `SeedBed` by name.
+      features: as for `ChunkedLayer`.
+      output: as for `ChunkedLayer`.
+
+    Raises:
+      ValueError: by a call, if ``where`` finds no layer, and as `ChunkedLayer` does.
+    """
+
+    model: nn.Module
+    where: Any
+    num_seeds: int | Callable[[str, Any], int]
+    options: Mapping[str, Any] | None = None
+    features: int | None = None
+    output: Output = None
+
+    def setup(self) -> None:
+        """Lets parameters keep the paths that they have in the model."""
+        nn.share_scope(self, self.model)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's output on the same arguments, with all seeds blended in."""
+        root, seen, found = len(self.path), [], []
+
+        def grow(next_call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+            y = next_call(*args, **kwargs)
+            layer = context.module
+            ours = layer.path[:root] == self.path and layer.path != self.path
+            if context.method_name != "__call__" or not ours or type(layer) is _Bed:
+                return y
+            path = "/".join(layer.path[root:])
+            seen.append(path)
+            if not _chosen(self.where, path, layer):
+                return y
+            found.append(path)
+            count = self.num_seeds
+            seeds = count(path, layer) if callable(count) else count
+            scope = layer.scope.push("bed", reuse=True)
+            bed = _Bed(seeds, self.options, parent=scope)
+            try:
+                return _grow(y, bed, self.output, self.features, type(layer).__name__)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"layer {path!r}: {error}") from error
+
+        with nn.intercept_methods(grow):
+            out = self.model(*args, **kwargs)
+        if not found:
+            raise ValueError(
+                f"where: no layer was found by {self.where!r}; the call met "
+                f"{', '.join(map(repr, dict.fromkeys(seen)))}"
+            )
+        return out
+
+
+def _chosen(where: Any, path: str, layer: nn.Module) -> bool:
+    if isinstance(where, tuple):
+        return any(_chosen(each, path, layer) for each in where)
+    if isinstance(where, str):
+        return path == where
+    if isinstance(where, type):
+        return isinstance(layer, where)
+    return bool(where(path, layer))
+
+
+def _grow(
+    y: Any, bed: nn.Module, output: Output, features: int | None, layer: str
+) -> Any:
+    check_output(output)
+    if features is None:
+        if not hasattr(y, "shape") or not y.shape:
+            raise ValueError(
+                f"features must be given: {layer} returned {type(y).__name__}, and not "
+                "one array that tells the width of the output"
+            )
+        features = y.shape[-1]
+    return with_output(y, find_output(y, output, features, layer), bed)
+
+
+def read_seeds(arrays: Mapping[str, Any]) -> SeedState:
+    """The seeds of one layer as the lifecycle's functions take them.
+
+    Args:
+      arrays: as the collection holds them: ``variables["seeds"]["layer"]["bed"]
+        ["seeds"]``.
+    """
+    like = init_seeds(1, 1)
+    leaves = [arrays[name] for name in named_leaves(like)]
+    return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
+def write_seeds(seeds: SeedState) -> dict[str, Any]:
+    """The inverse of `read_seeds`."""
+    return named_leaves(seeds)
+
+
+class _Bed(nn.Module):
+    """`SeedBed` with its variables in Linen's collections."""
+
+    num_seeds: int
+    options: Mapping[str, Any] | None = None
+
+    @nn.compact
+    def __call__(self, y: Any) -> Any:
+        starting = self.is_initializing()
+        self._check_collections(starting)
+        features, options = y.shape[-1], dict(self.options or {})
+        make = functools.partial(SeedBed, features, self.num_seeds, **options)
+        held = [self.has_variable(name, name) for name in ("bank", "seeds")]
+        if starting and not all(held):
+            bed = make(rngs=nnx.Rngs(params=self.make_rng("params")))
+        else:
+            # Only its structure: all values come from the collections.
+            bed = nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)))
+        for name in ("bank", "seeds"):
+            tree = getattr(bed, name)
+            value = self.variable(name, name, tree.get_arrays).value
+            # Lifted transforms may give NumPy arrays, which no tracer can index.
+            tree.set_arrays(jax.tree.map(jnp.asarray, value))
+        probe = jnp.zeros(bed.probe.shape, bed.probe.dtype)
+        if starting or self.has_variable("probe", "probe"):
+            probe = jnp.asarray(self.variable("probe", "probe", lambda: probe).value)
+        bed.probe.set_value(probe)
+        counts = not starting and self.is_mutable_collection("seeds")
+        bed.deterministic = bed.deterministic or not counts
+        out = bed(y)
+        if counts and not bed.deterministic:
+            self.put_variable("seeds", "seeds", bed.seeds.get_arrays())
+        return out
+
+    def _check_collections(self, starting: bool) -> None:
+        missing = [c for c in ("bank", "seeds") if not self.has_variable(c, c)]
+        path = "/".join(self.path[:-1])
+        if not starting and missing:
+            raise ValueError(
+                f"layer {path!r}: the collection{'s' * (len(missing) > 1)} "
+                f"{' and '.join(missing)} must be given to apply, since without it all "
+                "that has grown is lost. Pass all variables that init returned, as in "
+                "apply({'params': params, 'bank': bank, 'seeds': seeds}, ...). Inside "
+                "nn.scan, nn.RNN or nn.vmap, name them in variable_broadcast, "
+                "variable_axes or variable_carry too"
+            )
+        if starting and not all(map(self.is_mutable_collection, ("bank", "seeds"))):
+            raise ValueError(
+                f"layer {path!r}: init would drop the collections bank and seeds. "
+                "Inside nn.scan over layers or nn.vmap, add 'bank', 'seeds' and "
+                "'probe' to variable_axes; inside nn.RNN or nn.scan over time, to "
+                "variable_broadcast; and let init make every collection (mutable=)"
+            )

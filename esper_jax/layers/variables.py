@@ -1,11 +1,18 @@
 """The variables that a layer which can grow adds to a Flax NNX model."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 from flax import nnx
 
-__all__ = ["BlueprintParam", "GraftProbe", "SeedVariable", "VariableTree"]
+__all__ = [
+    "BlueprintParam",
+    "GraftProbe",
+    "SeedVariable",
+    "VariableTree",
+    "named_leaves",
+]
 
 
 class BlueprintParam(nnx.Variable):
@@ -45,11 +52,9 @@ class VariableTree(nnx.Module):
     """
 
     def __init__(self, kind: type[nnx.Variable], tree: Any) -> None:
-        leaves, self.treedef = jax.tree_util.tree_flatten_with_path(tree)
-        self.names: tuple[str, ...] = tuple(
-            "_".join(map(_key, path)) for path, _ in leaves
-        )
-        for name, (_, leaf) in zip(self.names, leaves, strict=True):
+        leaves, self.treedef = named_leaves(tree), jax.tree.structure(tree)
+        self.names: tuple[str, ...] = tuple(leaves)
+        for name, leaf in leaves.items():
             setattr(self, name, kind(leaf))
 
     def get_value(self) -> Any:
@@ -67,10 +72,25 @@ class VariableTree(nnx.Module):
         for name, leaf in zip(self.names, leaves, strict=True):
             getattr(self, name).set_value(leaf)
 
+    def get_arrays(self) -> dict[str, Any]:
+        """The leaves by name."""
+        return {name: getattr(self, name).get_value() for name in self.names}
+
+    def set_arrays(self, arrays: Mapping[str, Any]) -> None:
+        """Sets all leaves by name."""
+        for name in self.names:
+            getattr(self, name).set_value(arrays[name])
+
     @property
     def writable(self) -> bool:
         """Whether the variables can be written in the current trace."""
         return all(getattr(self, name)._can_update for name in self.names)
+
+
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """The leaves of a pytree by their keys, joined by underscores, in order."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {"_".join(map(_key, path)): leaf for path, leaf in leaves}
 
 
 def _key(key: Any) -> str:

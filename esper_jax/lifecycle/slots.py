@@ -118,7 +118,9 @@ def first_set(
     blocks = -(-n // 1024)
     bit = jnp.arange(32, dtype=jnp.uint32)
     padded = jnp.pad(flags, (0, blocks * 1024 - n)).reshape(blocks, 32, 32)
-    words = jnp.sum(padded.astype(jnp.uint32) << bit, axis=-1, dtype=jnp.uint32)
+    words = jnp.sum(
+        padded.astype(jnp.uint32) << bit[None, None], axis=-1, dtype=jnp.uint32
+    )
     words = jax.lax.optimization_barrier(words)
 
     def ones(words: Array) -> Array:
@@ -132,10 +134,14 @@ def first_set(
 
     ends = jnp.cumsum(jnp.sum(ones(words), axis=1))
     rank = jnp.arange(count, dtype=jnp.int32)
-    block, left = descend(ends, rank)
+    block, left = descend(ends[None], rank)
     row = words[jnp.minimum(block, blocks - 1)]
-    upto = bit[:, None] >= bit
-    word, left = descend(jnp.sum(jnp.where(upto, ones(row)[:, None], 0), axis=-1), left)
+    upto = bit[:, None] >= bit[None]
+    word, left = descend(
+        jnp.sum(jnp.where(upto[None], ones(row)[:, None], 0), axis=-1), left
+    )
     chosen = jnp.take_along_axis(row, jnp.minimum(word, 31)[:, None], axis=1)
-    place, _ = descend(ones(chosen & (jnp.uint32(0xFFFFFFFF) >> (31 - bit))), left)
+    place, _ = descend(
+        ones(chosen & (jnp.uint32(0xFFFFFFFF) >> (31 - bit)[None])), left
+    )
     return jnp.where(rank < ends[-1], block * 1024 + word * 32 + place, n), ends[-1]

@@ -37,6 +37,7 @@ def blend(
     statistics_rows: int | None = None,
     implementation: str | Sequence[str] | None = None,
     sharding: NamedSharding | None = None,
+    forward_mode: bool = False,
 ) -> tuple[Float[Array, "*B F"], Statistics, Float[Array, " K"]]:
     """Blends the living seeds' blueprints into a layer's output.
 
@@ -60,7 +61,8 @@ def blend(
     ``C`` chunk width, ``H`` hidden width.
 
     Args:
-      y: output of the base layer, float32, bfloat16 or float16.
+      y: output of the base layer: float32, bfloat16, float16, or float64, which plain
+        JAX alone takes.
       bank: parameters of the blueprints, as `esper_jax.blueprints.init_bank` makes.
       alpha: how much each slot counts.
       beta: how much each slot learns.
@@ -86,6 +88,11 @@ def blend(
         Without it, XLA divides plain JAX as it sees fit, and gathers ``y`` on every
         device for a kernel. All other arguments must be replicated. No chunk may lie
         on two devices.
+      forward_mode: whether forward-mode derivatives (`jax.jvp`, `jacfwd`, `hessian`,
+        `linearize`) work too, by plain JAX. They follow the rules above: the tangent of
+        the output is ``y' + alpha * J_y(r) y' + beta * J_theta(r) theta' + alpha' r``.
+        Gradients are the same to rounding, but for one: with ``"reconstruction"``, the
+        ``dtheta`` of a slot with alpha 0 is 0. Backward passes keep more in memory.
 
     Returns:
       The output, with y's shape and dtype; `Statistics` of ``y`` for each of the ``S``
@@ -93,7 +100,8 @@ def blend(
       alpha and beta are 0). The last two have no gradient.
 
     Raises:
-      TypeError: if ``sharding`` is not a `NamedSharding`.
+      TypeError: if ``sharding`` is not a `NamedSharding`; by forward-mode derivatives
+        where they do not work. Where `jax.jit` lies between, that error is JAX's own.
       ValueError: if a shape or dtype does not fit the layout, no implementation of
         that name exists, none of those named supports the arguments, or the layout does
         not fit the sharding.
@@ -108,7 +116,7 @@ def blend(
     )
     check_arguments(s, y, bank, slots)
     check_sharding(sharding)
-    local = functools.partial(_on_one_device, implementation)
+    local = functools.partial(_on_one_device, implementation, forward_mode)
     if sharding is None:
         return local(s, y, bank, slots)
     check_whole_layer(s, sharding, y.ndim)
@@ -117,6 +125,7 @@ def blend(
 
 def _on_one_device(
     implementation: str | Sequence[str] | None,
+    forward_mode: bool,
     s: Static,
     y: Array,
     bank: Bank,
@@ -127,7 +136,9 @@ def _on_one_device(
     flat = y.reshape(-1, s.layout.features)
     s = dataclasses.replace(s, statistics_rows=_spread(s.statistics_rows, y.shape))
     backend = choose(implementation, s, flat.shape[0], slots.alpha.shape[0])
-    out, statistics, reconstruction = vjp.blend(backend, s, flat, bank, slots)
+    out, statistics, reconstruction = vjp.blend(
+        backend, s, flat, bank, slots, forward_mode
+    )
     return out.reshape(y.shape), statistics, reconstruction
 
 

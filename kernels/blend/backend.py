@@ -10,7 +10,7 @@ from esper_jax.blueprints import Bank
 from esper_jax.kernels.blend.static import Slots, Static
 from esper_jax.lifecycle.signals import Statistics
 
-__all__ = ["Backend", "BackwardPass", "ForwardPass", "Results"]
+__all__ = ["Backend", "BackwardPass", "ForwardPass", "Results", "TangentPass"]
 
 Results = tuple[Float[Array, "N F"], Statistics, Float[Array, " K"]]
 """Output, statistics, and mean of ``r(y_c)**2`` of each slot."""
@@ -50,6 +50,29 @@ class BackwardPass(Protocol):
         """
 
 
+class TangentPass(Protocol):
+    """Computes the tangent of the output: the transpose of `BackwardPass`."""
+
+    def __call__(
+        self,
+        s: Any,
+        y: Array,
+        bank: Bank,
+        slots: Slots,
+        dots: tuple[Array | None, Bank | None, Array | None],
+        /,
+    ) -> Array:
+        """Tangent of the output, in the dtype of ``y``.
+
+        Args:
+          s: what `Backend.prepare` returned.
+          y: (N, F).
+          bank: parameters of the blueprints.
+          slots: coefficients, kinds and owners.
+          dots: tangents of ``y``, ``bank`` and ``slots.alpha``; None for those of 0.
+        """
+
+
 def _as_given(s: Static, rows: int) -> Static:
     return s
 
@@ -73,6 +96,8 @@ class Backend:
       differentiable: whether the backward pass is plain JAX, which may be
         differentiated again. Such a forward pass saves nothing: the backward pass gets
         ``y`` as ``saved``.
+      tangent: the pass of forward-mode derivatives, plain JAX, which JAX can also
+        transpose; None if there is none.
     """
 
     name: str
@@ -84,3 +109,4 @@ class Backend:
     backward: BackwardPass
     prepare: Callable[[Static, int], Static] = _as_given
     differentiable: bool = False
+    tangent: TangentPass | None = None

@@ -15,7 +15,7 @@ from esper_jax.lifecycle.stages import Incubation
 
 __all__ = ["check_arguments", "check_statistics_rows", "check_whole_layer"]
 
-_DTYPES = ("float32", "bfloat16", "float16")
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def check_statistics_rows(statistics_rows: Any) -> None:

@@ -11,10 +11,15 @@ from esper_jax.blueprints import Blueprint, hidden_width
 from esper_jax.chunks import ChunkLayout
 from esper_jax.lifecycle.stages import Incubation
 
-__all__ = ["NEAR_ZERO", "Slots", "Static"]
+__all__ = ["NEAR_ZERO", "Slots", "Static", "wide"]
 
 NEAR_ZERO = 1e-6
 """Magnitude under which an activation counts as near zero."""
+
+
+def wide(x: Array) -> Any:
+    """The dtype that ``x`` is computed in: float64 for float64, else float32."""
+    return jnp.dtype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
 
 
 @jax.tree_util.register_dataclass

@@ -1,4 +1,4 @@
-"""The derivative rule of blend, shared by all backends."""
+"""The derivative rules of blend, shared by all backends."""
 
 import functools
 from collections.abc import Callable
@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
 
 from esper_jax.blueprints import Bank
@@ -16,7 +17,12 @@ __all__ = ["blend"]
 
 
 def blend(
-    backend: Backend, s: Static, y: Float[Array, "N F"], bank: Bank, slots: Slots
+    backend: Backend,
+    s: Static,
+    y: Float[Array, "N F"],
+    bank: Bank,
+    slots: Slots,
+    forward_mode: bool = False,
 ) -> Results:
     """The public `blend` by one backend, on arguments that its `refusal` takes.
 
@@ -26,8 +32,26 @@ def blend(
       y: the activation, with one batch axis.
       bank: parameters of the blueprints.
       slots: coefficients, kinds and owners.
+      forward_mode: as for `blend`.
+
+    Raises:
+      TypeError: by forward-mode derivatives without ``forward_mode``.
     """
-    return _jitted(backend, backend.prepare(s, y.shape[0]), y, bank, slots)
+    s = backend.prepare(s, y.shape[0])
+    if forward_mode and backend.tangent is not None:
+        return _jitted_both(backend, s, y, bank, slots)
+    try:
+        return _jitted(backend, s, y, bank, slots)
+    except TypeError as error:
+        if "forward-mode" not in str(error):
+            raise
+        raise TypeError(
+            "forward-mode derivatives (jax.jvp, jacfwd, hessian, linearize) of a layer "
+            "that can grow need evaluation mode and plain JAX: call model.eval() or "
+            "nnx.view(model, deterministic=True), and give the layer "
+            f"implementation='xla'. Got implementation {backend.name!r}"
+            + ("" if forward_mode else " in training mode")
+        ) from error
 
 
 def _once(backend: Backend, f: Callable[..., Any]) -> Callable[..., Any]:
@@ -77,5 +101,50 @@ def _backward(
 
 _blend.defvjp(_forward, _backward)
 
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _blend_both(
+    backend: Backend, s: Static, y: Array, bank: Bank, slots: Slots
+) -> Results:
+    """`_blend` with derivatives in both modes.
+
+    A custom_vjp has no forward mode. The rule is the same, but written as a tangent,
+    which JAX transposes. So it keeps more than ``y`` for the backward pass, and its
+    gradients differ by rounding.
+    """
+    out, statistics, reconstruction, _ = backend.forward(s, False, y, bank, slots)
+    return out, statistics, reconstruction
+
+
+def _tangents(
+    backend: Backend, s: Static, primals: Any, tangents: Any
+) -> tuple[Results, Results]:
+    assert backend.tangent is not None
+    y, bank, slots = primals
+    results = _blend_both(backend, s, y, bank, slots)
+    y_dot, bank_dot, slots_dot = tangents
+    dots = _known(y_dot), _known(bank_dot), _known(slots_dot.alpha)
+    out_dot = backend.tangent(s, y, bank, slots, dots)
+    return results, (out_dot, *jax.tree.map(jnp.zeros_like, results[1:]))
+
+
+def _known(tangent: Any) -> Any:
+    """A tangent as arrays; None if all of it is 0 for sure."""
+    zeros = [isinstance(leaf, SymbolicZero) for leaf in jax.tree.leaves(tangent)]
+    if all(zeros):
+        return None
+    return jax.tree.map(
+        lambda leaf: (
+            jnp.zeros(leaf.shape, leaf.dtype)
+            if isinstance(leaf, SymbolicZero)
+            else leaf
+        ),
+        tangent,
+    )
+
+
+_blend_both.defjvp(_tangents, symbolic_zeros=True)
+
 # Without this, each call outside of a jitted function would compile its branches anew.
 _jitted = jax.jit(_blend, static_argnums=(0, 1), inline=True)
+_jitted_both = jax.jit(_blend_both, static_argnums=(0, 1), inline=True)
