@@ -36,6 +36,18 @@ def made() -> tuple[Net, Growth]:
     return model, growth
 
 
+@nnx.jit
+def learn(model: Net, growth: Growth) -> None:
+    """A step in which the host does not train."""
+    loss, grads = nnx.value_and_grad(pair_loss, argnums=growth.argnums)(model, BATCH)
+    growth.update(model, grads, loss=loss)
+
+
+@nnx.jit
+def held_out(model: Net) -> Any:
+    return pair_loss(model, BATCH)
+
+
 def mode(model: Net) -> tuple[bool, bool, bool]:
     return (
         model.norm.use_running_average,
@@ -100,10 +112,9 @@ def test_a_view_for_evaluation_counts_nothing(use: Any) -> None:
 def test_evaluation_mode_counts_nothing_and_is_kept() -> None:
     model, growth = made()
     model.eval()
-    loss, grads = nnx.value_and_grad(pair_loss, argnums=growth.argnums)(model, BATCH)
     statistics = variables(model, nnx.BatchStat)
-    growth.update(model, grads, loss=loss)
-    growth.tick(model, lambda model: pair_loss(model, BATCH))
+    learn(model, growth)
+    growth.tick(model, held_out)
     assert mode(model) == (True, True, True)
     assert counted(model) == 0
     assert same(statistics, variables(model, nnx.BatchStat))
@@ -126,7 +137,7 @@ def test_a_frozen_batch_norm_stays_frozen() -> None:
     def evaluate(model: Any) -> Any:
         seen.append(mode(model))
         model.eval()
-        return pair_loss(model, BATCH)
+        return held_out(model)
 
     for _ in range(5):
         train_step(model, optimizer, growth)
@@ -160,9 +171,8 @@ def test_worth_is_the_loss_without_the_seed_under_the_same_noise() -> None:
     """And the next step trains the model with the seed, not without it."""
     model, growth = made()
     for _ in range(4):
-        grads = nnx.grad(pair_loss, argnums=growth.argnums)(model, BATCH)
-        growth.update(model, grads)
-        report = growth.tick(model, lambda model: pair_loss(model, BATCH))
+        learn(model, growth)
+        report = growth.tick(model, held_out)
     stage = report.layers["a"].stage
     seed = int(np.flatnonzero(stage == Stage.STABILIZATION)[0])
     slot = int(model.a.bed.seeds.get_value().slot_of_seed[seed])
@@ -171,8 +181,8 @@ def test_worth_is_the_loss_without_the_seed_under_the_same_noise() -> None:
     full, without = nnx.clone(model), nnx.clone(model)
     without.a.bed.probe[...] = without.a.bed.probe[...].at[slot].add(-alpha)
     # Dropout is on: both draw the same noise.
-    expected = pair_loss(without, BATCH) - pair_loss(full, BATCH)
-    report = growth.tick(model, lambda model: pair_loss(model, BATCH))
+    expected = held_out(without) - held_out(full)
+    report = growth.tick(model, held_out)
     np.testing.assert_allclose(
         report.layers["a"].signals.worth[seed], expected, rtol=1e-5
     )

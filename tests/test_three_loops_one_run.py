@@ -1,4 +1,4 @@
-"""The NNX loop with `Growth`, `jax.jit` on split states and `fit`: one and the same run.
+"""The NNX loop with `Growth`, `jax.jit` on split states and `fit`: the same run.
 
 The rows come in the order of `fit`. The newborns are drawn from one key, and the policy
 draws nothing with these numbers.
