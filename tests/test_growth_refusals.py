@@ -136,7 +136,7 @@ def test_an_optimizer_that_is_none() -> None:
     model, _ = made()
     kinds = (TypeError, ValueError)
     with Unchanged(model, words=["^optimizer", "0.1"], kind=kinds):
-        Growth(model, 0.1)  # type: ignore[arg-type]
+        Growth(model, 0.1)
 
 
 @pytest.mark.xfail(
@@ -167,7 +167,7 @@ def test_tick_inside_jit(jit: bool) -> None:
     def run(model: Any, growth: Growth) -> None:
         growth.tick(model, lambda model: pair_loss(model, BATCH))
 
-    transform = nnx.jit if jit else nnx.eval_shape
+    transform: Any = nnx.jit if jit else nnx.eval_shape
     words = ["tick", "jit", "between steps|outside"]
     kinds = (TypeError, ValueError, RuntimeError)
     with Unchanged(model, growth, words=words, kind=kinds):

@@ -588,7 +588,7 @@ def test_parameters_of_a_blueprint_keep_their_values_whatever_their_names() -> N
     def apply(p: Any, y: Any) -> Any:
         return p["a_b"] * p["a"]["b"] * y
 
-    model = Layers()
+    model: Any = Layers()
     gate = Custom(name="gate", init=init, apply=apply)
     make_growable(model, "a", SEEDS, blueprints=[gate], rngs=nnx.Rngs(5))
     names = model.a.bed.bank.names
