@@ -97,4 +97,4 @@ def gradient_ratio(sums: GradientSums, seeds: SeedState) -> Float[Array, " S"]:
 
 def chunk_gradient(sums: GradientSums, steps: Array) -> Float[Array, " S"]:
     """Mean gradient norm of the weights that write each chunk, over ``steps`` steps."""
-    return sums.chunk / jnp.where(steps > 0, steps, jnp.nan)
+    return sums.chunk / jnp.where(steps > 0, steps.astype(jnp.float32), jnp.nan)

@@ -76,7 +76,7 @@ def measure(
         stability=jnp.where(jnp.isfinite(loss), stability, jnp.nan),
         loss_variance=loss_variance,
         accuracy_variance=accuracy_variance,
-        grad_norm=old.grad_norm / jnp.where(old.steps > 0, old.steps, jnp.nan),
+        grad_norm=old.grad_norm / _or_nan(old.steps),
         held_out_loss=loss,
         held_out_accuracy=accuracy,
     )
@@ -106,7 +106,7 @@ def layer_signals(
     delta = _by_seed(layer, worth)
     mean_worth, worth_ticks = _mean_worth(layer, delta)
     errors = jnp.nan_to_num(_by_seed(layer, layer.errors.astype(jnp.float32)))
-    steps = jnp.where(layer.steps > 0, layer.steps, jnp.nan).astype(jnp.float32)
+    steps = _or_nan(layer.steps)
     score = health(layer.statistics).score
     signals = dataclasses.replace(
         measured.common,
@@ -129,6 +129,11 @@ def layer_signals(
         error_count=saturating_add(layer.error_count, errors),
     )
     return layer, signals
+
+
+def _or_nan(count: Int[Array, ""]) -> Float[Array, ""]:
+    """A count as float32; NaN where it is 0."""
+    return jnp.where(count > 0, count.astype(jnp.float32), jnp.nan)
 
 
 def asked_for_worth(state: SeedState, gates: LifecycleConfig) -> Bool[Array, " K"]:

@@ -67,7 +67,8 @@ def advance(
         monitor=measured.monitor,
         **grown,
     )
-    steps = jnp.where(state.monitor.steps > 0, state.monitor.steps, jnp.nan)
+    steps = state.monitor.steps.astype(jnp.float32)
+    steps = jnp.where(steps > 0, steps, jnp.nan)
     report = TickReport(
         tick=new.ticks,
         step=state.step,

@@ -103,7 +103,7 @@ class Growth(nnx.Module):
       rngs: key ``params`` draws the blueprints and the policy's choices.
 
     Raises:
-      TypeError: if ``policy`` is none.
+      TypeError: if ``optimizer`` or ``policy`` is none.
       ValueError: if the model holds nothing that can grow, or the policy does not suit
         it.
     """
@@ -119,7 +119,12 @@ class Growth(nnx.Module):
         policy: Policy | PolicyFactory | None = None,
         rngs: nnx.Rngs | None = None,
     ) -> None:
-        parts = split_model(model)
+        if not isinstance(optimizer, PerSlot | optax.GradientTransformation):
+            raise TypeError(
+                "optimizer must be an optax optimizer for the blueprints, or a PerSlot;"
+                f" got {optimizer!r}"
+            )
+        parts = split_model(model, wrt=wrt)
         gates = lifecycle_config or LifecycleConfig()
         self.recipe = Recipe(
             parts=parts,
@@ -153,14 +158,21 @@ class Growth(nnx.Module):
         Args:
           model: after the forward pass that the gradients are of.
           grads: as ``nnx.value_and_grad(..., argnums=growth.argnums)`` returns them.
-          loss: of the step, for the report of the next tick.
+          loss: of the step, a single number: for the report of the next tick, and for
+            optimizers that read it as ``value``.
 
         Raises:
-          ValueError: if the gradients of the blueprints are missing.
+          ValueError: if the gradients of the blueprints are missing, the loss is no
+            single number, or the model is another than growth was made for.
         """
-        given, values = values_of(grads), values_of(model)
+        if loss is not None and jnp.shape(loss) != ():
+            raise ValueError(
+                f"loss must be a single number, got shape {jnp.shape(loss)}; take the "
+                "mean over the rows"
+            )
         parts, state = self.recipe.parts, self.state.get_value()
-        self._check_gradients(given)
+        values = self._values(model)
+        given = self._gradients(grads)
         seeds, banks = parts.take(values, "seeds"), parts.take(values, "bank")
         bank_grads, gains = parts.take(given, "bank"), parts.take(given, "probe")
         layers = {
@@ -172,7 +184,8 @@ class Growth(nnx.Module):
                     gains[name],
                     seeds[name].steps - state.calls[name],
                 ),
-                state.step,
+                step=state.step,
+                value=jnp.float32(jnp.nan) if loss is None else loss,
             )
             for name in parts.beds
         }
@@ -214,16 +227,23 @@ class Growth(nnx.Module):
         Args:
           model: the model; its seeds and banks are changed.
           evaluate: ``evaluate(model) -> loss`` or ``-> (loss, score)`` on held-out
-            data, each one finite number.
+            data, each a single number. A loss that is not finite counts as not
+            measured.
 
         Returns:
           The report, as host arrays.
 
         Raises:
-          ValueError: if ``evaluate`` does not return one or two single numbers.
+          ValueError: if ``evaluate`` does not return one or two single numbers, the
+            model is another than growth was made for, or this is being traced.
         """
         parts, state = self.recipe.parts, self.state.get_value()
-        values = values_of(model)
+        values = self._values(model)
+        if any(isinstance(value, jax.core.Tracer) for value in values.values()):
+            raise ValueError(
+                "tick must be called between steps, outside of jax.jit and nnx.jit, "
+                "since evaluate may be any function; got a model that is being traced"
+            )
         seeds = parts.take(values, "seeds")
         loss, score = _measured(evaluate, model)
         worth = {
@@ -284,15 +304,30 @@ class Growth(nnx.Module):
             calls={name: jnp.zeros((), jnp.int32) for name in parts.beds},
         )
 
-    def _check_gradients(self, given: Arrays) -> None:
+    def _values(self, model: nnx.Module) -> Arrays:
+        """The values of the model's variables, which are those that are known."""
+        values = values_of(model)
+        missing = [name for name in self.recipe.parts.variables if name not in values]
+        if missing:
+            raise ValueError(
+                "model must be the one that Growth was made for, or one of the same "
+                f"structure; got one without {missing[0]!r}"
+            )
+        return values
+
+    def _gradients(self, grads: Any) -> Arrays:
+        """The gradients by variable."""
+        given = {} if grads is None else values_of(grads)
         for bed in self.recipe.parts.beds.values():
             for name in (*bed.variables("bank"), *bed.variables("probe")):
                 if name not in given:
+                    got = "None" if grads is None else "none"
                     raise ValueError(
                         "grads must hold the gradients of the blueprints, of "
-                        f"{name!r} for one; got none. Differentiate with "
+                        f"{name!r} for one; got {got}. Differentiate with "
                         "nnx.value_and_grad(loss_fn, argnums=growth.argnums)"
                     )
+        return given
 
     def _put(
         self, model: nnx.Module, seeds: dict[str, SeedState], banks: dict[str, Bank]
@@ -350,10 +385,24 @@ def _measured(
                 node.probe.set_value(probes[where])
     result = evaluate(view)
     pair = result if isinstance(result, tuple) else (result, np.nan)
-    if len(pair) != 2 or any(np.ndim(x) != 0 for x in pair):
-        shapes = [np.shape(x) for x in pair]
+    if len(pair) != 2 or not all(map(_is_number, pair)):
+        got = ", ".join(map(_kind, pair))
         raise ValueError(
             "evaluate must return the held-out loss, or (loss, score), each a single "
-            f"number; got values of shape {shapes}. Take the mean over the rows"
+            f"number; got {'a tuple of ' if isinstance(result, tuple) else ''}{got}. "
+            "Take means over the rows, and leave anything else out"
         )
     return float(pair[0]), float(pair[1])
+
+
+def _is_number(x: Any) -> bool:
+    return (
+        not isinstance(x, str | bytes)
+        and np.ndim(x) == 0
+        and np.issubdtype(np.asarray(x).dtype, np.number)
+    )
+
+
+def _kind(x: Any) -> str:
+    shape = getattr(x, "shape", None)
+    return type(x).__name__ if shape is None else f"an array of shape {shape}"

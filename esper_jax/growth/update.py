@@ -40,7 +40,7 @@ class LayerGradients(NamedTuple):
 
 
 def update_layer(
-    optimizer: PerSlot, layer: Layer, grads: LayerGradients, step: Int[Array, ""]
+    optimizer: PerSlot, layer: Layer, grads: LayerGradients, **extra: Any
 ) -> Layer:
     """Updates the slots of a layer that learn.
 
@@ -51,7 +51,7 @@ def update_layer(
       optimizer: of the bank.
       layer: what grows in it.
       grads: of this step.
-      step: the run's step, for schedules.
+      **extra: for the optimizer: ``step``, the run's, and ``value``, the loss.
     """
     seeds, bank, moments = layer
     alpha, beta, _ = slot_coefficients(seeds)
@@ -61,7 +61,7 @@ def update_layer(
 
     def update() -> tuple[Bank, Any]:
         updates, new = optimizer.update(
-            grads.bank, moments, bank, active=learning & finite, step=step
+            grads.bank, moments, bank, active=learning & finite, **extra
         )
         return optax.apply_updates(bank, updates), new
 

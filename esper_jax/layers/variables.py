@@ -88,9 +88,18 @@ class VariableTree(nnx.Module):
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
-    """The leaves of a pytree by their keys, joined by underscores, in order."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {"_".join(map(_key, path)): leaf for path, leaf in leaves}
+    """The leaves of a pytree by their keys, joined by underscores, in order.
+
+    A name that stands twice (``a_b`` and ``{"a": {"b": ...}}``) gets a number.
+    """
+    named: dict[str, Any] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        name = first = "_".join(map(_key, path))
+        number = 2
+        while name in named:
+            name, number = f"{first}_{number}", number + 1
+        named[name] = leaf
+    return named
 
 
 def _key(key: Any) -> str:

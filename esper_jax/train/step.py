@@ -83,7 +83,8 @@ def _update(
         recipe.bank_optimizer,
         Layer(seeds, state.banks[name], state.bank_opt[name]),
         LayerGradients(learned.banks[name], learned.gains[name], measured.steps),
-        state.step,
+        step=state.step,
+        value=learned.loss,
     )
 
 
