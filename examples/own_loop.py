@@ -21,9 +21,8 @@ quick = ej.LifecycleConfig(  # so that lives end within this example
     grafting=ej.GraftConfig(ramp_duration=2),
 )
 policy = ej.ControllerConfig(when="period", period=2, max_training=2)
-growth = ej.Growth(  # +
-    model, optax.adam(1e-2), lifecycle_config=quick, controller_config=policy
-)
+options = {"lifecycle_config": quick, "controller_config": policy}
+growth = ej.Growth(model, optax.adam(1e-2), **options)  # +
 optimizer = nnx.Optimizer(model, optax.adamw(3e-3), wrt=nnx.Param)
 
 

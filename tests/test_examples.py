@@ -14,11 +14,27 @@ def run(name, capsys):
 
 
 def test_growth_without_flax(capsys):
-    assert len((EXAMPLES / "pure.py").read_text().splitlines()) <= 60
     lines = run("pure.py", capsys)
     before, after = (float(lines[i].split()[-1]) for i in (9, -1))
     assert lines[-1].startswith("FOSSILIZED    alpha 1.0")
     assert after < before / 4
+
+
+@pytest.mark.parametrize("name", ["own_loop.py", "frozen_host.py", "pure.py"])
+def test_examples_of_own_loops_are_short(name):
+    assert len((EXAMPLES / name).read_text().splitlines()) <= 60
+
+
+def test_growth_beside_a_loop_of_ones_own(capsys):
+    seeds, accuracy = run("own_loop.py", capsys)
+    assert "FOSSILIZED" in seeds
+    assert float(accuracy.split()[-1]) > 0.9
+
+
+def test_a_frozen_host_adapts(capsys):
+    stages, accuracy = run("frozen_host.py", capsys)
+    assert "[7, 7]" in stages
+    assert float(accuracy.split()[-1]) > 0.6
 
 
 @pytest.mark.slow
