@@ -1,7 +1,6 @@
 """Grow neural networks while they train, in JAX and Flax.
 
-`make_growable` makes layers able to grow. `Growth` grows them beside your own loop;
-`build` and `fit` are a loop of ours. `harvest` gives back a plain model.
+`Growth` grows a model beside your own loop; `build` and `fit` are a loop of ours.
 """
 
 from esper_jax import _old_paths, lifecycle

@@ -362,6 +362,7 @@ def test_wherever_a_layer_is_held():
     same_bits(plain.idle(X), X)
 
 
+@pytest.mark.filterwarnings("ignore:Embed.attend is a method:UserWarning")
 def test_attributes_and_methods_of_the_base():
     class Tokens(nnx.Module):
         def __init__(self):

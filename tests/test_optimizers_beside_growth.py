@@ -46,12 +46,8 @@ OPTIMIZERS = {
         optax.clip_by_global_norm(0.1), optax.adam(1e-2)
     ),
 }
-NEEDS_VALUE = {
-    "reduce_on_plateau": "Growth.update does not give the loss to the optimizer of "
-    "the banks as value=, so reduce_on_plateau refuses to run",
-    "polyak_sgd": "Growth.update does not give the loss to the optimizer of the banks "
-    "as value=, so polyak_sgd refuses to run",
-}
+NEEDS_VALUE = ("reduce_on_plateau", "polyak_sgd")
+"""Need the loss as ``value``."""
 
 
 def model_and_growth(bank: optax.GradientTransformation) -> tuple[Any, Growth]:
@@ -121,13 +117,7 @@ def test_of_the_host_with_the_loss_as_extra_argument(name: str) -> None:
     check_run(OPTIMIZERS[name], optax.adam(1e-2))
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.xfail(strict=True, reason=reason))
-        for name, reason in NEEDS_VALUE.items()
-    ],
-)
+@pytest.mark.parametrize("name", NEEDS_VALUE)
 def test_of_the_banks_with_the_loss_as_extra_argument(name: str) -> None:
     check_run(optax.sgd(1e-2), OPTIMIZERS[name])
 

@@ -276,12 +276,12 @@ def test_float64_goes_through_in_float64() -> None:
         layer = ChunkedLayer(
             linear, 3, blueprints=["residual_mlp", ROOM], rngs=nnx.Rngs(1)
         )
-        before = jax.tree.map(jnp.dtype, nnx.state(layer.bed))
+        before = jax.tree.map(lambda v: v.dtype, nnx.state(layer.bed))
         np.testing.assert_array_equal(layer(wide), linear(wide))
         live(layer.bed)
         out = layer(wide)
         assert out.dtype == jnp.float64
-        assert jax.tree.map(jnp.dtype, nnx.state(layer.bed)) == before
+        assert jax.tree.map(lambda v: v.dtype, nnx.state(layer.bed)) == before
         # Derivatives to more than float32 knows.
         layer.eval()
         jacobian = jax.jacrev(layer)(wide[0])

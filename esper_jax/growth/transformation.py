@@ -307,7 +307,9 @@ class Growth(nnx.Module):
     def _values(self, model: nnx.Module) -> Arrays:
         """The values of the model's variables, which are those that are known."""
         values = values_of(model)
-        missing = [name for name in self.recipe.parts.variables if name not in values]
+        parts = self.recipe.parts
+        own = [v for bed in parts.beds.values() for v in bed.variables("seeds")]
+        missing = [name for name in (*own, *parts.variables) if name not in values]
         if missing:
             raise ValueError(
                 "model must be the one that Growth was made for, or one of the same "
@@ -386,11 +388,11 @@ def _measured(
     result = evaluate(view)
     pair = result if isinstance(result, tuple) else (result, np.nan)
     if len(pair) != 2 or not all(map(_is_number, pair)):
-        got = ", ".join(map(_kind, pair))
+        count = f"{len(pair)} values: " if isinstance(result, tuple) else ""
         raise ValueError(
             "evaluate must return the held-out loss, or (loss, score), each a single "
-            f"number; got {'a tuple of ' if isinstance(result, tuple) else ''}{got}. "
-            "Take means over the rows, and leave anything else out"
+            f"number; got {count}{', '.join(map(_kind, pair))}. Take means over the "
+            "rows, and leave anything else out"
         )
     return float(pair[0]), float(pair[1])
 

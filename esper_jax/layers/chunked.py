@@ -38,7 +38,8 @@ class ChunkedLayer(nnx.Module):
         (``out_features``, ``features`` or ``num_features``).
       output: which array of the base's output grows, if it returns several: an index
         of a tuple or list, a key of a dictionary, the name of a dataclass's field, or a
-        tuple of these that leads to a nested array. The rest is returned as it is, in
+        tuple of these that leads to a nested array, or a function from the output to
+        one of its arrays. The rest is returned as it is, in
         the same containers. By default an output that is no tuple or list must be the
         array itself; of a tuple or list, the first element that is an array with
         ``features`` on its last axis grows.

@@ -8,8 +8,9 @@ from typing import Any
 
 __all__ = ["Output", "check_output", "find_output", "with_output"]
 
-Output = int | str | tuple[int | str, ...] | None
-"""An index, a key or the name of a field; a path of them; None for the default."""
+Output = int | str | tuple[int | str, ...] | Callable[[Any], Any] | None
+"""An index, a key or the name of a field; a path of them; a function from the output to
+its array; None for the default."""
 
 
 def check_output(output: Any) -> None:
@@ -18,6 +19,8 @@ def check_output(output: Any) -> None:
     Raises:
       TypeError: if it is no `Output`.
     """
+    if callable(output):
+        return
     path = output if isinstance(output, tuple) else (output,)
     whole = all(
         isinstance(k, str | numbers.Integral) and not isinstance(k, bool) for k in path
@@ -25,7 +28,7 @@ def check_output(output: Any) -> None:
     if output is not None and not (path and whole):
         raise TypeError(
             "output must be an index, a key, a tuple of them that leads to a nested "
-            f"array, or None; got {output!r}"
+            f"array, a function from the output to its array, or None; got {output!r}"
         )
 
 
@@ -41,7 +44,15 @@ def find_output(y: Any, output: Output, features: int, layer: str) -> tuple[Any,
     Raises:
       ValueError: if there is no such array, or it has another width.
     """
-    if output is not None:
+    if callable(output):
+        found = _path_to(y, output(y))
+        if found is None:
+            raise ValueError(
+                f"output must return an array that {layer} returned, not a new one; "
+                f"{layer} returned {_words(y)}"
+            )
+        path = found
+    elif output is not None:
         path = output if isinstance(output, tuple) else (output,)
     elif isinstance(y, tuple | list):
         fitting = [i for i, part in enumerate(y) if _fits(part, features)]
@@ -93,6 +104,23 @@ def with_output(y: Any, path: tuple[Any, ...], change: Callable[[Any], Any]) -> 
         mapping: Any = type(y)
         return mapping({k: new if k == key else value for k, value in y.items()})
     return dataclasses.replace(y, **{key: new})
+
+
+def _path_to(y: Any, array: Any) -> tuple[Any, ...] | None:
+    """The path at which ``y`` holds this very array; None if it does not."""
+    if y is array:
+        return ()
+    if dataclasses.is_dataclass(y):
+        keys: Any = [field.name for field in dataclasses.fields(y)]
+    elif isinstance(y, Mapping):
+        keys = list(y)
+    else:
+        keys = range(len(y)) if isinstance(y, tuple | list) else ()
+    for key in keys:
+        rest = _path_to(_child(y, key), array)
+        if rest is not None:
+            return (key, *rest)
+    return None
 
 
 def _child(y: Any, key: Any) -> Any:
