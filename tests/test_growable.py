@@ -652,7 +652,28 @@ def test_an_output_that_is_not_there_is_named_by_the_first_call(output, wrap, me
         layer(jnp.ones((2, 8)))
 
 
-@pytest.mark.parametrize("output", [1.5, True, (), (0, None), ["y"], len])
+def test_a_function_can_choose_the_output():
+    layer = ChunkedLayer(
+        Returned(lambda y: {"norm": jnp.sum(y), "parts": [y, 2 * y]}),
+        4,
+        features=8,
+        output=lambda out: out["parts"][0],
+        rngs=nnx.Rngs(1),
+    )
+    fossilize(layer.bed)
+    x = jnp.ones((2, 8))
+    plain, grown = layer.base(x), layer(x)
+    same_bits(grown["parts"][0], layer.bed(plain["parts"][0]))
+    same_bits(grown["parts"][1], plain["parts"][1])
+    assert isinstance(grown["parts"], list)
+    new = ChunkedLayer(
+        Returned(lambda y: y), 4, features=8, output=lambda y: y + 1, rngs=nnx.Rngs(1)
+    )
+    with pytest.raises(ValueError, match="output must return an array that Returned"):
+        new(x)
+
+
+@pytest.mark.parametrize("output", [1.5, True, (), (0, None), ["y"]])
 def test_an_output_of_another_kind_is_refused_before_anything_changes(output):
     model = Holder(lambda y: y)
     with pytest.raises(TypeError, match="layer 'layer': output must be an index, a k"):
