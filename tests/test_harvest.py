@@ -612,10 +612,11 @@ def test_orbax_round_trip(grown, tmp_path):
 
 
 def test_pickle():
-    kept = net(parts=fossils("residual_mlp", "bottleneck", "low_rank", "affine"))
-    for fold in (True, False):
-        plain = harvest(kept, fold=fold)
-        same_bits(pickle.loads(pickle.dumps(plain))(X), plain(X))
+    for kinds in (("residual_mlp", "bottleneck", "low_rank", "affine"), ("glu",)):
+        kept = net(parts=fossils(*kinds))
+        for fold in (True, False):
+            plain = harvest(kept, fold=fold)
+            same_bits(pickle.loads(pickle.dumps(plain))(X), plain(X))
 
 
 def test_a_folded_layer_unpickles_without_esper_jax(tmp_path):

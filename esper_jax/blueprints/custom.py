@@ -3,7 +3,7 @@
 To add one, write a function here that returns a `Custom`, and register it.
 """
 
-import functools
+import dataclasses
 import math
 from typing import Any, Literal
 
@@ -17,29 +17,18 @@ from esper_jax.blueprints.registry import register
 __all__ = ["context", "context_glu", "glu"]
 
 
-@functools.cache
-def _hidden_layer(
-    name: str,
-    expansion: float,
-    activation: str,
-    gated: bool,
-    reads: Literal["chunk", "layer"],
-) -> Custom:
-    """One hidden layer, gated or not.
+@dataclasses.dataclass(frozen=True)
+class _Init:
+    """Fresh parameters of one hidden layer, gated or not."""
 
-    Cached, so that equal arguments give an equal blueprint, as static arguments of
-    jitted functions must be.
-    """
-    if activation not in ACTIVATIONS:
-        raise ValueError(
-            f"activation must be one of {sorted(ACTIVATIONS)}, got {activation!r}"
-        )
-    if not (math.isfinite(expansion) and expansion > 0):
-        raise ValueError(f"expansion must be a finite number above 0, got {expansion}")
+    expansion: float
+    gated: bool
 
-    def init(key: Any, width: int, features: int | None = None) -> dict[str, Array]:
+    def __call__(
+        self, key: Any, width: int, features: int | None = None
+    ) -> dict[str, Array]:
         inputs = width if features is None else features
-        hidden = max(1, round(expansion * width))
+        hidden = max(1, round(self.expansion * width))
         keys = jax.random.split(key)
         scale = 1 / math.sqrt(inputs)
         params = {
@@ -48,18 +37,46 @@ def _hidden_layer(
             "w2": jnp.zeros((hidden, width), jnp.float32),
             "b2": jnp.zeros(width, jnp.float32),
         }
-        if gated:
+        if self.gated:
             gate = jax.random.normal(keys[1], (inputs, hidden), jnp.float32)
             params |= {"v": scale * gate, "c": jnp.zeros(hidden, jnp.float32)}
         return params
 
-    def apply(params: dict[str, Array], y: Array) -> Array:
-        hidden = ACTIVATIONS[activation](y @ params["w1"] + params["b1"])
-        if gated:
+
+@dataclasses.dataclass(frozen=True)
+class _Apply:
+    """The correction of one hidden layer, gated or not."""
+
+    activation: str
+    gated: bool
+
+    def __call__(self, params: dict[str, Array], y: Array) -> Array:
+        hidden = ACTIVATIONS[self.activation](y @ params["w1"] + params["b1"])
+        if self.gated:
             hidden = hidden * (y @ params["v"] + params["c"])
         return hidden @ params["w2"] + params["b2"]
 
-    return Custom(name=name, init=init, apply=apply, reads=reads)
+
+def _hidden_layer(
+    name: str,
+    expansion: float,
+    activation: str,
+    gated: bool,
+    reads: Literal["chunk", "layer"],
+) -> Custom:
+    """One hidden layer. Equal arguments give an equal blueprint, which pickles."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(
+            f"activation must be one of {sorted(ACTIVATIONS)}, got {activation!r}"
+        )
+    if not (math.isfinite(expansion) and expansion > 0):
+        raise ValueError(f"expansion must be a finite number above 0, got {expansion}")
+    return Custom(
+        name=name,
+        init=_Init(expansion, gated),
+        apply=_Apply(activation, gated),
+        reads=reads,
+    )
 
 
 def glu(*, expansion: float = 2.0, activation: str = "silu") -> Custom:
