@@ -139,3 +139,9 @@ def test_files_that_cannot_be_read(tmp_path):
     path.write_text("seed = = 3")
     with pytest.raises(ConfigError, match="is not TOML"):
         load_config(path)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_config(tmp_path):
+    path = tmp_path / "bom.toml"
+    path.write_bytes(b"\xef\xbb\xbf" + b"seed = 7\n")
+    assert load_config(path).seed == 7

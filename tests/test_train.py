@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
+from flax import linen, nnx
 
 from esper_jax import lifecycle
 from esper_jax.growth.measure import asked_for_worth, measure
@@ -343,6 +343,24 @@ def test_stability_of_a_loss_below_zero_and_after_an_infinite_one(program, first
     assert measured.monitor.initial_loss == -2
     stability = measured.common.stability
     np.testing.assert_allclose(stability, 1 - np.sqrt(0.9) / 2, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((0.1, optax.sgd(0.1)), "^optimizer must be an optax optimizer.*got 0.1"),
+        ((optax.sgd(0.1), None), "^blueprint_optimizer must be an optax optimizer"),
+        ((optax.sgd, optax.sgd(0.1)), "^optimizer must be an optax optimizer"),
+    ],
+)
+def test_what_is_no_optimizer_is_refused(arguments, message):
+    with pytest.raises(TypeError, match=message):
+        build(make_model(), *arguments)
+
+
+def test_what_is_no_nnx_module_is_refused():
+    with pytest.raises(TypeError, match=r"model must be a Flax NNX module.*got Dense"):
+        build(linen.Dense(3), optax.sgd(0.1), optax.sgd(0.1))
 
 
 def test_building_leaves_the_users_model_as_it_was():

@@ -238,7 +238,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
       ConfigError: naming the file or the key, what was expected and what came.
     """
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -153,11 +153,13 @@ def build(
         bit, and reports whether they agree. Needs ``axis_name``.
 
     Raises:
+      TypeError: if the model or an optimizer is of another kind.
       ValueError: if the model holds nothing that can grow, the controller's blueprint
         is not one of every layer's, ``loss`` and ``objective`` are both given, ``wrt``
         matches nothing, ``eval_batch`` is below 1, ``debug`` is given without
         ``axis_name``, or, with it, the model holds an untyped random key.
     """
+    _check_kinds(model, optimizer, blueprint_optimizer)
     if objective is not None and loss is not classification:
         raise ValueError(
             "loss and objective must not both be given: objective(model, batch) "
@@ -197,6 +199,24 @@ def build(
         lambda v: v if is_key(v) else np.asarray(v), values_of(model)
     )
     return _program(recipe, initial)
+
+
+def _check_kinds(model: Any, optimizer: Any, blueprint_optimizer: Any) -> None:
+    if not isinstance(model, nnx.Module):
+        raise TypeError(
+            "model must be a Flax NNX module that holds layers which can grow; got "
+            f"{type(model).__name__}. For Linen use esper_jax.layers.linen in your own "
+            "loop"
+        )
+    for name, given in (
+        ("optimizer", optimizer),
+        ("blueprint_optimizer", blueprint_optimizer),
+    ):
+        if not (hasattr(given, "init") and hasattr(given, "update")):
+            raise TypeError(
+                f"{name} must be an optax optimizer, such as optax.adam(1e-3); got "
+                f"{given!r:.80}"
+            )
 
 
 def _warn_if_frozen(model: nnx.Module) -> None:
