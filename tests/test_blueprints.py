@@ -260,4 +260,5 @@ def test_whole_layer_blueprints_need_the_width_and_known_words() -> None:
         bp.glu(expansion=0.0)
     with pytest.raises(ValueError, match="activation"):
         bp.context(activation="nope")
-    assert bp.context() is bp.context()
+    assert bp.context() == bp.context() != bp.context(expansion=3.0)
+    assert hash(bp.context()) == hash(bp.context())
