@@ -72,10 +72,6 @@ def alive(seeds: SeedState, living: int) -> SeedState:
     )
 
 
-def _is_seeds(x: Any) -> bool:
-    return isinstance(x, SeedState)
-
-
 def train_step(width: int, capacity: int, living: int) -> tuple[Callable, Any]:
     """A jitted ``step(carry, x, labels) -> carry, loss``, and its first carry.
 
@@ -85,14 +81,11 @@ def train_step(width: int, capacity: int, living: int) -> tuple[Callable, Any]:
       living: seeds of each that live.
     """
     model = MLP(width, capacity, nnx.Rngs(0))
+    for layer in model.hidden if capacity else ():
+        layer.bed.seeds.set_value(alive(layer.bed.seeds.get_value(), living))
     graph, host, bank, probe, seeds = nnx.split(
-        model,
-        nnx.All(nnx.Param, nnx.Not(BlueprintParam)),
-        BlueprintParam,
-        GraftProbe,
-        SeedVariable,
+        model, nnx.Param, BlueprintParam, GraftProbe, SeedVariable
     )
-    seeds = jax.tree.map(lambda s: alive(s, living), seeds, is_leaf=_is_seeds)
     host_optimizer, bank_optimizer = optax.adam(1e-3), per_slot(optax.adam(1e-3))
 
     def loss_fn(learned: Any, probe: Any, seeds: Any, x: Any, labels: Any) -> Any:
@@ -102,15 +95,16 @@ def train_step(width: int, capacity: int, living: int) -> tuple[Callable, Any]:
 
     def step(carry: Any, x: Any, labels: Any) -> Any:
         host, host_state, bank, bank_state, probe, seeds = carry
-        active = jax.tree.map(
-            lambda s: slot_coefficients(s)[1] > 0, seeds, is_leaf=_is_seeds
-        )
+        hidden = nnx.merge(graph, host, bank, probe, seeds, copy=True).hidden
+        flags = [
+            slot_coefficients(layer.bed.seeds.get_value())[1] > 0
+            for layer in (hidden if capacity else ())
+        ]
         (loss, seeds), (host_grads, bank_grads) = jax.value_and_grad(
             loss_fn, has_aux=True
         )((host, bank), probe, seeds, x, labels)
         updates, host_state = host_optimizer.update(host_grads, host_state, host)
         host = optax.apply_updates(host, updates)
-        flags = jax.tree.leaves(active)
         params, grads = (nnx.to_pure_dict(t) for t in (bank, bank_grads))
         new_params, new_states = {}, {}
         for i in params.get("hidden", {}):
