@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from esper_jax.groups import Groups
 from esper_jax.lifecycle.grafting import Strategy
 from esper_jax.lifecycle.rules import LifecycleConfig
 from esper_jax.lifecycle.signals import Signals
@@ -304,9 +305,12 @@ def test_no_more_at_once_than_slots_places_and_turns():
 
 def chosen(layers, births, at_once=99, room=jnp.inf, costs=None):
     """Seeds that `choose` picks by health, by layer."""
+    groups = Groups.alone(tuple(layers))
+    stacked = groups.stack(layers)
     picked = choose(
-        layers,
-        {name: state.health for name, state in layers.items()},
+        groups,
+        stacked,
+        {name: state.health for name, state in stacked.items()},
         {
             n: jnp.array((costs or {}).get(n, [1] * s.num_seeds))
             for n, s in layers.items()

@@ -106,7 +106,7 @@ def fit_run() -> Run:
         lifecycle_config=QUICK,
         controller_config=POLICY,
     )
-    births = make_growth(make_model()).state.get_value().rng
+    births = make_growth(make_model()).state.get_value().growth.rng
     state = dataclasses.replace(program.init(jax.random.key(0)), rng=births)
     reports: list[Any] = []
     state = fit(

@@ -10,7 +10,7 @@ import optax
 import pytest
 from flax import linen, nnx
 
-from esper_jax import lifecycle
+from esper_jax import Growth, lifecycle
 from esper_jax.growth.measure import asked_for_worth, measure
 from esper_jax.growth.parts import split_model
 from esper_jax.hosts import MLP
@@ -336,10 +336,9 @@ def test_stability_of_a_loss_below_zero_and_after_an_infinite_one(program, first
         loss_mean=jnp.float32(-2.0),
         loss_variance=jnp.float32(1.0),
     )
-    state = dataclasses.replace(start(program), monitor=monitor)
-    measured = measure(
-        split_model(make_model()), state, jnp.float32(-2.0), jnp.float32(0.5)
-    )
+    recipe = Growth(make_model(), optax.adam(1e-3)).recipe
+    params = program.init(jax.random.key(0)).params
+    measured = measure(recipe, monitor, params, jnp.float32(-2.0), jnp.float32(0.5))
     assert measured.monitor.initial_loss == -2
     stability = measured.common.stability
     np.testing.assert_allclose(stability, 1 - np.sqrt(0.9) / 2, rtol=1e-6)

@@ -5,8 +5,13 @@
 
 from esper_jax.growth.recipe import Recipe
 from esper_jax.growth.reports import LayerReport, SeedMoves, TickReport
-from esper_jax.growth.state import GovernorMemory, Monitor, TrainState
-from esper_jax.growth.transformation import Growth, GrowthState, GrowthVariable
+from esper_jax.growth.state import (
+    GovernorMemory,
+    GrowthState,
+    Monitor,
+    TrainState,
+)
+from esper_jax.growth.transformation import Growth, GrowthVariable
 
 __all__ = [
     "GovernorMemory",

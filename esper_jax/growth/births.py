@@ -4,44 +4,81 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Key
+import numpy as np
+from jaxtyping import Array, Bool, Int, Key
 
 from esper_jax.blueprints import Bank, init_slots
+from esper_jax.groups import flat_slots
 from esper_jax.growth.recipe import Recipe
-from esper_jax.growth.state import TrainState
 from esper_jax.lifecycle.state import SeedState
 
-__all__ = ["give_birth"]
+__all__ = ["births", "born_in"]
 
 
-def give_birth(
-    recipe: Recipe, state: TrainState, name: str, after: SeedState, key: Key[Array, ""]
-) -> tuple[Bank, Any]:
-    """A layer's bank and moments, fresh in the slots that changed hands.
+def born_in(before: SeedState, after: SeedState) -> Bool[Array, "*L K"]:
+    """Slots that a newborn seed got at a tick."""
+    changed = after.seed_of_slot != before.seed_of_slot
+    return changed & (after.seed_of_slot >= 0)
+
+
+def births(
+    recipe: Recipe,
+    seeds: tuple[dict[str, SeedState], dict[str, SeedState]],
+    banks: dict[str, Bank],
+    moments: dict[str, Any],
+    key: Key[Array, ""],
+) -> tuple[dict[str, Bank], dict[str, Any]]:
+    """Banks and moments, fresh in the slots that changed hands.
 
     Args:
-      recipe: holds the layer's blueprints and the bank's optimizer.
-      state: before the tick.
-      name: of the layer.
-      after: the layer's seeds after the tick's transitions.
+      recipe: holds the layers' blueprints and the bank's optimizer.
+      seeds: before and after the tick's transitions, by group.
+      banks: before the tick, by group.
+      moments: state of the bank's optimizer for the ``L * K`` slots of each group.
       key: draws the parameters.
     """
-    bank, moments = state.banks[name], state.bank_opt[name]
-    layout, kinds = recipe.parts.layouts[name], recipe.parts.kinds[name]
-    changed = after.seed_of_slot != state.seeds[name].seed_of_slot
-    born = changed & (after.seed_of_slot >= 0)
+    groups = recipe.parts.groups
+    drawn = jax.random.split(key, len(groups.order))
+    banks, moments = dict(banks), dict(moments)
+    for name, group in groups.of.items():
+        born = born_in(seeds[0][name], seeds[1][name])
+        own = drawn[np.array([groups.order.index(n) for n in group.layers])]
 
-    def fill() -> tuple[Bank, Any]:
-        keys = jax.random.split(key, born.size)
-        owner = jnp.maximum(after.seed_of_slot, 0)
-        kind = after.blueprint[owner].astype(jnp.int32)
-        fresh = init_slots(keys, kind, kinds, layout.width, layout.features)
+        def fill(name: str = name, born: Array = born, own: Array = own) -> Any:
+            bank = _filled(recipe, name, seeds[1][name], banks[name], (born, own))
+            reset = recipe.bank_optimizer.reset(
+                moments[name], flat_slots(bank), flat_slots(born)
+            )
+            return bank, reset
 
-        def put(new: Array, old: Array) -> Array:
-            where = born.reshape(born.shape + (1,) * (old.ndim - 1))
-            return jnp.where(where, new.astype(old.dtype), old)
+        banks[name], moments[name] = jax.lax.cond(
+            jnp.any(born), fill, lambda name=name: (banks[name], moments[name])
+        )
+    return banks, moments
 
-        filled = jax.tree.map(put, fresh, bank)
-        return filled, recipe.bank_optimizer.reset(moments, filled, born)
 
-    return jax.lax.cond(jnp.any(born), fill, lambda: (bank, moments))
+def _filled(
+    recipe: Recipe,
+    group: str,
+    seeds: SeedState,
+    bank: Bank,
+    births: tuple[Bool[Array, "L K"], Key[Array, " L"]],
+) -> Bank:
+    """A group's bank with fresh blueprints where something was born."""
+    born, keys = births
+    layout, kinds = recipe.parts.layouts[group], recipe.parts.kinds[group]
+
+    def fresh(key: Key[Array, ""], seeds: SeedState) -> Bank:
+        slots = jax.random.split(key, seeds.capacity)
+        return init_slots(slots, _kinds(seeds), kinds, layout.width, layout.features)
+
+    def put(new: Array, old: Array) -> Array:
+        where = born.reshape(born.shape + (1,) * (old.ndim - born.ndim))
+        return jnp.where(where, new.astype(old.dtype), old)
+
+    return jax.tree.map(put, jax.vmap(fresh)(keys, seeds), bank)
+
+
+def _kinds(state: SeedState) -> Int[Array, " K"]:
+    owner = jnp.maximum(state.seed_of_slot, 0)
+    return state.blueprint[owner].astype(jnp.int32)

@@ -18,13 +18,13 @@ __all__ = ["GradientSums", "add", "chunk_gradient", "gradient_ratio"]
 
 @struct.dataclass
 class GradientSums:
-    """Gradient norms of a layer, float32, summed over the steps since the last tick."""
+    """Gradient norms of a layer, float32, summed over the measured steps of a tick."""
 
-    host: Float[Array, ""]
+    host: Float[Array, "*L"]
     """Norm over all weights of the host layer."""
-    chunk: Float[Array, " S"]
+    chunk: Float[Array, "*S"]
     """Norm over the weights that write each chunk; NaN if they are not known."""
-    seed: Float[Array, " S"]
+    seed: Float[Array, "*S"]
     """Norm over the blueprint of each living seed; 0 for other seeds."""
 
     @classmethod
@@ -95,6 +95,11 @@ def gradient_ratio(sums: GradientSums, seeds: SeedState) -> Float[Array, " S"]:
     return jnp.where(learns, sums.seed / host, jnp.nan)
 
 
-def chunk_gradient(sums: GradientSums, steps: Array) -> Float[Array, " S"]:
-    """Mean gradient norm of the weights that write each chunk, over ``steps`` steps."""
-    return sums.chunk / jnp.where(steps > 0, steps.astype(jnp.float32), jnp.nan)
+def chunk_gradient(sums: GradientSums, steps: Float[Array, ""]) -> Float[Array, " S"]:
+    """Mean gradient norm of the weights that write each chunk.
+
+    Args:
+      sums: of the layer.
+      steps: how many steps were summed; NaN if none.
+    """
+    return sums.chunk / steps

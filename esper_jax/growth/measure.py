@@ -1,6 +1,8 @@
 """What was summed over a tick's steps becomes signals."""
 
 import dataclasses
+import functools
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 import jax
@@ -11,8 +13,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from esper_jax.blueprints import living_parameters, operations
 from esper_jax.growth import gradients
+from esper_jax.growth.gradients import GradientSums
 from esper_jax.growth.parts import ModelParts
-from esper_jax.growth.state import Monitor, TrainState
+from esper_jax.growth.recipe import Recipe
+from esper_jax.growth.state import Arrays, Monitor
 from esper_jax.lifecycle.rules import LifecycleConfig
 from esper_jax.lifecycle.signals import DECAY, Signals, health, running_moments
 from esper_jax.lifecycle.stages import Stage
@@ -22,8 +26,9 @@ from esper_jax.lifecycle.state import (
     slot_coefficients,
     start_tick,
 )
+from esper_jax.policy.interface import SAMPLED
 
-__all__ = ["Measured", "asked_for_worth", "layer_signals", "measure"]
+__all__ = ["Measured", "asked_for_worth", "group_signals", "measure", "sampled"]
 
 
 class Measured(NamedTuple):
@@ -38,26 +43,27 @@ class Measured(NamedTuple):
 
 
 def measure(
-    parts: ModelParts,
-    state: TrainState,
+    recipe: Recipe,
+    old: Monitor,
+    host: Arrays,
     loss: Float[Array, ""],
     accuracy: Float[Array, ""],
 ) -> Measured:
     """Measures what all seeds share.
 
     Args:
-      parts: the model.
-      state: before the tick.
+      recipe: holds the model and says what is measured.
+      old: before the tick.
+      host: parameters of the host, by variable.
       loss: on the held-out data.
       accuracy: on the same data.
     """
-    old = state.monitor
     loss_mean, loss_variance = running_moments(old.loss_mean, old.loss_variance, loss)
     accuracy_mean, accuracy_variance = running_moments(
         old.accuracy_mean, old.accuracy_variance, accuracy
     )
     initial = jnp.where(jnp.isfinite(old.initial_loss), old.initial_loss, loss)
-    drift, host_mean = _drift(parts, state)
+    drift, host_mean = _drift(recipe.parts, old, host)
     stability = 1.0 - jnp.sqrt(loss_variance) / jnp.abs(initial)
     zero = jnp.zeros_like
     monitor = Monitor(
@@ -76,48 +82,106 @@ def measure(
         stability=jnp.where(jnp.isfinite(loss), stability, jnp.nan),
         loss_variance=loss_variance,
         accuracy_variance=accuracy_variance,
-        grad_norm=old.grad_norm / _or_nan(old.steps),
+        grad_norm=old.grad_norm / sampled(recipe, old),
         held_out_loss=loss,
         held_out_accuracy=accuracy,
     )
     return Measured(monitor, common, drift)
 
 
-def layer_signals(
-    state: TrainState,
-    name: str,
-    worth: Float[Array, " K"],
-    costs: Int[np.ndarray, "N S"],
+def group_signals(
+    recipe: Recipe,
+    seeds: Mapping[str, SeedState],
+    old: Monitor,
+    worth: Mapping[str, Float[Array, "L K"]],
     measured: Measured,
-) -> tuple[SeedState, Signals]:
-    """The signals of one layer's seeds, and the seeds with the tick's sums absorbed.
+) -> tuple[dict[str, SeedState], dict[str, Signals]]:
+    """The signals of all seeds, and the seeds with the tick's sums absorbed.
 
     Args:
-      state: before the tick.
-      name: of the layer.
-      worth: of the seed in each slot; NaN where it was not measured.
-      costs: parameters of each blueprint on each chunk.
+      recipe: holds the model and says what is measured.
+      seeds: before the tick, by group.
+      old: the running measurements before the tick.
+      worth: of the seed in each slot, by group; NaN where it was not measured.
       measured: what all seeds share.
     """
-    layer, sums = state.seeds[name], state.monitor.gradients[name]
+    costs = recipe.costs()
+    of_host = _of_host(recipe, old, measured)
+    steps = sampled(recipe, old)
+    absorbed, signals = {}, {}
+    for key, state in seeds.items():
+        absorb = functools.partial(
+            _layer_signals, costs=costs[key], common=measured.common, steps=steps
+        )
+        absorbed[key], signals[key] = jax.vmap(absorb)(state, worth[key], of_host[key])
+        signals[key] = _without(signals[key], SAMPLED - recipe.measured)
+    return absorbed, signals
+
+
+def _without(signals: Signals, names: Collection[str]) -> Signals:
+    """The signals with some unmeasured."""
+    unknown = {n: jnp.full_like(getattr(signals, n), jnp.nan) for n in names}
+    return dataclasses.replace(signals, **unknown)
+
+
+class _OfHost(NamedTuple):
+    """What the steps of a tick measured of a layer's host weights."""
+
+    drift: Float[Array, "*L"]
+    sums: GradientSums
+
+
+def _of_host(recipe: Recipe, old: Monitor, measured: Measured) -> dict[str, _OfHost]:
+    """By group; NaN where it was not measured."""
+    groups, drift, sums = recipe.parts.groups, measured.drift, old.gradients
+    of = {}
+    for key, group in groups.of.items():
+        count, seeds = len(group.layers), recipe.parts.layouts[key].num_seeds
+        each = jnp.full(count, jnp.nan, jnp.float32)
+        every = jnp.full((count, seeds), jnp.nan, jnp.float32)
+        of[key] = _OfHost(each, GradientSums(each, every, every))
+    if drift:
+        of = {k: of[k]._replace(drift=d) for k, d in groups.stack(drift).items()}
+    if sums:
+        of = {k: of[k]._replace(sums=s) for k, s in groups.stack(sums).items()}
+    return of
+
+
+def sampled(recipe: Recipe, monitor: Monitor) -> Float[Array, ""]:
+    """At how many of the steps since the last tick gradients were measured.
+
+    NaN if there were none.
+    """
+    return _or_nan(-(-monitor.steps // recipe.measure_every))
+
+
+def _layer_signals(
+    layer: SeedState,
+    worth: Float[Array, " K"],
+    of: _OfHost,
+    costs: Int[np.ndarray, "N S"],
+    common: Signals,
+    steps: Float[Array, ""],
+) -> tuple[SeedState, Signals]:
+    """The signals of one layer's seeds, and the seeds with the tick's sums absorbed."""
     lives = layer.slot_of_seed >= 0
     owned = living_parameters(costs, layer.blueprint, lives).astype(jnp.float32)
     parameters = jnp.where(lives, owned, jnp.nan)
     delta = _by_seed(layer, worth)
     mean_worth, worth_ticks = _mean_worth(layer, delta)
     errors = jnp.nan_to_num(_by_seed(layer, layer.errors.astype(jnp.float32)))
-    steps = _or_nan(layer.steps)
+    calls = _or_nan(layer.steps)
     score = health(layer.statistics).score
     signals = dataclasses.replace(
-        measured.common,
-        drift=jnp.asarray(measured.drift[name], jnp.float32),
-        reconstruction_loss=_by_seed(layer, layer.reconstruction / steps),
+        common,
+        drift=of.drift.astype(jnp.float32),
+        reconstruction_loss=_by_seed(layer, layer.reconstruction / calls),
         worth=delta,
         mean_worth=mean_worth,
-        error_rate=errors / steps,
-        gain=_by_seed(layer, -layer.gain / steps),
-        gradient_ratio=gradients.gradient_ratio(sums, layer),
-        chunk_gradient=gradients.chunk_gradient(sums, state.monitor.steps),
+        error_rate=errors / calls,
+        gain=_by_seed(layer, -layer.gain / calls),
+        gradient_ratio=gradients.gradient_ratio(of.sums, layer),
+        chunk_gradient=gradients.chunk_gradient(of.sums, steps),
         parameters=parameters,
         operations=operations(parameters),
     )
@@ -152,19 +216,21 @@ def asked_for_worth(state: SeedState, gates: LifecycleConfig) -> Bool[Array, " K
 
 
 def _drift(
-    parts: ModelParts, state: TrainState
+    parts: ModelParts, old: Monitor, host: Arrays
 ) -> tuple[dict[str, Float[Array, ""]], dict[str, dict[str, Array]]]:
     """Drift of each layer's host weights from their running mean, and the new mean."""
     drift: dict[str, Array] = {}
     host_mean: dict[str, dict[str, Array]] = {}
-    for name, mean in state.monitor.host_mean.items():
-        weights = parts.host_weights(state.params, name)
+    for name, mean in old.host_mean.items():
+        weights = parts.host_weights(host, name)
         if not weights:  # a frozen host does not drift
-            drift[name], host_mean[name] = jnp.zeros(()), {}
+            drift[name], host_mean[name] = jnp.zeros((), jnp.float32), {}
             continue
         away = optax.tree.norm(jax.tree.map(jnp.subtract, weights, mean))
         scale = optax.tree.norm(mean)
-        drift[name] = jnp.asarray(away / jnp.where(scale > 0, scale, jnp.nan))
+        drift[name] = jnp.asarray(
+            away / jnp.where(scale > 0, scale, jnp.nan), jnp.float32
+        )
         host_mean[name] = jax.tree.map(
             lambda m, w: DECAY * m + (1 - DECAY) * w, mean, weights
         )

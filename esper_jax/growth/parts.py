@@ -17,36 +17,15 @@ from jaxtyping import Array
 
 from esper_jax import blueprints
 from esper_jax.chunks import ChunkLayout
+from esper_jax.groups import Groups
+from esper_jax.growth.beds import Bed, find_beds, group_layers, name_of
 from esper_jax.growth.state import Arrays, TrainState
-from esper_jax.layers.bed import SeedBed, stack_of
+from esper_jax.layers.bed import SeedBed
+from esper_jax.lifecycle.grafting import Strategy
 from esper_jax.policy.interface import LayerShape
 from esper_jax.trees import is_key
 
 __all__ = ["Bed", "ModelParts", "split_model", "values_of"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Bed:
-    """Where a layer's `SeedBed` is in the model."""
-
-    path: str
-    """Path of the `SeedBed`."""
-    owner: str
-    """Path of the `ChunkedLayer` that holds the bed, or the bed's own path."""
-    forms: Mapping[str, tuple[tuple[str, ...], Any]]
-    """Of ``bank``, ``seeds`` and ``probe``: names of the leaves, and the tree."""
-    capacity: int
-    """Slots when the model was taken apart."""
-    stack: tuple[int, ...] = ()
-    """Leading axes of the variables of a stack of layers; () for a single layer."""
-    index: tuple[int, ...] = ()
-    """Index of the layer along the axes of ``stack``; () for a single layer."""
-
-    def variables(self, name: str) -> list[str]:
-        """Names of the variables that hold the bed's bank, seeds or probe."""
-        leaves = self.forms[name][0]
-        place = f"{self.path}/{name}"
-        return [f"{place}/{leaf}" for leaf in leaves] or [place]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +44,8 @@ class ModelParts:
     """Chunks of each layer, by layer name."""
     kinds: dict[str, tuple[blueprints.Blueprint, ...]]
     """Blueprints of each layer, by layer name."""
+    groups: Groups
+    """Which layers have the same shape."""
     trained: tuple[str, ...]
     """Names of the host's variables that train."""
 
@@ -111,30 +92,62 @@ class ModelParts:
           name: ``bank``, ``seeds`` or ``probe``.
           by_layer: of each layer; of all or none of a stack.
         """
+        return self.put_beds(name, self.by_bed(by_layer))
+
+    def take(self, values: Arrays, name: str) -> dict[str, Any]:
+        """The ``bank``, ``seeds`` or ``probe`` of each layer, taken from all values."""
+        return self.by_layer(self.take_beds(values, name))
+
+    def by_layer(self, by_bed: Mapping[str, Any]) -> dict[str, Any]:
+        """What is known of each bed, ``(*stack, ...)``, by layer."""
+        return {
+            layer: jax.tree.map(lambda x, bed=bed: x[bed.index], by_bed[bed.path])
+            if bed.index
+            else by_bed[bed.path]
+            for layer, bed in self.beds.items()
+        }
+
+    def by_bed(self, by_layer: Mapping[str, Any]) -> dict[str, Any]:
+        """Inverse of `by_layer`; of all or none of a stack."""
         members: dict[str, list[str]] = {}
         # Follow the order of the stack: jit sorts the keys of a dictionary.
         for layer in filter(by_layer.__contains__, self.beds):
             members.setdefault(self.beds[layer].path, []).append(layer)
-        values: Arrays = {}
-        for layers in members.values():
-            bed = self.beds[layers[0]]
-            tree = jax.tree.map(
-                lambda *x, stack=bed.stack: _stacked(x, stack),
+        return {
+            path: jax.tree.map(
+                lambda *x, stack=self.beds[layers[0]].stack: _stacked(x, stack),
                 *(by_layer[layer] for layer in layers),
             )
-            leaves = jax.tree.leaves(tree)
-            values |= zip(bed.variables(name), leaves, strict=True)
-        return values
+            for path, layers in members.items()
+        }
 
-    def take(self, values: Arrays, name: str) -> dict[str, Any]:
-        """The ``bank``, ``seeds`` or ``probe`` of each layer, taken from all values."""
-        taken = {}
-        for layer, bed in self.beds.items():
-            leaves = [values[variable] for variable in bed.variables(name)]
-            if bed.index:
-                leaves = [leaf[bed.index] for leaf in leaves]
-            taken[layer] = jax.tree.unflatten(bed.forms[name][1], leaves)
-        return taken
+    def strategies(self, values: Arrays) -> set[Strategy]:
+        """The grafting strategies that seeds have."""
+        states = self.take_beds(values, "seeds").values()
+        return {Strategy(code) for s in states for code in np.unique(s.strategy)}
+
+    def take_beds(self, values: Arrays, name: str) -> dict[str, Any]:
+        """The ``bank``, ``seeds`` or ``probe`` of each bed, by its path."""
+        return {
+            bed.path: jax.tree.unflatten(
+                bed.forms[name][1], [values[v] for v in bed.variables(name)]
+            )
+            for bed in {bed.path: bed for bed in self.beds.values()}.values()
+        }
+
+    def put_beds(self, name: str, by_bed: Mapping[str, Any]) -> Arrays:
+        """The variables of banks, seeds or probes: inverse of `take_beds`.
+
+        Args:
+          name: ``bank``, ``seeds`` or ``probe``.
+          by_bed: of some of the beds, by path.
+        """
+        values: Arrays = {}
+        for bed in self.beds.values():
+            if bed.path in by_bed:
+                leaves = jax.tree.leaves(by_bed[bed.path])
+                values |= zip(bed.variables(name), leaves, strict=True)
+        return values
 
     def shapes(self) -> dict[str, LayerShape]:
         """What is fixed of each layer that can grow, for a policy."""
@@ -192,7 +205,7 @@ def _stacked(layers: tuple[Array, ...], stack: tuple[int, ...]) -> Array:
 def values_of(model: nnx.Module) -> Arrays:
     """The values of all variables of a model, by name."""
     flat = nnx.to_flat_state(nnx.state(model))
-    return {_name(path): _value(leaf) for path, leaf in flat}
+    return {name_of(path): _value(leaf) for path, leaf in flat}
 
 
 def _value(leaf: Any) -> Any:
@@ -202,29 +215,6 @@ def _value(leaf: Any) -> Any:
 
 def _with_value(leaf: Any, value: Any) -> Any:
     return leaf.replace(value) if isinstance(leaf, nnx.Variable) else value
-
-
-def _name(path: tuple[Any, ...]) -> str:
-    return "/".join(map(str, path))
-
-
-def _layers(node: SeedBed, path: str, owner: str) -> dict[str, Bed]:
-    """The layers that share a `SeedBed`: one, or each of a stack, by name."""
-    stack = stack_of(node, path)
-    forms = {
-        "bank": (node.bank.names, node.bank.treedef),
-        "seeds": (node.seeds.names, node.seeds.treedef),
-        "probe": ((), jax.tree.structure(0)),
-    }
-    slots = node.seeds.get_value().capacity
-    if not stack:
-        return {owner: Bed(path, owner, forms, slots)}
-    return {
-        f"{owner}[{','.join(map(str, index))}]": Bed(
-            path, owner, forms, slots, stack, index
-        )
-        for index in np.ndindex(stack)
-    }
 
 
 def split_model(
@@ -249,7 +239,7 @@ def split_model(
     """
     model = nnx.merge(*nnx.split(model))  # a copy: leave the user's model as it is
     nnx.pop(model, nnx.Intermediate)
-    beds, layouts, kinds = _find_beds(model)
+    beds, layouts, kinds = find_beds(model)
     trained = _trained(model, beds, wrt)
     frozen = _in_evaluation_mode(model)
     _train(model, frozen)
@@ -266,14 +256,19 @@ def split_model(
         state,
     )
     variables = {
-        _name(path): (path, variable) for path, variable in nnx.to_flat_state(abstract)
+        name_of(path): (path, variable)
+        for path, variable in nnx.to_flat_state(abstract)
     }
     if axis_name is not None:
         of_beds = tuple(f"{bed.path}/" for bed in beds.values())  # hold no keys
         for name, (_, variable) in variables.items():
             if not name.startswith(of_beds):
                 _check_typed(name, variable)
-    return ModelParts(graph, own_graph, variables, beds, layouts, kinds, trained)
+    shapes = {name: _value(variable) for name, (_, variable) in variables.items()}
+    groups = group_layers(beds, layouts, kinds, shapes)
+    return ModelParts(
+        graph, own_graph, variables, beds, layouts, kinds, groups, trained
+    )
 
 
 _Flag = tuple[nnx.Module, str]
@@ -305,9 +300,9 @@ def _trained(model: nnx.Module, beds: Mapping[str, Bed], wrt: Any) -> tuple[str,
         return ()
     of_beds = tuple(f"{bed.path}/" for bed in beds.values())
     host = {
-        _name(path): (path, leaf)
+        name_of(path): (path, leaf)
         for path, leaf in nnx.to_flat_state(nnx.state(model))
-        if not _name(path).startswith(of_beds)
+        if not name_of(path).startswith(of_beds)
     }
     matches = nnx.filterlib.to_predicate(wrt)
     trained = tuple(name for name, (p, leaf) in host.items() if matches(p, leaf))
@@ -322,7 +317,7 @@ def _trained(model: nnx.Module, beds: Mapping[str, Bed], wrt: Any) -> tuple[str,
     if not trained:
         kinds = sorted({type(leaf).__name__ for _, leaf in host.values()})
         raise ValueError(
-            f"wrt={_filter_name(wrt)} must match a variable of the host, but matches "
+            f"wrt={_filtername_of(wrt)} must match a variable of the host, but matches "
             f"none; the host holds {', '.join(kinds) or 'no variables'}. Name what "
             "trains, for example wrt=MyVariable or a function of path and variable, or "
             "give wrt=None for a frozen host"
@@ -330,34 +325,8 @@ def _trained(model: nnx.Module, beds: Mapping[str, Bed], wrt: Any) -> tuple[str,
     return trained
 
 
-def _filter_name(wrt: Any) -> str:
+def _filtername_of(wrt: Any) -> str:
     return getattr(wrt, "__name__", None) or repr(wrt)
-
-
-_Found = tuple[
-    dict[str, Bed], dict[str, ChunkLayout], dict[str, tuple[blueprints.Blueprint, ...]]
-]
-
-
-def _find_beds(model: nnx.Module) -> _Found:
-    """Each layer's bed, chunks and blueprints, by layer name."""
-    beds, layouts, kinds = {}, {}, {}
-    for path, node in nnx.iter_graph(model):
-        if isinstance(node, SeedBed):
-            owner = _name(path[:-1] if path and path[-1] == "bed" else path)
-            for name, bed in _layers(node, _name(path), owner).items():
-                beds[name], layouts[name] = bed, node.layout
-                kinds[name] = node.blueprints
-    if "" in [bed.path for bed in beds.values()]:
-        raise ValueError(
-            "model must hold a SeedBed, not be one: a bare SeedBed has no host to grow"
-        )
-    if not beds:
-        raise ValueError(
-            "model must hold at least one ChunkedLayer or SeedBed: without one, "
-            "nothing can grow"
-        )
-    return beds, layouts, kinds
 
 
 def _check_typed(name: str, variable: Any) -> None:

@@ -1,16 +1,25 @@
 """What a model is grown by: all that is fixed before the first step."""
 
 import dataclasses
+from collections.abc import Collection
 
 import numpy as np
 from jaxtyping import Int
 
 from esper_jax.growth.parts import ModelParts
+from esper_jax.lifecycle.grafting import READS, Strategy
 from esper_jax.lifecycle.rules import LifecycleConfig
 from esper_jax.optim import PerSlot
-from esper_jax.policy.interface import Policy, PolicyFactory, Setting, made
+from esper_jax.policy.interface import (
+    SAMPLED,
+    Policy,
+    PolicyFactory,
+    Setting,
+    check_reads,
+    made,
+)
 
-__all__ = ["Recipe", "policy_for"]
+__all__ = ["Recipe", "check_measured", "policy_for", "what_is_read"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -24,16 +33,30 @@ class Recipe:
       bank_optimizer: of the banks, slot by slot.
       gates: minimum ages and gates of the lifecycle.
       policy: what asks for transitions.
+      measured: which of the signals `policy.interface.SAMPLED` are measured; the others
+        are NaN.
+      measure_every: they are measured at every so many steps, beginning with the first
+        after a tick.
     """
 
     parts: ModelParts
     bank_optimizer: PerSlot
     gates: LifecycleConfig
     policy: Policy
+    measured: frozenset[str] = SAMPLED
+    measure_every: int = 1
 
     def costs(self) -> dict[str, Int[np.ndarray, "N S"]]:
-        """Parameters of each blueprint on each chunk, by layer."""
-        return {name: layer.costs for name, layer in self.parts.shapes().items()}
+        """Parameters of each blueprint on each chunk, by group."""
+        shapes = self.parts.shapes()
+        return {
+            key: shapes[group.layers[0]].costs
+            for key, group in self.parts.groups.of.items()
+        }
+
+    def wants(self, *signals: str) -> bool:
+        """Whether one of the signals is measured."""
+        return not self.measured.isdisjoint(signals)
 
 
 def policy_for(
@@ -50,4 +73,47 @@ def policy_for(
       TypeError: if it is neither.
       ValueError: by what makes it, if it does not suit the model.
     """
-    return made(policy, Setting(layers=parts.shapes(), gates=gates))
+    setting = Setting(layers=parts.shapes(), gates=gates, groups=parts.groups)
+    return made(policy, setting)
+
+
+def what_is_read(policy: Policy, strategies: Collection[Strategy]) -> frozenset[str]:
+    """The costly signals that a policy and grafting strategies read.
+
+    A policy that does not declare what it reads may ask for any strategy.
+
+    Args:
+      policy: a policy.
+      strategies: those that the seeds have.
+    """
+    if policy.reads is None:
+        return SAMPLED
+    return policy.reads.union(*(READS[strategy] for strategy in strategies))
+
+
+def check_measured(
+    measured: Collection[str] | None, every: int, read: frozenset[str]
+) -> frozenset[str]:
+    """The signals to measure: those asked for, by default those that are read.
+
+    Args:
+      measured: what is asked for; None for what is read.
+      every: at how many steps.
+      read: as `what_is_read` returns it.
+
+    Raises:
+      ValueError: if something is read that is not measured, a name is none of
+        `SAMPLED`, or ``every`` is below 1.
+    """
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        raise ValueError(f"measure_every must be an int of at least 1, got {every!r}")
+    if measured is None:
+        return read
+    check_reads("measure", measured)
+    missing = sorted(read - set(measured))
+    if missing:
+        raise ValueError(
+            f"measure must hold {', '.join(missing)}: the policy or a grafting "
+            f"strategy reads it; got {sorted(measured)}. Add it, or leave measure out"
+        )
+    return frozenset(measured)

@@ -14,17 +14,17 @@ __all__ = ["LayerReport", "SeedMoves", "TickReport", "moves_of"]
 class SeedMoves:
     """What was asked of one layer's seeds and what came of it, one entry a seed."""
 
-    outcome: Int[Array, " S"]
+    outcome: Int[Array, "*S"]
     """`Outcome` of the request."""
-    source: Int[Array, " S"]
+    source: Int[Array, "*S"]
     """The stage before."""
-    target: Int[Array, " S"]
+    target: Int[Array, "*S"]
     """The stage requested, -1 for none."""
-    slot: Int[Array, " S"]
+    slot: Int[Array, "*S"]
     """The slot owned before or after, -1 for none."""
-    epochs: UInt[Array, " S"]
+    epochs: UInt[Array, "*S"]
     """Epochs in the source stage."""
-    errors: UInt[Array, " S"]
+    errors: UInt[Array, "*S"]
     """Steps with gradients that were not finite, since germination."""
 
 
@@ -32,9 +32,9 @@ class SeedMoves:
 class LayerReport(SeedMoves):
     """What a tick did to the seeds of one layer, one entry a seed."""
 
-    stage: Int[Array, " S"]
+    stage: Int[Array, "*S"]
     """The stage after the tick."""
-    alpha: Float[Array, " S"]
+    alpha: Float[Array, "*S"]
     """How much each seed's blueprint counts after the tick."""
     signals: Signals
 
@@ -62,8 +62,8 @@ class TickReport:
 def moves_of(
     before: SeedState,
     after: SeedState,
-    target: Int[Array, " S"],
-    outcome: Int[Array, " S"],
+    target: Int[Array, "*S"],
+    outcome: Int[Array, "*S"],
 ) -> dict[str, Array]:
     """The fields of `SeedMoves` for a transition from ``before`` to ``after``."""
     return {

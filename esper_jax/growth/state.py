@@ -11,7 +11,14 @@ from esper_jax.blueprints import Bank
 from esper_jax.growth.gradients import GradientSums
 from esper_jax.lifecycle.state import SeedState
 
-__all__ = ["LOSS_WINDOW", "Arrays", "GovernorMemory", "Monitor", "TrainState"]
+__all__ = [
+    "LOSS_WINDOW",
+    "Arrays",
+    "GovernorMemory",
+    "GrowthState",
+    "Monitor",
+    "TrainState",
+]
 
 Arrays = dict[str, Any]
 """Arrays or pytrees of arrays by the name of a variable or a layer."""
@@ -46,7 +53,12 @@ class Monitor:
     def start(
         cls, host_mean: dict[str, Arrays], num_seeds: Mapping[str, int]
     ) -> "Monitor":
-        """A monitor that has measured nothing yet."""
+        """A monitor that has measured nothing yet.
+
+        Args:
+          host_mean: host weights of the layers whose drift is measured, by layer.
+          num_seeds: seeds of the layers whose gradients are measured, by layer.
+        """
         # One array per field: the state is donated, so no two leaves may share one.
         unknown = {
             name: jnp.full((), jnp.nan, jnp.float32)
@@ -66,6 +78,20 @@ class Monitor:
             gradients={name: GradientSums.start(s) for name, s in num_seeds.items()},
             steps=jnp.zeros((), jnp.int32),
         )
+
+
+@struct.dataclass
+class GrowthState:
+    """What growth remembers beside the seeds and their banks."""
+
+    step: Int[Array, ""]
+    """Steps so far."""
+    ticks: Int[Array, ""]
+    rng: Key[Array, ""]
+    """Draws newborn blueprints."""
+    memory: Any
+    """What the policy remembers."""
+    monitor: Monitor
 
 
 LOSS_WINDOW = 16

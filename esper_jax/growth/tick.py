@@ -1,27 +1,28 @@
 """A tick: what was measured becomes signals, a decision, and new seeds.
 
-Signals, the policy, the lifecycle and the birth of new blueprints, for all layers, as
-one pure function.
+Signals, the policy and the lifecycle of all layers, as one pure function; `births` is
+another. Layers of one shape are one group, for which each is done once.
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
 from esper_jax import lifecycle
-from esper_jax.growth.births import give_birth
-from esper_jax.growth.measure import layer_signals, measure
+from esper_jax.growth.measure import group_signals, measure
 from esper_jax.growth.recipe import Recipe
 from esper_jax.growth.reports import LayerReport, TickReport, moves_of
-from esper_jax.growth.state import TrainState
+from esper_jax.growth.state import Arrays, GrowthState, Monitor
 from esper_jax.lifecycle.commands import Commands
+from esper_jax.lifecycle.rules import LifecycleConfig
 from esper_jax.lifecycle.signals import Signals
 from esper_jax.lifecycle.state import SeedState, coefficients
 
-__all__ = ["Seen", "advance"]
+__all__ = ["Advanced", "Seen", "advance"]
 
 
 class Seen(NamedTuple):
@@ -29,83 +30,107 @@ class Seen(NamedTuple):
 
     loss: Float[Array, ""]
     accuracy: Float[Array, ""]
-    worth: dict[str, Float[Array, " K"]]
-    """Worth of the seed in each slot, by layer; NaN where it was not measured."""
+    worth: dict[str, Float[Array, "L K"]]
+    """Worth of the seed in each slot, by group; NaN where it was not measured."""
     agree: Bool[Array, ""]
     """Whether all devices hold the same state, as far as that was looked at."""
 
 
+class Advanced(NamedTuple):
+    """What a tick gives."""
+
+    state: GrowthState
+    seeds: dict[str, SeedState]
+    """By group."""
+    birth: Key[Array, ""]
+    """Key for `births`."""
+    report: TickReport
+    """Its layers are by group, stacked."""
+
+
 def advance(
-    recipe: Recipe, state: TrainState, seen: Seen
-) -> tuple[TrainState, TickReport]:
+    recipe: Recipe,
+    state: GrowthState,
+    seeds: dict[str, SeedState],
+    host: Arrays,
+    seen: Seen,
+) -> Advanced:
     """Decides and carries out what was decided, for all layers.
+
+    Slots that changed hands still hold their old blueprints; see `births`.
 
     Args:
       recipe: what the model is grown by.
       state: after the steps since the last tick.
+      seeds: by group.
+      host: parameters of the host, by variable; read only where drift is measured.
       seen: what was measured on held-out data.
-
-    Returns:
-      The new state and the report.
     """
-    measured = measure(recipe.parts, state, seen.loss, seen.accuracy)
-    costs = recipe.costs()
-    seeds, signals = {}, {}
-    for name in state.seeds:
-        layer, signals[name] = layer_signals(
-            state, name, seen.worth[name], costs[name], measured
-        )
-        seeds[name] = lifecycle.age(layer, signals[name], recipe.gates)
-    commands, memory = recipe.policy.decide(seeds, signals, state.memory)
+    old = state.monitor
+    measured = measure(recipe, old, host, seen.loss, seen.accuracy)
+    seeds, signals = group_signals(recipe, seeds, old, seen.worth, measured)
+    older = jax.vmap(functools.partial(lifecycle.age, config=recipe.gates))
+    aged = {key: older(seeds[key], signal) for key, signal in signals.items()}
+    commands, memory = _commands(recipe, aged, signals, state.memory)
+    move = jax.vmap(functools.partial(_move, recipe.gates))
+    moved = {key: move(aged[key], signals[key], commands[key]) for key in aged}
     rng, birth = jax.random.split(state.rng)
-    grown, layers = _carry_out(recipe, state, seeds, signals, commands, birth)
     new = dataclasses.replace(
         state,
         ticks=state.ticks + 1,
         rng=rng,
         memory=memory,
         monitor=measured.monitor,
-        **grown,
     )
-    steps = state.monitor.steps.astype(jnp.float32)
+    report = _report(new, old, seen, {key: layer for key, (_, layer) in moved.items()})
+    return Advanced(
+        new, {key: after for key, (after, _) in moved.items()}, birth, report
+    )
+
+
+def _move(
+    gates: LifecycleConfig, seeds: SeedState, signals: Signals, commands: Commands
+) -> tuple[SeedState, LayerReport]:
+    """The transitions of one layer."""
+    after, outcome = lifecycle.transition(seeds, commands, signals, gates)
+    report = LayerReport(
+        **moves_of(seeds, after, commands.target, outcome),
+        stage=after.stage,
+        alpha=coefficients(after)[0],
+        signals=signals,
+    )
+    return after, report
+
+
+def _commands(
+    recipe: Recipe,
+    seeds: dict[str, SeedState],
+    signals: dict[str, Signals],
+    memory: object,
+) -> tuple[dict[str, Commands], object]:
+    """What the policy asks for, by group, and its new memory."""
+    policy, groups = recipe.policy, recipe.parts.groups
+    if policy.stacked:
+        return policy.decide(seeds, signals, memory)
+    commands, memory = policy.decide(groups.split(seeds), groups.split(signals), memory)
+    return groups.stack(commands), memory
+
+
+def _report(
+    state: GrowthState,
+    old: Monitor,
+    seen: Seen,
+    layers: dict[str, LayerReport],
+) -> TickReport:
+    steps = old.steps.astype(jnp.float32)
     steps = jnp.where(steps > 0, steps, jnp.nan)
-    report = TickReport(
-        tick=new.ticks,
+    return TickReport(
+        tick=state.ticks,
         step=state.step,
-        train_loss=state.monitor.train_loss / steps,
+        train_loss=old.train_loss / steps,
         loss=seen.loss,
         accuracy=seen.accuracy,
-        reason=jnp.asarray(getattr(memory, "reason", -1), jnp.int8),
+        reason=jnp.asarray(getattr(state.memory, "reason", -1), jnp.int8),
         replicas_agree=seen.agree,
         layers=layers,
     )
-    return new, report
-
-
-def _carry_out(
-    recipe: Recipe,
-    state: TrainState,
-    seeds: dict[str, SeedState],
-    signals: dict[str, Signals],
-    commands: dict[str, Commands],
-    key: Key[Array, ""],
-) -> tuple[dict[str, Any], dict[str, LayerReport]]:
-    """The transitions and births of all layers.
-
-    Returns:
-      The new ``seeds``, ``banks`` and ``bank_opt`` of the state, and the reports.
-    """
-    after, banks, bank_opt, reports = {}, {}, {}, {}
-    keys = jax.random.split(key, len(seeds))
-    for (name, layer), own in zip(seeds.items(), keys, strict=True):
-        after[name], outcome = lifecycle.transition(
-            layer, commands[name], signals[name], recipe.gates
-        )
-        banks[name], bank_opt[name] = give_birth(recipe, state, name, after[name], own)
-        reports[name] = LayerReport(
-            **moves_of(layer, after[name], commands[name].target, outcome),
-            stage=after[name].stage,
-            alpha=coefficients(after[name])[0],
-            signals=signals[name],
-        )
-    return {"seeds": after, "banks": banks, "bank_opt": bank_opt}, reports

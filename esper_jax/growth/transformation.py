@@ -5,29 +5,27 @@ batches, the host's optimizer and its random keys stay the user's.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+import functools
+from collections.abc import Callable, Collection
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx, struct
+from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
-from esper_jax.blueprints import Bank
+from esper_jax.groups import flat_slots
+from esper_jax.growth.births import births, born_in
 from esper_jax.growth.measure import asked_for_worth
-from esper_jax.growth.parts import ModelParts, split_model, values_of
-from esper_jax.growth.recipe import Recipe, policy_for
+from esper_jax.growth.parts import split_model, values_of
+from esper_jax.growth.recipe import Recipe, check_measured, policy_for, what_is_read
 from esper_jax.growth.reports import TickReport
-from esper_jax.growth.state import Arrays, GovernorMemory, Monitor, TrainState
+from esper_jax.growth.state import Arrays, GrowthState
 from esper_jax.growth.tick import Seen, advance
-from esper_jax.growth.update import (
-    Layer,
-    LayerGradients,
-    add_gradients,
-    update_layer,
-)
+from esper_jax.growth.update import BankGradients, Learned, update_banks
+from esper_jax.growth.watch import StepGradients, start_monitor, watch
 from esper_jax.layers.bed import SeedBed
 from esper_jax.layers.variables import BlueprintParam, GraftProbe, VariableTree
 from esper_jax.lifecycle.rules import LifecycleConfig
@@ -37,32 +35,24 @@ from esper_jax.policy.config import ControllerConfig
 from esper_jax.policy.heuristic import policy_of
 from esper_jax.policy.interface import Policy, PolicyFactory
 
-__all__ = ["Growth", "GrowthState", "GrowthVariable"]
+__all__ = ["MEASURE_EVERY", "Growth", "GrowthVariable", "Remembered"]
+
+MEASURE_EVERY = 8
+"""Default number of steps of which one measures the host's gradients."""
 
 
 class GrowthVariable(nnx.Variable):
-    """An array of the `GrowthState`."""
+    """An array of what growth `Remembered`."""
 
 
-@struct.dataclass
-class GrowthState:
-    """What growth remembers beside the model.
+class Remembered(NamedTuple):
+    """What growth remembers beside the model, which holds seeds, banks and probes."""
 
-    Seeds, banks and probes are in the model itself.
-    """
-
-    step: Int[Array, ""]
-    """Calls of ``update`` so far."""
-    ticks: Int[Array, ""]
-    rng: Key[Array, ""]
-    """Draws newborn blueprints."""
+    growth: GrowthState
     moments: dict[str, Any]
-    """State of each bank's optimizer, by layer."""
-    memory: Any
-    """What the policy remembers."""
-    monitor: Monitor
-    calls: dict[str, Int[Array, ""]]
-    """Calls of each layer since the last tick that ``update`` knows of."""
+    """State of the bank's optimizer, by group: of its ``L * K`` slots."""
+    calls: dict[str, Int[Array, "*stack"]]
+    """Calls of each bed since the last tick that ``update`` knows of."""
 
 
 Evaluate = Callable[[Any], Any]
@@ -100,12 +90,18 @@ class Growth(nnx.Module):
       lifecycle_config: minimum ages, gates and grafting.
       controller_config: numbers of the heuristic.
       policy: a `Policy`, or what makes one, instead of the heuristic.
+      measure: which of the signals that cost a pass over the host's gradients or
+        weights are measured: ``"chunk_gradient"``, ``"gradient_ratio"``,
+        ``"grad_norm"``, ``"drift"``. The others are NaN in reports. By default those
+        that the policy and the seeds' grafting strategies read.
+      measure_every: gradients are measured at every so many steps, beginning with the
+        first after a tick. Other steps do not read the host's gradients.
       rngs: key ``params`` draws the blueprints and the policy's choices.
 
     Raises:
       TypeError: if ``optimizer`` or ``policy`` is none.
-      ValueError: if the model holds nothing that can grow, or the policy does not suit
-        it.
+      ValueError: if the model holds nothing that can grow, the policy does not suit
+        it, or reads what ``measure`` leaves out.
     """
 
     def __init__(
@@ -117,6 +113,8 @@ class Growth(nnx.Module):
         lifecycle_config: LifecycleConfig | None = None,
         controller_config: ControllerConfig | None = None,
         policy: Policy | PolicyFactory | None = None,
+        measure: Collection[str] | None = None,
+        measure_every: int = MEASURE_EVERY,
         rngs: nnx.Rngs | None = None,
     ) -> None:
         if not isinstance(optimizer, PerSlot | optax.GradientTransformation):
@@ -126,17 +124,22 @@ class Growth(nnx.Module):
             )
         parts = split_model(model, wrt=wrt)
         gates = lifecycle_config or LifecycleConfig()
+        values = values_of(model)
+        chosen = policy_for(parts, gates, policy_of(policy, controller_config, None))
+        read = what_is_read(chosen, parts.strategies(values))
         self.recipe = Recipe(
             parts=parts,
             bank_optimizer=(
                 optimizer if isinstance(optimizer, PerSlot) else per_slot(optimizer)
             ),
             gates=gates,
-            policy=policy_for(parts, gates, policy_of(policy, controller_config, None)),
+            policy=chosen,
+            measured=check_measured(measure, measure_every, read),
+            measure_every=measure_every,
         )
         self.wrt = wrt
         key = (rngs or nnx.Rngs(0)).params()
-        self.state = VariableTree(GrowthVariable, self._start(values_of(model), key))
+        self.state = VariableTree(GrowthVariable, self._start(values, key))
 
     @property
     def argnums(self) -> nnx.DiffState:
@@ -170,52 +173,42 @@ class Growth(nnx.Module):
                 f"loss must be a single number, got shape {jnp.shape(loss)}; take the "
                 "mean over the rows"
             )
-        parts, state = self.recipe.parts, self.state.get_value()
-        values = self._values(model)
-        given = self._gradients(grads)
-        seeds, banks = parts.take(values, "seeds"), parts.take(values, "bank")
-        bank_grads, gains = parts.take(given, "bank"), parts.take(given, "probe")
-        layers = {
-            name: update_layer(
-                self.recipe.bank_optimizer,
-                Layer(seeds[name], banks[name], state.moments[name]),
-                LayerGradients(
-                    bank_grads[name],
-                    gains[name],
-                    seeds[name].steps - state.calls[name],
-                ),
-                step=state.step,
-                value=jnp.float32(jnp.nan) if loss is None else loss,
-            )
-            for name in parts.beds
-        }
+        recipe, (state, moments, calls) = self.recipe, self.state.get_value()
+        parts = recipe.parts
+        values, given = self._values(model), self._gradients(grads)
+        seeds = parts.take_beds(values, "seeds")
+        bank_grads = parts.take_beds(given, "bank")
+        learned = update_banks(
+            recipe,
+            seeds,
+            Learned(
+                banks=parts.take_beds(values, "bank"),
+                gains={path: s.gain for path, s in seeds.items()},
+                errors={path: s.errors for path, s in seeds.items()},
+                moments=moments,
+            ),
+            BankGradients(
+                bank_grads,
+                parts.take_beds(given, "probe"),
+                {path: s.steps - calls[path] for path, s in seeds.items()},
+            ),
+            step=state.step,
+            value=jnp.float32(jnp.nan) if loss is None else loss,
+        )
         host = {name: given[name] for name in parts.host_params() if name in given}
-        monitor = state.monitor
-        self.state.set_value(
-            dataclasses.replace(
-                state,
-                step=state.step + 1,
-                moments={name: layer.moments for name, layer in layers.items()},
-                calls={name: layer.seeds.steps for name, layer in layers.items()},
-                monitor=dataclasses.replace(
-                    monitor,
-                    gradients=add_gradients(
-                        parts, monitor.gradients, seeds, host, bank_grads
-                    ),
-                    train_loss=monitor.train_loss
-                    + (jnp.nan if loss is None else jnp.asarray(loss, jnp.float32)),
-                    grad_norm=monitor.grad_norm + optax.tree.norm(host)
-                    if host
-                    else monitor.grad_norm + jnp.nan,
-                    steps=monitor.steps + 1,
-                ),
+        of_step = StepGradients(host, bank_grads, seeds)
+        monitor = watch(recipe, state.monitor, of_step, loss)
+        state = dataclasses.replace(state, step=state.step + 1, monitor=monitor)
+        calls = {path: s.steps for path, s in seeds.items()}
+        self.state.set_value(Remembered(state, learned.moments, calls))
+        new = {
+            path: dataclasses.replace(
+                s, gain=learned.gains[path], errors=learned.errors[path]
             )
-        )
-        self._put(
-            model,
-            {name: layer.seeds for name, layer in layers.items()},
-            {name: layer.bank for name, layer in layers.items()},
-        )
+            for path, s in seeds.items()
+        }
+        new_seeds = parts.put_beds("seeds", new)
+        self._put(model, new_seeds | parts.put_beds("bank", learned.banks))
 
     def tick(self, model: nnx.Module, evaluate: Evaluate) -> TickReport:
         """Measures, decides and carries out what was decided, for all layers.
@@ -237,72 +230,61 @@ class Growth(nnx.Module):
           ValueError: if ``evaluate`` does not return one or two single numbers, the
             model is another than growth was made for, or this is being traced.
         """
-        parts, state = self.recipe.parts, self.state.get_value()
+        recipe, (state, moments, calls) = self.recipe, self.state.get_value()
+        parts, groups = recipe.parts, recipe.parts.groups
         values = self._values(model)
         if any(isinstance(value, jax.core.Tracer) for value in values.values()):
             raise ValueError(
                 "tick must be called between steps, outside of jax.jit and nnx.jit, "
                 "since evaluate may be any function; got a model that is being traced"
             )
-        seeds = parts.take(values, "seeds")
+        seeds = parts.take_beds(values, "seeds")
         loss, score = _measured(evaluate, model)
         worth = {
-            name: self._worth(model, evaluate, name, layer, loss)
-            for name, layer in seeds.items()
+            path: self._worth(model, evaluate, path, layers, loss)
+            for path, layers in seeds.items()
         }
-        whole = TrainState(
-            step=state.step,
-            ticks=state.ticks,
-            rng=state.rng,
-            params={name: values[name] for name in parts.host_params()},
-            opt_state=(),
-            banks=parts.take(values, "bank"),
-            bank_opt=state.moments,
-            seeds=seeds,
-            rest={},
-            memory=state.memory,
-            monitor=state.monitor,
-            governor=GovernorMemory.start(),
-        )
+        before = groups.join(jax.device_get(seeds))
         seen = Seen(
             jnp.float32(loss),
             jnp.float32(score),
-            jax.tree.map(jnp.asarray, worth),
+            groups.join(worth),
             jnp.ones((), bool),
         )
-        whole, report = _advance(self.recipe, whole, seen)
-        self.state.set_value(
-            dataclasses.replace(
-                state,
-                ticks=whole.ticks,
-                rng=whole.rng,
-                moments=whole.bank_opt,
-                memory=whole.memory,
-                monitor=whole.monitor,
-                calls=jax.tree.map(jnp.zeros_like, state.calls),
-            )
-        )
-        self._put(model, whole.seeds, whole.banks)
-        return jax.device_get(report)
+        host = {name: values[name] for name in parts.host_params()}
+        host = host if recipe.wants("drift") else {}
+        state, after, birth, report = _advance(recipe, state, before, host, seen)
+        after, report = jax.device_get((after, report))
+        # On the host: taking groups apart on a device would compile for each layer.
+        new = parts.put_beds("seeds", groups.part(after))
+        if any(np.any(born_in(before[key], after[key])) for key in before):
+            banks = groups.join(jax.device_get(parts.take_beds(values, "bank")))
+            banks, moments = _births(recipe, (before, after), banks, moments, birth)
+            new |= parts.put_beds("bank", groups.part(jax.device_get(banks)))
+        calls = jax.tree.map(jnp.zeros_like, calls)
+        self.state.set_value(Remembered(state, moments, calls))
+        self._put(model, _placed(new, values))
+        return report.replace(layers=groups.split(report.layers))
 
-    def _start(self, values: Arrays, key: Key[Array, ""]) -> GrowthState:
-        parts = self.recipe.parts
+    def _start(self, values: Arrays, key: Key[Array, ""]) -> Remembered:
+        recipe, parts = self.recipe, self.recipe.parts
         params = {name: values[name] for name in parts.host_params()}
-        host_mean = {name: parts.host_weights(params, name) for name in parts.beds}
-        num_seeds = {name: layout.num_seeds for name, layout in parts.layouts.items()}
         policy, births = jax.random.split(key)
-        return GrowthState(
+        banks = parts.groups.join(parts.take_beds(values, "bank"))
+        seeds = parts.take_beds(values, "seeds")
+        state = GrowthState(
             step=jnp.zeros((), jnp.int32),
             ticks=jnp.zeros((), jnp.int32),
             rng=births,
-            moments={
-                name: self.recipe.bank_optimizer.init(bank)
-                for name, bank in parts.take(values, "bank").items()
-            },
-            memory=self.recipe.policy.init(parts.shapes(), policy),
-            monitor=Monitor.start(jax.tree.map(jnp.array, host_mean), num_seeds),
-            calls={name: jnp.zeros((), jnp.int32) for name in parts.beds},
+            memory=recipe.policy.init(parts.shapes(), policy),
+            monitor=start_monitor(recipe, params),
         )
+        moments = {
+            name: recipe.bank_optimizer.init(flat_slots(bank))
+            for name, bank in banks.items()
+        }
+        calls = {path: jnp.zeros_like(s.steps) for path, s in seeds.items()}
+        return Remembered(state, moments, calls)
 
     def _values(self, model: nnx.Module) -> Arrays:
         """The values of the model's variables, which are those that are known."""
@@ -331,16 +313,12 @@ class Growth(nnx.Module):
                     )
         return given
 
-    def _put(
-        self, model: nnx.Module, seeds: dict[str, SeedState], banks: dict[str, Bank]
-    ) -> None:
-        """Writes seeds and banks into the model's variables."""
-        parts = self.recipe.parts
-        new = parts.joined("seeds", seeds) | parts.joined("bank", banks)
+    def _put(self, model: nnx.Module, values: Arrays) -> None:
+        """Writes values, by name, into the model's variables."""
         flat = [
-            (path, variable.replace(new[name]))
-            for name, (path, variable) in parts.variables.items()
-            if name in new
+            (path, variable.replace(values[name]))
+            for name, (path, variable) in self.recipe.parts.variables.items()
+            if name in values
         ]
         nnx.update(model, nnx.from_flat_state(flat))
 
@@ -348,43 +326,58 @@ class Growth(nnx.Module):
         self,
         model: nnx.Module,
         evaluate: Evaluate,
-        name: str,
-        layer: SeedState,
+        path: str,
+        seeds: SeedState,
         loss: float,
-    ) -> Float[np.ndarray, " K"]:
-        """Worth of the seed in each slot of a layer; NaN where none is asked for."""
-        parts = self.recipe.parts
-        alpha = np.asarray(slot_coefficients(layer)[0])
-        asked = np.asarray(asked_for_worth(layer, self.recipe.gates))
+    ) -> Float[np.ndarray, "*stack K"]:
+        """Worth of the seed in each slot of a bed; NaN where none is asked for."""
+        asked = functools.partial(asked_for_worth, gates=self.recipe.gates)
+        coefficients = slot_coefficients
+        for _ in range(seeds.seed_of_slot.ndim - 1):
+            asked, coefficients = jax.vmap(asked), jax.vmap(coefficients)
+        alpha = np.asarray(coefficients(seeds)[0])
         worth = np.full(alpha.shape, np.nan, np.float32)
-        for slot in np.flatnonzero(asked):
+        for slot in zip(*np.nonzero(np.asarray(asked(seeds))), strict=True):
             probe = np.zeros_like(alpha)
             probe[slot] = -alpha[slot]
-            others = {n: jnp.zeros(b, jnp.float32) for n, b in _probes(parts, model)}
-            probes = parts.joined("probe", others | {name: jnp.asarray(probe)})
-            worth[slot] = _measured(evaluate, model, probes)[0] - loss
+            worth[slot] = _measured(evaluate, model, path, probe)[0] - loss
         return worth
 
 
 _advance = jax.jit(advance, static_argnums=0)
+_births = jax.jit(births, static_argnums=0)
 
 
-def _probes(parts: ModelParts, model: nnx.Module) -> list[tuple[str, tuple[int, ...]]]:
-    probes = parts.take(values_of(model), "probe")
-    return [(name, probe.shape) for name, probe in probes.items()]
+def _placed(new: Arrays, old: Arrays) -> Arrays:
+    """Arrays of the host on the devices of those that they replace."""
+    names = list(new)
+    shardings = [
+        old[n].sharding if getattr(old[n], "committed", False) else None for n in names
+    ]
+    placed = [
+        jnp.asarray(new[n]) if where is None else jax.device_put(new[n], where)
+        for n, where in zip(names, shardings, strict=True)
+    ]
+    return dict(zip(names, placed, strict=True))
 
 
 def _measured(
-    evaluate: Evaluate, model: nnx.Module, probes: Arrays | None = None
+    evaluate: Evaluate, model: nnx.Module, bed: str = "", probe: Any = None
 ) -> tuple[float, float]:
-    """Held-out loss and score, NaN for none, of the model with these probes."""
+    """Held-out loss and score, NaN for none.
+
+    Args:
+      evaluate: the user's.
+      model: seen by it in the same mode, recording nothing.
+      bed: path of a `SeedBed`.
+      probe: added to the alphas of that bed.
+    """
     view = nnx.merge(*nnx.split(model), copy=True)
     for path, node in nnx.iter_graph(view):
         if isinstance(node, SeedBed):
             node.deterministic = True
-            where = "/".join(map(str, (*path, "probe")))
-            if probes is not None:
-                node.probe.set_value(probes[where])
+            if probe is not None and "/".join(map(str, path)) == bed:
+                node.probe.set_value(jnp.asarray(probe))
     result = evaluate(view)
     pair = result if isinstance(result, tuple) else (result, np.nan)
     if len(pair) != 2 or not all(map(_is_number, pair)):

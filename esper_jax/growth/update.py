@@ -1,113 +1,131 @@
 """What a step's gradients do to the layers that can grow."""
 
 import functools
-from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt
 
 from esper_jax.blueprints import Bank
-from esper_jax.growth import gradients
-from esper_jax.growth.parts import ModelParts
-from esper_jax.growth.state import Arrays
+from esper_jax.groups import flat_slots, slots_of_layers
+from esper_jax.growth.recipe import Recipe
+from esper_jax.lifecycle.stages import Stage
 from esper_jax.lifecycle.state import SeedState, saturating_add, slot_coefficients
-from esper_jax.optim import PerSlot
 
-__all__ = ["Layer", "LayerGradients", "add_gradients", "update_layer"]
-
-
-class Layer(NamedTuple):
-    """What grows in one layer."""
-
-    seeds: SeedState
-    bank: Bank
-    moments: Any
-    """State of the bank's optimizer."""
+__all__ = ["BankGradients", "Learned", "update_banks"]
 
 
-class LayerGradients(NamedTuple):
-    """What one backward pass gives for one layer."""
+class BankGradients(NamedTuple):
+    """What one backward pass gives for the banks."""
 
-    bank: Bank
-    gain: Float[Array, " K"]
-    """Gradient with respect to each slot's alpha."""
-    calls: Int[Array, ""]
-    """How often the forward pass called the layer."""
+    banks: dict[str, Bank]
+    """Gradients of the banks, by bed."""
+    gains: dict[str, Float[Array, "*stack K"]]
+    """Gradients with respect to each slot's alpha, by bed."""
+    calls: dict[str, Int[Array, "*stack"]]
+    """How often the forward pass called the layer, by bed."""
 
 
-def update_layer(
-    optimizer: PerSlot, layer: Layer, grads: LayerGradients, **extra: Any
-) -> Layer:
-    """Updates the slots of a layer that learn.
+class Learned(NamedTuple):
+    """What a step changes of the layers."""
+
+    banks: dict[str, Bank]
+    """By bed."""
+    gains: dict[str, Float[Array, "*stack K"]]
+    """Sums of the tick, by bed."""
+    errors: dict[str, UInt[Array, "*stack K"]]
+    """Steps of the tick with gradients that were not finite, by bed."""
+    moments: dict[str, Any]
+    """Of the optimizer, for the ``L * K`` slots of each group."""
+
+
+def update_banks(
+    recipe: Recipe,
+    seeds: dict[str, SeedState],
+    learned: Learned,
+    grads: BankGradients,
+    **extra: Any,
+) -> Learned:
+    """Updates the slots that learn, of all layers.
 
     A slot whose gradient is not finite waits a step. That is an error; so is, in a slot
-    that only counts, a correction that is not finite.
+    that only counts, a correction that is not finite. While nothing lives in any layer,
+    the gradients are not read.
 
     Args:
-      optimizer: of the bank.
-      layer: what grows in it.
+      recipe: holds the bank's optimizer.
+      seeds: of each bed.
+      learned: before the step.
       grads: of this step.
       **extra: for the optimizer: ``step``, the run's, and ``value``, the loss.
     """
-    seeds, bank, moments = layer
-    alpha, beta, _ = slot_coefficients(seeds)
-    finite = _finite_slots(grads.bank) & jnp.isfinite(grads.gain)
-    learning = beta != 0
-    living = learning | (alpha != 0)
-
-    def update() -> tuple[Bank, Any]:
-        updates, new = optimizer.update(
-            grads.bank, moments, bank, active=learning & finite, **extra
-        )
-        return optax.apply_updates(bank, updates), new
-
-    bank, moments = jax.lax.cond(jnp.any(learning), update, lambda: (bank, moments))
-    # A layer that is called several times in a step has as many errors.
-    wrong = jnp.where(living & ~finite, grads.calls, 0)
-    seeds = replace(
-        seeds,
-        gain=seeds.gain + grads.gain,
-        errors=saturating_add(seeds.errors, wrong),
+    stage = jnp.concatenate([state.stage.reshape(-1) for state in seeds.values()])
+    return jax.lax.cond(
+        jnp.any((stage >= Stage.TRAINING) & (stage <= Stage.FOSSILIZED)),
+        lambda: _learn(recipe, seeds, learned, grads, extra),
+        lambda: learned,
     )
-    return Layer(seeds, bank, moments)
 
 
-def add_gradients(
-    parts: ModelParts,
-    sums: Mapping[str, gradients.GradientSums],
-    seeds: Mapping[str, SeedState],
-    host: Arrays,
-    banks: Mapping[str, Bank],
-) -> dict[str, gradients.GradientSums]:
-    """The tick's sums of gradient norms with this step's, by layer.
+def _learn(
+    recipe: Recipe,
+    seeds: dict[str, SeedState],
+    learned: Learned,
+    grads: BankGradients,
+    extra: dict[str, Any],
+) -> Learned:
+    groups, optimizer = recipe.parts.groups, recipe.bank_optimizer
+    owners = groups.join({p: _owners(state) for p, state in seeds.items()})
+    joined = groups.join(grads.banks), groups.join(grads.gains)
+    banks, moments = groups.join(learned.banks), dict(learned.moments)
+    wrong = {}
+    for key, (alpha, beta) in owners.items():
+        bank_grads, gains = joined[0][key], joined[1][key]
+        finite = _finite_slots(bank_grads) & jnp.isfinite(gains)
+        learning = beta != 0
+        wrong[key] = (learning | (alpha != 0)) & ~finite
 
-    Args:
-      parts: the model.
-      sums: so far.
-      seeds: of each layer.
-      host: gradients of the host's parameters, by name.
-      banks: gradients of each layer's bank.
-    """
-    return {
-        name: gradients.add(
-            sums[name],
-            parts.host_weights(host, name),
-            banks[name],
-            seeds[name],
-            parts.layouts[name],
-            owns=parts.has_base(name),
+        def update(
+            key: str = key, active: Array = learning & finite, grads: Bank = bank_grads
+        ) -> tuple[Bank, Any]:
+            old = flat_slots(banks[key])
+            updates, new = optimizer.update(
+                flat_slots(grads), moments[key], old, active=flat_slots(active), **extra
+            )
+            bank = optax.apply_updates(old, updates)
+            return slots_of_layers(bank, len(active)), new
+
+        banks[key], moments[key] = jax.lax.cond(
+            jnp.any(learning), update, lambda key=key: (banks[key], moments[key])
         )
-        for name in parts.beds
-    }
+    errors = groups.part(wrong)
+    return Learned(
+        banks=groups.part(banks),
+        gains=jax.tree.map(jnp.add, learned.gains, grads.gains),
+        # A layer that is called several times in a step has as many errors.
+        errors={
+            path: saturating_add(
+                old, jnp.where(errors[path], grads.calls[path][..., None], 0)
+            )
+            for path, old in learned.errors.items()
+        },
+        moments=moments,
+    )
 
 
-def _finite_slots(grads: Bank) -> Bool[Array, " K"]:
+def _owners(state: SeedState) -> tuple[Float[Array, "*stack K"], ...]:
+    """Alpha and beta of each slot, whatever the leading axes."""
+    coefficients = slot_coefficients
+    for _ in range(state.seed_of_slot.ndim - 1):
+        coefficients = jax.vmap(coefficients)
+    return coefficients(state)[:2]
+
+
+def _finite_slots(grads: Bank) -> Bool[Array, "L K"]:
     leaves = [
-        jnp.all(jnp.isfinite(leaf), axis=tuple(range(1, leaf.ndim)))
+        jnp.all(jnp.isfinite(leaf), axis=tuple(range(2, leaf.ndim)))
         for leaf in jax.tree.leaves(grads)
     ]
     return functools.reduce(jnp.logical_and, leaves)

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int, UInt
 
 from esper_jax.lifecycle.signals import Signals
 
-__all__ = ["GraftConfig", "GraftMemory", "Strategy", "begin", "update"]
+__all__ = ["READS", "GraftConfig", "GraftMemory", "Strategy", "begin", "update"]
 
 
 class Strategy(enum.IntEnum):
@@ -230,6 +230,16 @@ _STRATEGIES: dict[Strategy, Callable[..., _Update]] = {
     Strategy.GRAD_NORM_GATED: _grad_norm_gated,
 }
 assert list(_STRATEGIES) == list(Strategy), "a strategy has no function"
+
+READS: dict[Strategy, frozenset[str]] = {
+    strategy: frozenset() for strategy in Strategy
+} | {
+    Strategy.DRIFT_CONTROLLED: frozenset({"drift"}),
+    Strategy.ADAPTIVE: frozenset({"drift"}),
+    Strategy.STABILITY: frozenset({"grad_norm"}),
+    Strategy.GRAD_NORM_GATED: frozenset({"grad_norm"}),
+}
+"""Signals of the host's weights and gradients that each strategy reads."""
 
 
 def _select(index: Any, updates: list[_Update]) -> _Update:

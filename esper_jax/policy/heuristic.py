@@ -5,30 +5,29 @@ asks; `lifecycle.transition` decides. Any other policy has the same signature.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int, Key
+from jaxtyping import Array, Bool, Key
 
-from esper_jax.blueprints import living_parameters
+from esper_jax.groups import Groups
 from esper_jax.lifecycle.commands import Commands
 from esper_jax.lifecycle.rules import LifecycleConfig, gates_pass
 from esper_jax.lifecycle.signals import Signals, running_mean
 from esper_jax.lifecycle.stages import NO_REQUEST, Stage, is_active
 from esper_jax.lifecycle.state import SeedState
 from esper_jax.policy.config import ControllerConfig
+from esper_jax.policy.germination import Costs, Seen, germinate
 from esper_jax.policy.interface import LayerShape, Policy, PolicyFactory, Setting
-from esper_jax.policy.memory import ControllerMemory, Reason, init_memory
+from esper_jax.policy.memory import ControllerMemory, init_memory
 from esper_jax.policy.moves import advance, may_be_kept, strategy_for, take_turns
-from esper_jax.policy.places import Limits, choose, choose_blueprint, cost_of, scores
+from esper_jax.policy.places import by_seed
 
 __all__ = ["Costs", "Decide", "decide", "heuristic", "policy_of"]
-
-Costs = Mapping[str, Int[np.ndarray, "N S"]]
-"""Parameters of each blueprint on each chunk, by layer."""
 
 Decide = Callable[
     [
@@ -58,7 +57,6 @@ def heuristic(
       asks for a blueprint that a layer does not have.
     """
     numbers = config or ControllerConfig()
-    chosen = decide or _decide
 
     def make(setting: Setting) -> Policy:
         costs = {name: layer.costs for name, layer in setting.layers.items()}
@@ -76,14 +74,33 @@ def heuristic(
                 blueprints=min(len(layer.costs) for layer in shapes.values()),
             )
 
-        def decide(
+        def by_layer(
             seeds: Mapping[str, SeedState], signals: Mapping[str, Signals], memory: Any
         ) -> tuple[dict[str, Commands], Any]:
-            return chosen(seeds, signals, memory, numbers, setting.gates, costs)
+            assert decide is not None
+            return decide(seeds, signals, memory, numbers, setting.gates, costs)
 
-        return Policy(init, decide)
+        if decide is not None:
+            return Policy(init, by_layer)
+        groups = setting.groups or Groups.alone(tuple(setting.layers))
+        of_group = {key: costs[group.layers[0]] for key, group in groups.of.items()}
+
+        def by_group(
+            seeds: Mapping[str, SeedState], signals: Mapping[str, Signals], memory: Any
+        ) -> tuple[dict[str, Commands], Any]:
+            given = Seen(groups, seeds, signals, of_group)
+            return _decide(given, memory, numbers, setting.gates)
+
+        return Policy(init, by_group, reads=_reads(numbers), stacked=True)
 
     return make
+
+
+def _reads(config: ControllerConfig) -> frozenset[str]:
+    """The costly signals that the heuristic reads."""
+    where = {"chunk_gradient"} if config.where == "gradient" else set()
+    how = {"drift", "grad_norm"} if config.how == "conditions" else set()
+    return frozenset(where | how)
 
 
 def policy_of(
@@ -138,24 +155,41 @@ def decide(
         are missing.
     """
     costs = _known_costs(costs, seeds, memory, config)
-    measured = next(iter(signals.values()))
-    memory, shifted = _watch(memory, measured.held_out_loss, config)
-    before = {
-        name: memory.before.get(name, jnp.full(s.num_seeds, jnp.nan, jnp.float32))
-        for name, s in seeds.items()
-    }
-    targets = {}
-    for name, state in seeds.items():
-        kept = may_be_kept(signals[name], before[name], memory.loss_mean, config)
-        target = advance(state, signals[name], kept, config, lifecycle)
+    groups = Groups.alone(tuple(seeds))
+    seen = Seen(groups, groups.stack(seeds), groups.stack(signals), costs)
+    commands, memory = _decide(seen, memory, config, lifecycle)
+    return groups.split(commands), memory
+
+
+def _decide(
+    seen: Seen,
+    memory: ControllerMemory,
+    config: ControllerConfig,
+    lifecycle: LifecycleConfig,
+) -> tuple[dict[str, Commands], ControllerMemory]:
+    """`decide` for layers by group; the memory is by layer."""
+    groups, seeds, signals, _ = seen
+    memory, shifted = _watch(memory, seen.common("held_out_loss"), config)
+    before = groups.stack(_before(memory, seen))
+
+    def asked(state: SeedState, signals: Signals, before: Array) -> Array:
+        kept = may_be_kept(signals, before, memory.loss_mean, config)
+        target = advance(state, signals, kept, config, lifecycle)
         fresh_start = shifted & is_active(state.stage)
-        targets[name] = jnp.where(fresh_start, Stage.ROLLED_BACK, target)
-    targets = take_turns(seeds, targets, config)
-    grafted = {
-        name: (t == Stage.GRAFTING)
-        & gates_pass(seeds[name], t, signals[name], lifecycle)
-        for name, t in targets.items()
+        return jnp.where(fresh_start, Stage.ROLLED_BACK, target)
+
+    targets = {
+        name: jax.vmap(asked)(state, signals[name], before[name])
+        for name, state in seeds.items()
     }
+    targets = take_turns(groups, seeds, targets, config)
+    passed = {
+        name: jax.vmap(functools.partial(gates_pass, config=lifecycle))(
+            seeds[name], target, signals[name]
+        )
+        for name, target in targets.items()
+    }
+    grafted = {n: (t == Stage.GRAFTING) & passed[n] for n, t in targets.items()}
     before = {
         name: jnp.where(
             seeds[name].stage == Stage.DORMANT,
@@ -164,19 +198,34 @@ def decide(
         )
         for name, old in before.items()
     }
-    memory = _credit(seeds, signals, targets, memory, lifecycle)
-    kind, born, memory = _germinate(seeds, signals, memory, config, costs)
+    kept = {n: (t == Stage.FOSSILIZED) & passed[n] for n, t in targets.items()}
+    memory = _credit(seen, kept, memory)
+    kind, born, memory = germinate(seen, memory, config)
+    style = functools.partial(
+        strategy_for, memory=memory, config=config, lifecycle=lifecycle
+    )
+    styles = {
+        name: jax.vmap(style)(flags, signals[name]) for name, flags in grafted.items()
+    }
     commands = {
         name: Commands(
             target=jnp.where(born[name], Stage.GERMINATED, target).astype(jnp.int8),
             blueprint=jnp.where(born[name], kind, NO_REQUEST).astype(jnp.int8),
-            strategy=strategy_for(
-                grafted[name], signals[name], memory, config, lifecycle
-            ),
+            strategy=styles[name],
         )
         for name, target in targets.items()
     }
-    return commands, dataclasses.replace(memory, before=before)
+    return commands, dataclasses.replace(memory, before=groups.split(before))
+
+
+def _before(memory: ControllerMemory, seen: Seen) -> dict[str, Array]:
+    """``memory.before`` of every layer; NaN for one that it does not know."""
+    return {
+        name: memory.before.get(
+            name, jnp.full(seen.seeds[group].num_seeds, jnp.nan, jnp.float32)
+        )
+        for name, group in seen.groups.names().items()
+    }
 
 
 def _known_costs(
@@ -228,127 +277,19 @@ def _watch(
 
 
 def _credit(
-    seeds: Mapping[str, SeedState],
-    signals: Mapping[str, Signals],
-    targets: Mapping[str, Int[Array, " S"]],
-    memory: ControllerMemory,
-    lifecycle: LifecycleConfig,
+    seen: Seen, kept: Mapping[str, Bool[Array, "L S"]], memory: ControllerMemory
 ) -> ControllerMemory:
     """Credits blueprints with the mean worth of the seeds that are kept now."""
-    kept, earned = memory.kept, memory.earned
-    for name, state in seeds.items():
-        target = targets[name]
-        stays = (target == Stage.FOSSILIZED) & gates_pass(
-            state, target, signals[name], lifecycle
-        )
-        kind = state.blueprint.astype(jnp.int32)
-        worth = jnp.broadcast_to(signals[name].mean_worth, kind.shape)
-        kept = kept.at[kind].add(stays.astype(jnp.int32), mode="drop")
-        # One infinite worth would make the sum infinite for good.
-        counts = stays & jnp.isfinite(worth)
-        earned = earned.at[kind].add(jnp.where(counts, worth, 0.0), mode="drop")
-    return dataclasses.replace(memory, kept=kept, earned=earned)
-
-
-def _germinate(
-    seeds: Mapping[str, SeedState],
-    signals: Mapping[str, Signals],
-    memory: ControllerMemory,
-    config: ControllerConfig,
-    costs: Costs,
-) -> tuple[Int[Array, ""], dict[str, Bool[Array, " S"]], ControllerMemory]:
-    """Which blueprint germinates and where, if anything does; and the new memory."""
-    key, chance, places = jax.random.split(memory.key, 3)
-    time = {
-        "plateau": memory.stale >= config.patience,
-        "period": memory.since >= config.period,
-        "random": jax.random.uniform(chance) < 1 / config.period,
-    }[config.when]
-    waiting = sum(
-        jnp.sum((s.stage == Stage.GERMINATED) | (s.stage == Stage.TRAINING))
-        for s in seeds.values()
+    flat = seen.groups.flat
+    stays = flat(kept)
+    kind = flat({n: s.blueprint for n, s in seen.seeds.items()}).astype(jnp.int32)
+    worth = flat(
+        {n: by_seed(seen.signals[n].mean_worth, s) for n, s in seen.seeds.items()}
     )
-    spent = sum(
-        jnp.sum(living_parameters(costs[name], s.blueprint, s.slot_of_seed >= 0))
-        for name, s in seeds.items()
-    )
-    kind = choose_blueprint(config, memory, costs)
-    score, next_turn = scores(config.where, seeds, signals, memory.turn, places)
-    chosen = choose(
-        seeds,
-        score,
-        {name: cost_of(kind, cost) for name, cost in costs.items()},
-        Limits(
-            births=config.births,
-            at_once=config.max_training - waiting,
-            room=jnp.inf if config.budget < 0 else config.budget - spent,
-        ),
-    )
-    measured = next(iter(signals.values()))
-    reason = _first_reason(
-        [
-            (jnp.asarray(not config.enabled), Reason.DISABLED),
-            (_target_met(measured.held_out_accuracy, config), Reason.TARGET_MET),
-            (jnp.asarray(config.budget == 0), Reason.BUDGET_SPENT),
-            (~time, Reason.NOT_YET),
-            (jnp.asarray(waiting >= config.max_training), Reason.BUSY),
-            *_no_place(seeds, score, chosen),
-        ]
-    )
-    grows = reason == Reason.GERMINATED
-    born = {name: flags & grows for name, flags in chosen.items()}
-    loss = measured.held_out_loss
-    # Infinity, so that the next finite loss becomes the best one.
-    best = jnp.where(jnp.isfinite(loss), loss, jnp.inf)
-    memory = dataclasses.replace(
+    # One infinite worth would make the sum infinite for good.
+    counts = stays & jnp.isfinite(worth)
+    return dataclasses.replace(
         memory,
-        best_loss=jnp.where(grows, best, memory.best_loss),
-        stale=jnp.where(grows, 0, memory.stale),
-        since=jnp.where(grows, 0, memory.since),
-        turn=jnp.where(grows, next_turn(born), memory.turn),
-        key=key,
-        reason=reason,
-        tried=memory.tried.at[kind].add(sum(jnp.sum(b) for b in born.values())),
+        kept=memory.kept.at[kind].add(stays.astype(jnp.int32), mode="drop"),
+        earned=memory.earned.at[kind].add(jnp.where(counts, worth, 0.0), mode="drop"),
     )
-    return kind, born, memory
-
-
-def _target_met(accuracy: Array, config: ControllerConfig) -> Bool[Array, ""]:
-    if config.target_accuracy < 0:
-        return jnp.asarray(False)
-    return accuracy >= config.target_accuracy
-
-
-def _no_place(
-    seeds: Mapping[str, SeedState],
-    score: Mapping[str, Array],
-    chosen: Mapping[str, Array],
-) -> list[tuple[Bool[Array, ""], Reason]]:
-    """What may be wrong with all places."""
-    dormant = {n: s.stage == Stage.DORMANT for n, s in seeds.items()}
-    usable = {n: d & jnp.any(seeds[n].seed_of_slot < 0) for n, d in dormant.items()}
-    resting = {n: s.stage >= Stage.CULLED for n, s in seeds.items()}
-    known = {n: u & jnp.isfinite(score[n]) for n, u in usable.items()}
-
-    def some(flags: Mapping[str, Array]) -> Array:
-        return jnp.any(jnp.stack([jnp.any(f) for f in flags.values()]))
-
-    return [
-        (~some(dormant) & some(resting), Reason.EMBARGOED),
-        (~some(dormant), Reason.FULL),
-        (~some(usable), Reason.NO_SLOT),
-        (~some(known), Reason.UNMEASURED),
-        (~some(chosen), Reason.BUDGET_SPENT),
-    ]
-
-
-def _first_reason(cases: list[tuple[Bool[Array, ""], Reason]]) -> Int[Array, ""]:
-    """The reason of the first case that holds, else GERMINATED; int8."""
-    holds, reasons = zip(*cases, strict=True)
-    return jnp.select(
-        list(holds), [jnp.int8(r) for r in reasons], jnp.int8(Reason.GERMINATED)
-    )
-
-
-_decide: Decide = decide
-"""`decide`, where an argument has its name."""

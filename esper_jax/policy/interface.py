@@ -1,18 +1,30 @@
 """What a policy is: a pair of pure functions, as an optax transformation is."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Array, Int, Key
 
+from esper_jax.groups import Groups
 from esper_jax.lifecycle.commands import Commands
 from esper_jax.lifecycle.rules import LifecycleConfig
 from esper_jax.lifecycle.signals import Signals
 from esper_jax.lifecycle.state import SeedState
 
-__all__ = ["LayerShape", "Policy", "PolicyFactory", "Setting", "made"]
+__all__ = [
+    "SAMPLED",
+    "LayerShape",
+    "Policy",
+    "PolicyFactory",
+    "Setting",
+    "check_reads",
+    "made",
+]
+
+SAMPLED = frozenset({"chunk_gradient", "drift", "grad_norm", "gradient_ratio"})
+"""Signals that cost a pass over the host's gradients or weights."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -37,10 +49,12 @@ class Setting:
     Args:
       layers: by name.
       gates: minimum ages and gates of the lifecycle.
+      groups: which layers have the same shape; by default none.
     """
 
     layers: Mapping[str, LayerShape]
     gates: LifecycleConfig
+    groups: Groups | None = None
 
 
 class Policy(NamedTuple):
@@ -52,6 +66,11 @@ class Policy(NamedTuple):
       decide: ``decide(seeds, signals, memory) -> commands, memory``: pure and
         jittable. ``seeds`` (already aged by this tick) and ``signals`` are by layer, as
         the commands must be. A memory with a field ``reason`` (int8) has it reported.
+      reads: which of the signals `SAMPLED` it reads. Others may be NaN: they are
+        measured only if something else reads them. None stands for all of them.
+      stacked: whether ``seeds``, ``signals`` and commands are by group of
+        ``Setting.groups`` instead, stacked along a leading axis of layers, which keeps
+        compile time independent of their number.
     """
 
     init: Callable[[Mapping[str, LayerShape], Key[Array, ""]], Any]
@@ -59,6 +78,8 @@ class Policy(NamedTuple):
         [Mapping[str, SeedState], Mapping[str, Signals], Any],
         tuple[dict[str, Commands], Any],
     ]
+    reads: frozenset[str] | None = None
+    stacked: bool = False
 
 
 PolicyFactory = Callable[[Setting], Policy]
@@ -77,4 +98,18 @@ def made(policy: Policy | PolicyFactory, setting: Setting) -> Policy:
             "policy must be a Policy(init, decide), or a function of the Setting that "
             f"returns one, such as policy.heuristic(config); got {result!r}"
         )
+    check_reads("Policy(reads=...)", result.reads or ())
     return result
+
+
+def check_reads(name: str, signals: Collection[str]) -> None:
+    """Refuses names that are none of `SAMPLED`.
+
+    Raises:
+      ValueError: naming the argument ``name`` and what is unknown.
+    """
+    if isinstance(signals, str) or set(signals) - SAMPLED:
+        raise ValueError(
+            f"{name} must be names out of {', '.join(sorted(SAMPLED))}: the signals "
+            f"that cost a pass over the host's gradients; got {signals!r}"
+        )

@@ -6,6 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+from esper_jax.groups import Groups
 from esper_jax.lifecycle.grafting import Strategy
 from esper_jax.lifecycle.rules import LifecycleConfig, gates_pass
 from esper_jax.lifecycle.signals import Signals
@@ -126,23 +127,27 @@ def advance(
 
 
 def take_turns(
+    groups: Groups,
     seeds: Mapping[str, SeedState],
-    targets: Mapping[str, Int[Array, " S"]],
+    targets: Mapping[str, Int[Array, "L S"]],
     config: ControllerConfig,
-) -> dict[str, Int[Array, " S"]]:
+) -> dict[str, Int[Array, "L S"]]:
     """Lets at most ``max_training`` seeds into TRAINING, in order.
 
-    Cancels the seeds that have waited too long.
+    Cancels the seeds that have waited too long. Seeds and targets come by group,
+    stacked.
     """
     room = config.max_training - sum(
         jnp.sum(s.stage == Stage.TRAINING) for s in seeds.values()
     )
+    waiting = groups.flat({n: t == Stage.TRAINING for n, t in targets.items()})
+    widths = {name: s.num_seeds for name, s in seeds.items()}
+    early = groups.unflat(jnp.cumsum(waiting) <= room, widths)
     allowed = {}
     for name, target in targets.items():
-        waiting = target == Stage.TRAINING
-        turn = jnp.cumsum(waiting)
         late = seeds[name].epochs_in_stage >= config.waiting_limit
         instead = jnp.where(late, Stage.CANCELLED, NO_REQUEST)
-        allowed[name] = jnp.where(waiting & (turn > room), instead, target)
-        room = room - jnp.sum(waiting & (turn <= room))
+        allowed[name] = jnp.where(
+            (target == Stage.TRAINING) & ~early[name], instead, target
+        )
     return allowed

@@ -1,9 +1,11 @@
 """Where to germinate and what: choices over the chunks of all layers at once.
 
-The lower a place's score, the better. NaN and infinity rule a place out.
+The lower a place's score, the better. NaN and infinity rule a place out. Layers come
+by group, stacked: ``L`` layers of ``S`` chunks.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,50 +14,51 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from esper_jax.groups import Groups
 from esper_jax.lifecycle.signals import Signals
 from esper_jax.lifecycle.stages import Stage
 from esper_jax.lifecycle.state import SeedState
 from esper_jax.policy.config import ControllerConfig
 from esper_jax.policy.memory import ControllerMemory
 
-__all__ = ["Limits", "choose", "choose_blueprint", "cost_of", "scores"]
+__all__ = ["Limits", "by_seed", "choose", "choose_blueprint", "cost_of", "scores"]
 
 
 def scores(
     where: str,
+    groups: Groups,
     seeds: Mapping[str, SeedState],
     signals: Mapping[str, Signals],
     turn: Int[Array, ""],
     key: Key[Array, ""],
-) -> tuple[dict[str, Float[Array, " S"]], Callable[[Mapping[str, Array]], Array]]:
+) -> tuple[dict[str, Float[Array, "L S"]], Callable[[Mapping[str, Array]], Array]]:
     """The score of every chunk, dormant or not.
 
     Args:
       where: a choice of `ControllerConfig`.
-      seeds: the seeds of each layer, by name.
-      signals: this tick's measurements of each layer.
+      groups: the layers, whose order the round robin follows.
+      seeds: the seeds of each group, by name.
+      signals: this tick's measurements of each group.
       turn: chunk at which the round robin goes on, counted over all layers.
       key: for random scores.
 
     Returns:
-      Scores by layer, and a function from the chunks that were chosen to the next turn
+      Scores by group, and a function from the chunks that were chosen to the next turn
       of the round robin.
     """
-    sizes = [s.num_seeds for s in seeds.values()]
-    total, ends = sum(sizes), np.cumsum(sizes)[:-1]
+    widths = {name: s.num_seeds for name, s in seeds.items()}
+    total = sum(s.stage.size for s in seeds.values())
     place = jnp.arange(total)
 
     def next_turn(born: Mapping[str, Array]) -> Array:
-        flat = jnp.concatenate(list(born.values()))
-        ahead = jnp.where(flat, (place - turn) % total, -1)
+        ahead = jnp.where(groups.flat(born), (place - turn) % total, -1)
         return ((turn + jnp.max(ahead) + 1) % total).astype(jnp.int32)
 
     if where == "health":
-        by_layer = {name: s.health for name, s in seeds.items()}
+        by_group = {name: s.health for name, s in seeds.items()}
     elif where == "gradient":
-        by_layer = {
-            name: -jnp.broadcast_to(signals[name].chunk_gradient, s.stage.shape)
-            for name, s in seeds.items()
+        by_group = {
+            name: -by_seed(signals[name].chunk_gradient, s) for name, s in seeds.items()
         }
     else:
         flat = (
@@ -63,13 +66,21 @@ def scores(
             if where == "round_robin"
             else jax.random.uniform(key, (total,))
         )
-        by_layer = dict(zip(seeds, jnp.split(flat, ends), strict=True))
-    return by_layer, next_turn
+        by_group = groups.unflat(flat, widths)
+    return by_group, next_turn
+
+
+def by_seed(signal: Array, state: SeedState) -> Float[Array, "L S"]:
+    """A signal of a layer or of its seeds, for each seed."""
+    if signal.ndim < state.stage.ndim:
+        signal = signal[..., None]
+    return jnp.broadcast_to(signal, state.stage.shape)
 
 
 def choose_blueprint(
     config: ControllerConfig,
     memory: ControllerMemory,
+    groups: Groups,
     costs: Mapping[str, Int[np.ndarray, "N S"]],
 ) -> Int[Array, ""]:
     """Index of the blueprint to germinate; of two equally good ones, the lower."""
@@ -83,7 +94,9 @@ def choose_blueprint(
     stability = (memory.kept + 1) / (tried + 2)
     novelty = 1 / (1 + tried)
     count = tried.shape[0]
-    mean = np.mean([cost[:count].mean(axis=1) for cost in costs.values()], axis=0)
+    of = groups.names()
+    each_layer = [costs[of[name]][:count].mean(axis=1) for name in groups.order]
+    mean = np.mean(each_layer, axis=0)
     thrift = jnp.asarray(1 - mean / max(mean.max(), 1), jnp.float32)
     score = {
         "performance": jnp.where(tried > 0, performance, jnp.inf),
@@ -113,11 +126,12 @@ class Limits:
 
 
 def choose(
+    groups: Groups,
     seeds: Mapping[str, SeedState],
-    scores: Mapping[str, Float[Array, " S"]],
+    scores: Mapping[str, Float[Array, "L S"]],
     costs: Mapping[str, Int[Array, " S"]],
     limits: Limits,
-) -> dict[str, Bool[Array, " S"]]:
+) -> dict[str, Bool[Array, "L S"]]:
     """The chunks to germinate in.
 
     A chunk is a candidate if it is dormant, has a finite score, its layer has a free
@@ -125,28 +139,32 @@ def choose(
     order of their scores, over all layers, until a limit is reached.
 
     Args:
-      seeds: the seeds of each layer, by name.
+      groups: the layers, whose order decides between equal scores.
+      seeds: the seeds of each group, by name.
       scores: as `scores` returns them.
       costs: parameters of the blueprint on each chunk.
       limits: how much may germinate.
     """
-    best = {
-        name: _candidates(state, scores[name], costs[name], limits)
-        for name, state in seeds.items()
-    }
-    joined = jnp.concatenate([score for score, _ in best.values()])
-    price = jnp.concatenate([costs[name][index] for name, (_, index) in best.items()])
+    best, index, price = {}, {}, {}
+    for name, state in seeds.items():
+        best[name], index[name] = jax.vmap(
+            functools.partial(_candidates, cost=costs[name], limits=limits)
+        )(state, scores[name])
+        price[name] = costs[name][index[name]]
+    joined, prices = groups.flat(best), groups.flat(price)
     order = jnp.argsort(joined, stable=True)
     taken = jnp.isfinite(joined[order])
     taken &= jnp.cumsum(taken) <= jnp.minimum(limits.births, limits.at_once)
-    taken &= jnp.cumsum(jnp.where(taken, price[order], 0)) <= limits.room
+    taken &= jnp.cumsum(jnp.where(taken, prices[order], 0)) <= limits.room
     taken = jnp.zeros(joined.shape, bool).at[order].set(taken)
-    ends = np.cumsum([score.size for score, _ in best.values()])[:-1]
+    parts = groups.unflat(taken, {name: b.shape[1] for name, b in best.items()})
+
+    def put(flags: Array, index: Array, part: Array) -> Array:
+        return flags.at[index].set(part)
+
     return {
-        name: jnp.zeros(seeds[name].stage.shape, bool).at[index].set(part)
-        for (name, (_, index)), part in zip(
-            best.items(), jnp.split(taken, ends), strict=True
-        )
+        name: jax.vmap(put)(jnp.zeros(s.stage.shape, bool), index[name], parts[name])
+        for name, s in seeds.items()
     }
 
 

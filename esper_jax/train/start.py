@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key
 
-from esper_jax.growth.state import Arrays, GovernorMemory, Monitor, TrainState
+from esper_jax.growth.state import Arrays, GovernorMemory, TrainState
+from esper_jax.growth.watch import start_monitor
 from esper_jax.train.recipe import TrainRecipe
 
 __all__ = ["initial_state"]
@@ -33,8 +34,6 @@ def initial_state(
         for variable in (*bed.variables("bank"), *bed.variables("seeds")):
             values.pop(variable, None)
     params = {name: values.pop(name) for name in parts.host_params()}
-    host_mean = {layer: parts.host_weights(params, layer) for layer in parts.beds}
-    num_seeds = {layer: layout.num_seeds for layer, layout in parts.layouts.items()}
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         ticks=jnp.zeros((), jnp.int32),
@@ -48,6 +47,6 @@ def initial_state(
         seeds=seeds,
         rest=values,
         memory=recipe.policy.init(parts.shapes(), jax.random.fold_in(rng, _CONTROLLER)),
-        monitor=Monitor.start(jax.tree.map(jnp.array, host_mean), num_seeds),
+        monitor=start_monitor(recipe, params),
         governor=GovernorMemory.start(),
     )

@@ -10,14 +10,11 @@ import optax
 from jaxtyping import Array, Float, Key
 
 from esper_jax.blueprints import Bank
+from esper_jax.groups import flat_slots, slots_of_layers
 from esper_jax.growth.parts import values_of
 from esper_jax.growth.state import Arrays, TrainState
-from esper_jax.growth.update import (
-    Layer,
-    LayerGradients,
-    add_gradients,
-    update_layer,
-)
+from esper_jax.growth.update import BankGradients, Learned, update_banks
+from esper_jax.growth.watch import StepGradients, watch
 from esper_jax.lifecycle.state import (
     SeedState,
     start_tick,
@@ -41,50 +38,61 @@ def train_step(recipe: TrainRecipe, state: TrainState, batch: Batch) -> TrainSta
     updates, opt_state = recipe.optimizer.update(
         learned.params, state.opt_state, state.params
     )
-    layers = {name: _update(recipe, state, name, learned) for name in state.seeds}
-    monitor = dataclasses.replace(
-        state.monitor,
-        gradients=add_gradients(
-            recipe.parts,
-            state.monitor.gradients,
-            state.seeds,
-            learned.params,
-            learned.banks,
-        ),
-        train_loss=state.monitor.train_loss + learned.loss,
-        grad_norm=state.monitor.grad_norm + optax.tree.norm(learned.params),
-        steps=state.monitor.steps + 1,
+    parts, groups = recipe.parts, recipe.parts.groups
+    seeds = parts.by_bed(
+        {name: _counted(s, learned.seeds[name]) for name, s in state.seeds.items()}
     )
+    grads = BankGradients(
+        parts.by_bed(learned.banks),
+        parts.by_bed(learned.gains),
+        parts.by_bed({name: s.steps for name, s in learned.seeds.items()}),
+    )
+    new = update_banks(
+        recipe,
+        seeds,
+        Learned(
+            banks=parts.by_bed(state.banks),
+            gains={path: s.gain for path, s in seeds.items()},
+            errors={path: s.errors for path, s in seeds.items()},
+            moments=flat_slots(groups.stack(state.bank_opt)),
+        ),
+        grads,
+        step=state.step,
+        value=learned.loss,
+    )
+    of_step = StepGradients(learned.params, grads.banks, parts.by_bed(state.seeds))
     return dataclasses.replace(
         state,
         step=state.step + 1,
         params=optax.apply_updates(state.params, updates),
         opt_state=opt_state,
-        seeds={name: layer.seeds for name, layer in layers.items()},
-        banks={name: layer.bank for name, layer in layers.items()},
-        bank_opt={name: layer.moments for name, layer in layers.items()},
+        seeds=parts.by_layer(
+            {
+                path: dataclasses.replace(
+                    s, gain=new.gains[path], errors=new.errors[path]
+                )
+                for path, s in seeds.items()
+            }
+        ),
+        banks=parts.by_layer(new.banks),
+        bank_opt=groups.split(
+            {
+                key: slots_of_layers(moments, len(groups.of[key].layers))
+                for key, moments in new.moments.items()
+            }
+        ),
         rest=learned.rest,
-        monitor=monitor,
+        monitor=watch(recipe, state.monitor, of_step, learned.loss),
     )
 
 
-def _update(
-    recipe: TrainRecipe, state: TrainState, name: str, learned: "_Learned"
-) -> Layer:
-    """One layer with what was measured and learned."""
-    seeds, measured = state.seeds[name], learned.seeds[name]
-    seeds = dataclasses.replace(
+def _counted(seeds: SeedState, measured: SeedState) -> SeedState:
+    """A layer's seeds with what one pass measured."""
+    return dataclasses.replace(
         seeds,
         statistics=jax.tree.map(jnp.add, seeds.statistics, measured.statistics),
         reconstruction=seeds.reconstruction + measured.reconstruction,
         steps=seeds.steps + measured.steps,
-    )
-    return update_layer(
-        recipe.bank_optimizer,
-        Layer(seeds, state.banks[name], state.bank_opt[name]),
-        LayerGradients(learned.banks[name], learned.gains[name], measured.steps),
-        step=state.step,
-        value=learned.loss,
     )
 
 

@@ -1,9 +1,13 @@
 """Our own loop's tick: held-out loss and worth inside one traced function."""
 
+import dataclasses
+
 import jax.numpy as jnp
 
+from esper_jax.groups import flat_slots, slots_of_layers
+from esper_jax.growth.births import births
 from esper_jax.growth.reports import TickReport
-from esper_jax.growth.state import TrainState
+from esper_jax.growth.state import GrowthState, TrainState
 from esper_jax.growth.tick import Seen, advance
 from esper_jax.parallel import collectives
 from esper_jax.train.batches import Batches
@@ -32,4 +36,36 @@ def tick(
     loss, accuracy = evaluate(recipe, recipe.parts.values(state), held_out)
     # Devices that differ would not all take part in the same evaluations.
     worth = counterfactuals(recipe, state, held_out, loss, agree)
-    return advance(recipe, state, Seen(loss, accuracy, worth, agree))
+    groups = recipe.parts.groups
+    seen = Seen(loss, accuracy, groups.stack(worth), agree)
+    growth = GrowthState(
+        step=state.step,
+        ticks=state.ticks,
+        rng=state.rng,
+        memory=state.memory,
+        monitor=state.monitor,
+    )
+    seeds = groups.stack(state.seeds)
+    growth, after, birth, report = advance(recipe, growth, seeds, state.params, seen)
+    banks, slots = births(
+        recipe,
+        (seeds, after),
+        groups.stack(state.banks),
+        flat_slots(groups.stack(state.bank_opt)),
+        birth,
+    )
+    moments = {
+        key: slots_of_layers(of, len(groups.of[key].layers))
+        for key, of in slots.items()
+    }
+    new = dataclasses.replace(
+        state,
+        ticks=growth.ticks,
+        rng=growth.rng,
+        memory=growth.memory,
+        monitor=growth.monitor,
+        seeds=groups.split(after),
+        banks=groups.split(banks),
+        bank_opt=groups.split(moments),
+    )
+    return new, dataclasses.replace(report, layers=groups.split(report.layers))
