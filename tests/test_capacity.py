@@ -322,9 +322,9 @@ def test_growing_a_stack_in_place():
     assert bed.seeds.get_value().slot_of_seed[1].tolist() == [-1, -1, -1, 0]
     jax.tree.map(lambda a, b: equal_bits(a[1, 1], b[1, 0]), bank, bed.bank.get_value())
     # Stacked along another axis, it could not be told which is which.
-    turned = dataclasses.replace(seeds, stage=seeds.stage.T)
-    bed.seeds.set_value(turned)
-    wrong = pytest.raises(ValueError, match=r"along their first axes.*shape \(4, 3\)")
+    bank = bed.bank.get_value()
+    bed.bank.set_value(jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 1), bank))
+    wrong = pytest.raises(ValueError, match=r"along their first axes.*shape \(1, 3")
     with wrong:
         grow_capacity(bed, 2, rngs=nnx.Rngs(7))
     with wrong:

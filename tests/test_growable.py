@@ -14,9 +14,10 @@ from flax import nnx
 from flax.core import FrozenDict
 
 from esper_jax.checkpoint.checkpointer import Checkpointer
-from esper_jax.layers.bed import BlueprintParam, SeedBed, SeedVariable
+from esper_jax.layers.bed import SeedBed
 from esper_jax.layers.chunked import ChunkedLayer
 from esper_jax.layers.growable import make_growable
+from esper_jax.layers.variables import BlueprintParam, SeedVariable
 from esper_jax.lifecycle import GraftConfig
 from esper_jax.lifecycle.rules import LifecycleConfig
 from esper_jax.lifecycle.signals import health

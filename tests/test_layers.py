@@ -12,14 +12,9 @@ from flax import nnx
 
 from esper_jax import lifecycle
 from esper_jax.kernels.blend import blend
-from esper_jax.layers.bed import (
-    DEFAULT_STATISTICS_ROWS,
-    BlueprintParam,
-    GraftProbe,
-    SeedBed,
-    SeedVariable,
-)
+from esper_jax.layers.bed import DEFAULT_STATISTICS_ROWS, SeedBed
 from esper_jax.layers.chunked import ChunkedLayer
+from esper_jax.layers.variables import BlueprintParam, GraftProbe, SeedVariable
 from esper_jax.lifecycle.signals import Signals
 from esper_jax.lifecycle.stages import Outcome, Stage
 from esper_jax.lifecycle.state import SeedState, slot_coefficients

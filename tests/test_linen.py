@@ -1,5 +1,6 @@
 """Flax Linen: layers that can grow, and whole models, in every transform."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -14,8 +15,8 @@ from test_layers import HOST, grown, same_bits
 
 from esper_jax import lifecycle
 from esper_jax.layers import linen
-from esper_jax.layers.bed import BlueprintParam, GraftProbe, SeedVariable
 from esper_jax.layers.chunked import ChunkedLayer
+from esper_jax.layers.variables import BlueprintParam, GraftProbe, SeedVariable
 from esper_jax.lifecycle.signals import Signals
 from esper_jax.lifecycle.stages import Outcome, Stage
 from esper_jax.lifecycle.state import init_seeds, slot_coefficients
@@ -154,7 +155,8 @@ def test_a_linen_model_is_trained_and_grows() -> None:
         losses.append(float(value))
     assert np.all(np.diff(losses) < 0)
     for name in names:
-        assert float(variables["seeds"][name]["bed"]["seeds"]["graft_alpha"][2]) > 0
+        state = linen.read_seeds(variables["seeds"][name]["bed"]["seeds"])
+        assert float(state.graft.alpha[2]) > 0
         assert np.any(np.asarray(variables["bank"][name]["bed"]["bank"]["w2"][0]))
     assert step._cache_size() == 1
 
@@ -162,17 +164,27 @@ def test_a_linen_model_is_trained_and_grows() -> None:
 def fossil(variables: Any) -> Any:
     """The variables with seed 1 of every layer a fossil in slot 0 that adds 1."""
 
-    def change(path: Any, leaf: Any) -> Any:
-        name, leaf = path[-1].key, jnp.asarray(leaf)
-        if name == "stage":
-            return leaf.at[..., 1].set(Stage.FOSSILIZED)
-        if name == "slot_of_seed":
-            return leaf.at[..., 1].set(0)
-        if name == "seed_of_slot":
-            return leaf.at[..., 0].set(1)
-        return jnp.ones_like(leaf) if name == "b2" else leaf
+    def change(tree: Any) -> Any:
+        if "steps" not in tree:
+            return {
+                key: jnp.ones_like(value)
+                if key == "b2"
+                else change(value)
+                if isinstance(value, dict)
+                else value
+                for key, value in tree.items()
+            }
+        seeds = linen.read_seeds(jax.tree.map(jnp.asarray, tree))
+        return linen.write_seeds(
+            dataclasses.replace(
+                seeds,
+                stage=seeds.stage.at[..., 1].set(Stage.FOSSILIZED),
+                slot_of_seed=seeds.slot_of_seed.at[..., 1].set(0),
+                seed_of_slot=seeds.seed_of_slot.at[..., 0].set(1),
+            )
+        )
 
-    return jax.tree_util.tree_map_with_path(change, variables)
+    return change(variables)
 
 
 X = jnp.asarray(np.random.default_rng(5).normal(size=(2, 3, 8)), jnp.float32)
@@ -245,7 +257,8 @@ def test_seeds_ride_through_nn_rnn() -> None:
     np.testing.assert_allclose(again, out, rtol=1e-6)
     (seeds,) = (layer["bed"]["seeds"] for layer in updated["seeds"]["cell"].values())
     assert seeds["steps"] == 3
-    np.testing.assert_array_equal(seeds["statistics_count"], 3 * 2 * 2)
+    counted = linen.read_seeds(seeds).statistics.count
+    np.testing.assert_array_equal(counted, 3 * 2 * 2)
 
 
 class Block(nn.Module):

@@ -12,6 +12,7 @@ from esper_jax import blueprints
 from esper_jax.chunks import ChunkLayout
 from esper_jax.groups import Group, Groups
 from esper_jax.layers.bed import SeedBed, stack_of
+from esper_jax.lifecycle.packing import NAMES, pack, unpack
 
 __all__ = ["Bed", "find_beds", "group_layers", "name_of"]
 
@@ -24,8 +25,8 @@ class Bed:
     """Path of the `SeedBed`."""
     owner: str
     """Path of the `ChunkedLayer` that holds the bed, or the bed's own path."""
-    forms: Mapping[str, tuple[tuple[str, ...], Any]]
-    """Of ``bank``, ``seeds`` and ``probe``: names of the leaves, and the tree."""
+    bank: tuple[tuple[str, ...], Any]
+    """Names of the bank's variables, and its tree."""
     capacity: int
     """Slots when the model was taken apart."""
     stack: tuple[int, ...] = ()
@@ -34,10 +35,40 @@ class Bed:
     """Index of the layer along the axes of ``stack``; () for a single layer."""
 
     def variables(self, name: str) -> list[str]:
-        """Names of the variables that hold the bed's bank, seeds or probe."""
-        leaves = self.forms[name][0]
+        """Names of the variables that hold ``bank``, ``seeds`` or ``probe``."""
         place = f"{self.path}/{name}"
-        return [f"{place}/{leaf}" for leaf in leaves] or [place]
+        if name == "probe":
+            return [place]
+        names = NAMES if name == "seeds" else self.bank[0]
+        return [f"{place}/{array}" for array in names]
+
+    def read(self, values: Mapping[str, Any], name: str) -> Any:
+        """The bed's ``bank``, ``seeds`` or ``probe``, with the axes of its stack.
+
+        Args:
+          values: of all variables, by name.
+          name: which of them.
+        """
+        arrays = [values[variable] for variable in self.variables(name)]
+        if name == "probe":
+            return arrays[0]
+        if name == "seeds":
+            return unpack(dict(zip(NAMES, arrays, strict=True)))
+        return jax.tree.unflatten(self.bank[1], arrays)
+
+    def write(self, name: str, tree: Any, old: Any = None) -> dict[str, Any]:
+        """Values of the variables by name: inverse of `read`.
+
+        Args:
+          name: ``bank``, ``seeds`` or ``probe``.
+          tree: its new value.
+          old: seeds that the new ones were made from. Variables that are still the same
+            are left out then.
+        """
+        if name == "seeds":
+            arrays = pack(tree, old)
+            return {f"{self.path}/seeds/{key}": array for key, array in arrays.items()}
+        return dict(zip(self.variables(name), jax.tree.leaves(tree), strict=True))
 
 
 def name_of(path: tuple[Any, ...]) -> str:
@@ -74,17 +105,13 @@ def find_beds(model: nnx.Module) -> _Found:
 def _layers(node: SeedBed, path: str, owner: str) -> dict[str, Bed]:
     """The layers that share a `SeedBed`: one, or each of a stack, by name."""
     stack = stack_of(node, path)
-    forms = {
-        "bank": (node.bank.names, node.bank.treedef),
-        "seeds": (node.seeds.names, node.seeds.treedef),
-        "probe": ((), jax.tree.structure(0)),
-    }
+    bank = node.bank.names, node.bank.treedef
     slots = node.seeds.get_value().capacity
     if not stack:
-        return {owner: Bed(path, owner, forms, slots)}
+        return {owner: Bed(path, owner, bank, slots)}
     return {
         f"{owner}[{','.join(map(str, index))}]": Bed(
-            path, owner, forms, slots, stack, index
+            path, owner, bank, slots, stack, index
         )
         for index in np.ndindex(stack)
     }
@@ -106,9 +133,9 @@ def group_layers(
     """
     members: dict[Any, list[str]] = {}
     for layer, bed in beds.items():
-        bank = [values[name] for name in bed.variables("bank")]
-        shapes = [(x.shape[len(bed.stack) :], x.dtype) for x in bank]
-        key = layouts[layer], kinds[layer], bed.capacity, bed.forms["bank"], *shapes
+        arrays = [values[name] for name in bed.variables("bank")]
+        shapes = [(x.shape[len(bed.stack) :], x.dtype) for x in arrays]
+        key = layouts[layer], kinds[layer], bed.capacity, bed.bank, *shapes
         members.setdefault(key, []).append(layer)
     of = {
         layers[0]: Group(

@@ -26,7 +26,6 @@ from esper_jax.lifecycle.state import (
     slot_coefficients,
     start_tick,
 )
-from esper_jax.policy.interface import SAMPLED
 
 __all__ = ["Measured", "asked_for_worth", "group_signals", "measure", "sampled"]
 
@@ -82,7 +81,9 @@ def measure(
         stability=jnp.where(jnp.isfinite(loss), stability, jnp.nan),
         loss_variance=loss_variance,
         accuracy_variance=accuracy_variance,
-        grad_norm=old.grad_norm / sampled(recipe, old),
+        grad_norm=old.grad_norm / sampled(recipe, old)
+        if recipe.wants("grad_norm")
+        else jnp.nan,
         held_out_loss=loss,
         held_out_accuracy=accuracy,
     )
@@ -107,21 +108,14 @@ def group_signals(
     """
     costs = recipe.costs()
     of_host = _of_host(recipe, old, measured)
-    steps = sampled(recipe, old)
+    steps, common = sampled(recipe, old), measured.common
     absorbed, signals = {}, {}
     for key, state in seeds.items():
         absorb = functools.partial(
-            _layer_signals, costs=costs[key], common=measured.common, steps=steps
+            _layer_signals, costs=costs[key], common=common, steps=steps
         )
         absorbed[key], signals[key] = jax.vmap(absorb)(state, worth[key], of_host[key])
-        signals[key] = _without(signals[key], SAMPLED - recipe.measured)
     return absorbed, signals
-
-
-def _without(signals: Signals, names: Collection[str]) -> Signals:
-    """The signals with some unmeasured."""
-    unknown = {n: jnp.full_like(getattr(signals, n), jnp.nan) for n in names}
-    return dataclasses.replace(signals, **unknown)
 
 
 class _OfHost(NamedTuple):
@@ -140,11 +134,23 @@ def _of_host(recipe: Recipe, old: Monitor, measured: Measured) -> dict[str, _OfH
         each = jnp.full(count, jnp.nan, jnp.float32)
         every = jnp.full((count, seeds), jnp.nan, jnp.float32)
         of[key] = _OfHost(each, GradientSums(each, every, every))
-    if drift:
+    if recipe.wants("drift"):
         of = {k: of[k]._replace(drift=d) for k, d in groups.stack(drift).items()}
     if sums:
         of = {k: of[k]._replace(sums=s) for k, s in groups.stack(sums).items()}
+    for name, fields in (
+        ("chunk_gradient", ("chunk",)),
+        ("gradient_ratio", ("host", "seed")),
+    ):
+        if sums and not recipe.wants(name):
+            of = {k: _without(x, fields) for k, x in of.items()}
     return of
+
+
+def _without(of: _OfHost, fields: Collection[str]) -> _OfHost:
+    """With some of the sums unmeasured."""
+    unknown = {f: jnp.full_like(getattr(of.sums, f), jnp.nan) for f in fields}
+    return of._replace(sums=dataclasses.replace(of.sums, **unknown))
 
 
 def sampled(recipe: Recipe, monitor: Monitor) -> Float[Array, ""]:

@@ -128,25 +128,27 @@ class ModelParts:
 
     def take_beds(self, values: Arrays, name: str) -> dict[str, Any]:
         """The ``bank``, ``seeds`` or ``probe`` of each bed, by its path."""
-        return {
-            bed.path: jax.tree.unflatten(
-                bed.forms[name][1], [values[v] for v in bed.variables(name)]
-            )
-            for bed in {bed.path: bed for bed in self.beds.values()}.values()
-        }
+        beds = {bed.path: bed for bed in self.beds.values()}
+        return {path: bed.read(values, name) for path, bed in beds.items()}
 
-    def put_beds(self, name: str, by_bed: Mapping[str, Any]) -> Arrays:
+    def put_beds(
+        self,
+        name: str,
+        by_bed: Mapping[str, Any],
+        old: Mapping[str, Any] | None = None,
+    ) -> Arrays:
         """The variables of banks, seeds or probes: inverse of `take_beds`.
 
         Args:
           name: ``bank``, ``seeds`` or ``probe``.
           by_bed: of some of the beds, by path.
+          old: seeds that the new ones were made from. Variables that are still the same
+            are left out then.
         """
+        beds = {bed.path: bed for bed in self.beds.values()}
         values: Arrays = {}
-        for bed in self.beds.values():
-            if bed.path in by_bed:
-                leaves = jax.tree.leaves(by_bed[bed.path])
-                values |= zip(bed.variables(name), leaves, strict=True)
+        for path, tree in by_bed.items():
+            values |= beds[path].write(name, tree, None if old is None else old[path])
         return values
 
     def shapes(self) -> dict[str, LayerShape]:

@@ -51,8 +51,8 @@ class Remembered(NamedTuple):
     growth: GrowthState
     moments: dict[str, Any]
     """State of the bank's optimizer, by group: of its ``L * K`` slots."""
-    calls: dict[str, Int[Array, "*stack"]]
-    """Calls of each bed since the last tick that ``update`` knows of."""
+    calls: dict[str, Int[Array, " L"]]
+    """Calls of each layer since the last tick that ``update`` knows of, by group."""
 
 
 Evaluate = Callable[[Any], Any]
@@ -178,6 +178,7 @@ class Growth(nnx.Module):
         values, given = self._values(model), self._gradients(grads)
         seeds = parts.take_beds(values, "seeds")
         bank_grads = parts.take_beds(given, "bank")
+        now = parts.groups.join({path: s.steps for path, s in seeds.items()})
         learned = update_banks(
             recipe,
             seeds,
@@ -190,7 +191,7 @@ class Growth(nnx.Module):
             BankGradients(
                 bank_grads,
                 parts.take_beds(given, "probe"),
-                {path: s.steps - calls[path] for path, s in seeds.items()},
+                {key: now[key] - before for key, before in calls.items()},
             ),
             step=state.step,
             value=jnp.float32(jnp.nan) if loss is None else loss,
@@ -199,15 +200,14 @@ class Growth(nnx.Module):
         of_step = StepGradients(host, bank_grads, seeds)
         monitor = watch(recipe, state.monitor, of_step, loss)
         state = dataclasses.replace(state, step=state.step + 1, monitor=monitor)
-        calls = {path: s.steps for path, s in seeds.items()}
-        self.state.set_value(Remembered(state, learned.moments, calls))
+        self.state.set_value(Remembered(state, learned.moments, now))
         new = {
             path: dataclasses.replace(
                 s, gain=learned.gains[path], errors=learned.errors[path]
             )
             for path, s in seeds.items()
         }
-        new_seeds = parts.put_beds("seeds", new)
+        new_seeds = parts.put_beds("seeds", new, seeds)
         self._put(model, new_seeds | parts.put_beds("bank", learned.banks))
 
     def tick(self, model: nnx.Module, evaluate: Evaluate) -> TickReport:
@@ -271,7 +271,6 @@ class Growth(nnx.Module):
         params = {name: values[name] for name in parts.host_params()}
         policy, births = jax.random.split(key)
         banks = parts.groups.join(parts.take_beds(values, "bank"))
-        seeds = parts.take_beds(values, "seeds")
         state = GrowthState(
             step=jnp.zeros((), jnp.int32),
             ticks=jnp.zeros((), jnp.int32),
@@ -283,7 +282,8 @@ class Growth(nnx.Module):
             name: recipe.bank_optimizer.init(flat_slots(bank))
             for name, bank in banks.items()
         }
-        calls = {path: jnp.zeros_like(s.steps) for path, s in seeds.items()}
+        of = parts.groups.of
+        calls = {key: jnp.zeros(len(of[key].layers), jnp.int32) for key in of}
         return Remembered(state, moments, calls)
 
     def _values(self, model: nnx.Module) -> Arrays:

@@ -24,8 +24,8 @@ class BankGradients(NamedTuple):
     """Gradients of the banks, by bed."""
     gains: dict[str, Float[Array, "*stack K"]]
     """Gradients with respect to each slot's alpha, by bed."""
-    calls: dict[str, Int[Array, "*stack"]]
-    """How often the forward pass called the layer, by bed."""
+    calls: dict[str, Int[Array, " L"]]
+    """How often the forward pass called each layer, by group."""
 
 
 class Learned(NamedTuple):
@@ -85,7 +85,9 @@ def _learn(
         bank_grads, gains = joined[0][key], joined[1][key]
         finite = _finite_slots(bank_grads) & jnp.isfinite(gains)
         learning = beta != 0
-        wrong[key] = (learning | (alpha != 0)) & ~finite
+        # A layer that is called several times in a step has as many errors.
+        calls = grads.calls[key][:, None]
+        wrong[key] = jnp.where((learning | (alpha != 0)) & ~finite, calls, 0)
 
         def update(
             key: str = key, active: Array = learning & finite, grads: Bank = bank_grads
@@ -104,11 +106,8 @@ def _learn(
     return Learned(
         banks=groups.part(banks),
         gains=jax.tree.map(jnp.add, learned.gains, grads.gains),
-        # A layer that is called several times in a step has as many errors.
         errors={
-            path: saturating_add(
-                old, jnp.where(errors[path], grads.calls[path][..., None], 0)
-            )
+            path: saturating_add(old, errors[path])
             for path, old in learned.errors.items()
         },
         moments=moments,

@@ -20,7 +20,7 @@ from esper_jax.kernels.blend import (
 from esper_jax.layers.variables import (
     BlueprintParam,
     GraftProbe,
-    SeedVariable,
+    SeedTree,
     VariableTree,
 )
 from esper_jax.lifecycle.grafting import Strategy
@@ -130,9 +130,7 @@ class SeedBed(nnx.Module):
             raise ValueError(f"strategy must be a Strategy, got {strategy!r}")
         if capacity is None:
             capacity = min(DEFAULT_CAPACITY, num_seeds)
-        self.seeds = VariableTree(
-            SeedVariable, init_seeds(num_seeds, capacity, strategy)
-        )
+        self.seeds = SeedTree(init_seeds(num_seeds, capacity, strategy))
         self.bank = VariableTree(
             BlueprintParam,
             init_bank(
@@ -165,7 +163,7 @@ class SeedBed(nnx.Module):
         if records:
             statistics = collectives.total(statistics, self.axis_name)
             reconstruction = collectives.mean(reconstruction, self.axis_name)
-            self.seeds.set_value(record(seeds, statistics, reconstruction))
+            self.seeds.set_value(record(seeds, statistics, reconstruction), seeds)
         return out
 
     def set_view(self, deterministic: bool | None = None) -> None:

@@ -11,8 +11,8 @@ from flax import nnx
 
 from esper_jax.layers.bed import SeedBed
 from esper_jax.layers.output import Output, check_output, find_output, with_output
-from esper_jax.layers.variables import named_leaves
-from esper_jax.lifecycle.state import SeedState, init_seeds
+from esper_jax.lifecycle.packing import pack, unpack
+from esper_jax.lifecycle.state import SeedState
 
 __all__ = ["ChunkedLayer", "Growable", "read_seeds", "write_seeds"]
 
@@ -162,14 +162,12 @@ def read_seeds(arrays: Mapping[str, Any]) -> SeedState:
       arrays: as the collection holds them: ``variables["seeds"]["layer"]["bed"]
         ["seeds"]``.
     """
-    like = init_seeds(1, 1)
-    leaves = [arrays[name] for name in named_leaves(like)]
-    return jax.tree.unflatten(jax.tree.structure(like), leaves)
+    return unpack(arrays)
 
 
 def write_seeds(seeds: SeedState) -> dict[str, Any]:
     """The inverse of `read_seeds`."""
-    return named_leaves(seeds)
+    return pack(seeds)
 
 
 class _Bed(nn.Module):

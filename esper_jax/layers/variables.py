@@ -6,9 +6,13 @@ from typing import Any
 import jax
 from flax import nnx
 
+from esper_jax.lifecycle.packing import pack, unpack
+from esper_jax.lifecycle.state import SeedState
+
 __all__ = [
     "BlueprintParam",
     "GraftProbe",
+    "SeedTree",
     "SeedVariable",
     "VariableTree",
     "named_leaves",
@@ -23,7 +27,7 @@ class BlueprintParam(nnx.Variable):
 
 
 class SeedVariable(nnx.Variable):
-    """An array of the layer's `SeedState`."""
+    """An array of the layer's `SeedState`; see `SeedTree`."""
 
 
 class GraftProbe(nnx.Variable):
@@ -85,6 +89,32 @@ class VariableTree(nnx.Module):
     def writable(self) -> bool:
         """Whether the variables can be written in the current trace."""
         return all(getattr(self, name)._can_update for name in self.names)
+
+
+class SeedTree(VariableTree):
+    """A `SeedState` held as the few variables of `lifecycle.packing`.
+
+    Args:
+      state: of one layer.
+    """
+
+    def __init__(self, state: SeedState) -> None:
+        super().__init__(SeedVariable, pack(state))
+
+    def get_value(self) -> SeedState:
+        """The seeds."""
+        return unpack(self.get_arrays())
+
+    def set_value(self, tree: SeedState, old: SeedState | None = None) -> None:
+        """Sets the seeds.
+
+        Args:
+          tree: the new ones.
+          old: what `get_value` returned, if ``tree`` was made from it. Variables that
+            are still the same are not written then.
+        """
+        for name, array in pack(tree, old).items():
+            getattr(self, name).set_value(array)
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:

@@ -27,41 +27,41 @@ class Signals:
     NaN means "not measured". Every gate that reads a NaN refuses.
     """
 
-    reconstruction_loss: Float[Array, "*#S"]
+    reconstruction_loss: Float[Array, "..."]
     """``mean((f(y) - y)**2)`` over the seed's chunk, in squared activation units."""
-    worth: Float[Array, "*#S"]
+    worth: Float[Array, "..."]
     """Held-out loss with the seed's alpha at 0, less the loss as it is. The gates call
     it ``performance_delta``."""
-    mean_worth: Float[Array, "*#S"]
+    mean_worth: Float[Array, "..."]
     """``worth`` averaged over the ticks in the seed's stage that measured it. The gates
     call it ``total_improvement``."""
-    stability: Float[Array, "*#S"]
+    stability: Float[Array, "..."]
     """1 less the standard deviation of the held-out loss over its first value; at most
     1. The gates call it ``stability_score`` and ``final_stability``."""
-    error_rate: Float[Array, "*#S"]
+    error_rate: Float[Array, "..."]
     """Share of this tick's steps in which the seed's gradients were not finite."""
-    drift: Float[Array, "*#S"]
+    drift: Float[Array, "..."]
     """``|w - ema| / |ema|`` of the layer's host weights."""
-    loss_variance: Float[Array, "*#S"]
+    loss_variance: Float[Array, "..."]
     """Variance of the held-out loss over recent ticks."""
-    accuracy_variance: Float[Array, "*#S"]
+    accuracy_variance: Float[Array, "..."]
     """Variance of the held-out accuracy over recent ticks."""
-    grad_norm: Float[Array, "*#S"]
+    grad_norm: Float[Array, "..."]
     """Global norm of the host's gradient, averaged over this tick's steps."""
-    held_out_loss: Float[Array, "*#S"]
-    held_out_accuracy: Float[Array, "*#S"]
-    gain: Float[Array, "*#S"]
+    held_out_loss: Float[Array, "..."]
+    held_out_accuracy: Float[Array, "..."]
+    gain: Float[Array, "..."]
     """First-order gain of grafting the seed: minus the training loss's gradient with
     respect to its alpha, averaged over this tick's steps."""
-    gradient_ratio: Float[Array, "*#S"]
+    gradient_ratio: Float[Array, "..."]
     """Gradient norm of a living seed's blueprint over that of its host layer's weights,
     each averaged over this tick's steps."""
-    chunk_gradient: Float[Array, "*#S"]
+    chunk_gradient: Float[Array, "..."]
     """Gradient norm of the host weights that write the chunk, averaged over this tick's
     steps."""
-    parameters: Float[Array, "*#S"]
+    parameters: Float[Array, "..."]
     """Parameters of a living seed's blueprint."""
-    operations: Float[Array, "*#S"]
+    operations: Float[Array, "..."]
     """Floating-point operations that the seed adds to the forward pass of one row."""
 
     @classmethod

@@ -45,7 +45,7 @@ def train_step(recipe: TrainRecipe, state: TrainState, batch: Batch) -> TrainSta
     grads = BankGradients(
         parts.by_bed(learned.banks),
         parts.by_bed(learned.gains),
-        parts.by_bed({name: s.steps for name, s in learned.seeds.items()}),
+        groups.stack({name: s.steps for name, s in learned.seeds.items()}),
     )
     new = update_banks(
         recipe,
