@@ -324,7 +324,7 @@ def test_growing_a_stack_in_place():
     # Stacked along another axis, it could not be told which is which.
     bank = bed.bank.get_value()
     bed.bank.set_value(jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 1), bank))
-    wrong = pytest.raises(ValueError, match=r"along their first axes.*shape \(1, 3")
+    wrong = pytest.raises(ValueError, match=r"along their first axes.*has \(1, 3, 2")
     with wrong:
         grow_capacity(bed, 2, rngs=nnx.Rngs(7))
     with wrong:
