@@ -1,13 +1,58 @@
-"""How often a function was traced, and so compiled."""
+"""A program's functions, jitted; and how often each was traced, and so compiled."""
 
 import functools
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-__all__ = ["count_recompiles", "counted"]
+import jax
+
+from esper_jax.train.checks import checked
+
+__all__ = ["compiled", "count_recompiles", "counted"]
 
 _T = TypeVar("_T")
+
+
+_DATA = {
+    "step": "batch",
+    "step_with_aux": "batch",
+    "step_from": "data",
+    "tick": "held_out",
+    "evaluate": "data",
+}
+"""What a function calls its data, by the function's name."""
+
+
+def compiled(
+    check: Callable[[str, Any, bool], None], **functions: Callable[..., Any]
+) -> dict[str, Callable[..., Any]]:
+    """Functions of a program by name, jitted.
+
+    They check their data first. All but ``evaluate`` donate the state, and their
+    compilations are counted by ``recompiles``, which is returned too.
+
+    Args:
+      check: as `Checks`.
+      **functions: ``function(state, data, ...)`` by the program's name for it.
+    """
+    traces: Counter[str] = Counter()
+
+    def made(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        whole = name == "step_from"
+        jitted = (
+            jax.jit(function)
+            if name == "evaluate"
+            else jax.jit(
+                counted(traces, function),
+                donate_argnums=0,
+                static_argnums=3 if whole else None,
+            )
+        )
+        return checked(check, _DATA[name], jitted, whole)
+
+    made_of = {name: made(name, function) for name, function in functions.items()}
+    return {**made_of, "recompiles": functools.partial(count_recompiles, traces)}
 
 
 def counted(traces: Counter[str], function: Callable[..., _T]) -> Callable[..., _T]:
