@@ -1,5 +1,6 @@
 """From a config to what runs: its data and its program."""
 
+import jax
 import optax
 from flax import nnx
 
@@ -28,6 +29,7 @@ def build_run(config: RunConfig, data: Dataset) -> Program:
     """The program of a config: an MLP, with AdamW for the host and the blueprints."""
     growth, train = config.growth, config.train
 
+    @jax.debug_nans(False)  # NaN is what no seed has measured yet
     @nnx.jit  # one program instead of one for each operation
     def make() -> MLP:
         return MLP(

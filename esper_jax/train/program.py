@@ -38,7 +38,7 @@ from esper_jax.train.shown import EvalParams, averaged_by, check_eval_params
 from esper_jax.train.start import initial_state
 from esper_jax.train.step import train_step
 from esper_jax.train.tick import tick
-from esper_jax.train.tracing import compiled
+from esper_jax.train.tracing import compiled, unmeasured_is_nan
 from esper_jax.trees import is_key
 
 __all__ = ["Program", "build", "classification"]
@@ -281,7 +281,14 @@ def _program(recipe: TrainRecipe, initial: Arrays) -> Program:
     def shown_evaluate(state: TrainState, data: Batch) -> tuple[Array, Array]:
         return evaluate(recipe, parts.values(recipe.shown(state)), data)
 
+    @jax.debug_nans(False)
+    def model(state: TrainState) -> nnx.Module:
+        # Copies: the state's own arrays are gone once it is donated.
+        values = jax.tree.map(jnp.copy, parts.values(recipe.shown(state)))
+        return parts.merge(values, train=True, alone=True)
+
     # The values are an argument: as constants of the program they would cost seconds.
+    @unmeasured_is_nan
     @jax.jit
     def init(values: Arrays, rng: Array) -> TrainState:
         return initial_state(recipe, values, rng)
@@ -296,12 +303,7 @@ def _program(recipe: TrainRecipe, initial: Arrays) -> Program:
             tick=one_tick,
             evaluate=shown_evaluate,
         ),
-        # Copies: the state's own arrays are gone once it is donated.
-        model=lambda state: parts.merge(
-            jax.tree.map(jnp.copy, parts.values(recipe.shown(state))),
-            train=True,
-            alone=True,
-        ),
+        model=model,
         grow_capacity=functools.partial(grow_capacity, recipe),
         layouts=parts.layouts,
         kinds=parts.kinds,
