@@ -69,7 +69,7 @@ def unmeasured_is_nan(function: Callable[..., _T]) -> Callable[..., _T]:
             return function(*args)
         with jax.debug_nans(False):
             result = function(*args)
-            first = result[0] if type(result) is tuple else result
+            first: Any = result[0] if isinstance(result, tuple) else result
             for name, value in getattr(first, "params", {}).items():
                 _refuse_nan(name, value)
         return result
