@@ -34,6 +34,7 @@ from esper_jax.train.checks import Checks
 from esper_jax.train.evaluation import evaluate
 from esper_jax.train.losses import classification
 from esper_jax.train.recipe import AT_ONCE, Batch, Loss, Objective, TrainRecipe
+from esper_jax.train.shardings import shardings_of, spread
 from esper_jax.train.shown import EvalParams, averaged_by, check_eval_params
 from esper_jax.train.start import initial_state
 from esper_jax.train.step import train_step
@@ -129,7 +130,9 @@ def build(
         copied, not changed; `Program.model` gives it back trained. Modules in
         evaluation mode stay in it (``bn.eval()``, dropout with
         ``deterministic=True``), all others train; evaluation puts all in evaluation
-        mode. Values sown as `nnx.Intermediate` are dropped.
+        mode. Values sown as `nnx.Intermediate` are dropped. Variables that lie on a
+        mesh (`nnx.with_partitioning`) lie so in the state, with their moments; the
+        mesh's axes must be Auto.
       optimizer: for the host's parameters. It is given the loss as ``value``.
       blueprint_optimizer: for the banks; runs in each slot (`optim.per_slot`). A
         `PerSlot` is taken as it is.
@@ -216,10 +219,11 @@ def build(
         axis_name=axis_name,
         debug=debug,
     )
-    initial = jax.tree.map(
-        lambda v: v if is_key(v) else np.asarray(v), values_of(model)
-    )
-    return _program(recipe, initial)
+    values = values_of(model)
+    how = shardings_of(values)
+    initial = jax.tree.map(lambda v: v if is_key(v) else np.asarray(v), values)
+    program = _program(recipe, initial)
+    return program._replace(init=lambda *given: spread(program.init(*given), how))
 
 
 def _check_kinds(model: Any, optimizer: Any, blueprint_optimizer: Any) -> None:
