@@ -26,6 +26,18 @@ class Train:
     """Folder for the run. Default: runs/CONFIG-TIME."""
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Continue the run in --out from its newest sound checkpoint."""
+    devices: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """Devices of each process to train on, which must divide the rows. Default: all,
+    or as many as do; one on CPUs."""
+    distributed: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Train as one of several processes. Slurm, Open MPI and Kubernetes tell the rest;
+    elsewhere give the next three options."""
+    coordinator: Annotated[str | None, tyro.conf.arg(metavar="HOST:PORT")] = None
+    """Where process 0 listens."""
+    num_processes: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """How many processes there are."""
+    process_id: Annotated[int | None, tyro.conf.arg(metavar="I")] = None
+    """Which one this is, from 0."""
     set: Annotated[
         tuple[tuple[str, ...], ...],
         tyro.conf.arg(metavar="KEY=VALUE ..."),
@@ -137,19 +149,32 @@ def _log_on_stderr() -> Iterator[None]:
 
 
 def _train(command: Train) -> None:
+    import jax
+
+    from esper_jax.parallel.processes import exchange
     from esper_jax.run.config import ConfigError, load_config
+    from esper_jax.run.devices import join
     from esper_jax.run.folder import RunFolder
     from esper_jax.run.run import train_run
 
+    named = (command.coordinator, command.num_processes, command.process_id)
+    if command.distributed:
+        join(*named)
+    elif any(value is not None for value in named):
+        raise ConfigError(
+            "--coordinator, --num-processes, --process-id: expected with --distributed"
+        )
     config = load_config(command.config, list(itertools.chain(*command.set)))
     if command.resume and command.out is None:
         raise ConfigError("--resume: expected --out DIR with the run to go on with")
-    stamp = time.strftime("%Y%m%d-%H%M%S")
+    stamp = exchange(time.strftime("%Y%m%d-%H%M%S"))[0]  # of process 0
     out = command.out or Path("runs") / f"{command.config.stem}-{stamp}"
     try:
-        summary = train_run(config, out, resume=command.resume)
+        summary = train_run(config, out, resume=command.resume, devices=command.devices)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_how_to_go_on(out)) from None
+    if jax.process_index():
+        return  # process 0 says it
     _print_summary(summary)
     if config.compare.plot:
         print(f"plot: {RunFolder(out).picture}")

@@ -19,25 +19,25 @@ __all__ = [
     "text",
 ]
 
-_Rows = tuple[np.ndarray, np.ndarray]
+_Rows = Any
 
 
 class Dataset(NamedTuple):
     """A data set in three parts, each ``(x, y)``: float32 (N, D) and int32 (N,).
 
-    The ``x`` of `text` is int32.
+    The ``x`` of `text` is int32. Data of one's own may be whatever `fit` takes.
 
     Attributes:
       train: the model learns from it.
       held_out: the gates and the controller read it.
       test: nothing reads it until the result is reported.
-      num_classes: labels run from 0 to ``num_classes - 1``.
+      num_classes: labels run from 0 to ``num_classes - 1``; None for other labels.
     """
 
     train: _Rows
     held_out: _Rows
     test: _Rows
-    num_classes: int
+    num_classes: int | None = None
 
 
 def digits(seed: int = 0) -> Dataset:

@@ -63,7 +63,8 @@ def one_program():
     """Runs in this process that differ in their length share a compiled program."""
     build, made = run.build_run, {}
 
-    def build_run(config, data):
+    def build_run(config, data, axis_name=None):
+        assert axis_name is None
         train = dataclasses.replace(config.train, ticks=1)
         key = repr(dataclasses.replace(config, train=train))
         if key not in made:

@@ -51,10 +51,15 @@ class _Apply:
     gated: bool
 
     def __call__(self, params: dict[str, Array], y: Array) -> Array:
-        hidden = ACTIVATIONS[self.activation](y @ params["w1"] + params["b1"])
+        hidden = ACTIVATIONS[self.activation](_linear(y, params["w1"], params["b1"]))
         if self.gated:
-            hidden = hidden * (y @ params["v"] + params["c"])
-        return hidden @ params["w2"] + params["b2"]
+            hidden = hidden * _linear(y, params["v"], params["c"])
+        return _linear(hidden, params["w2"], params["b2"])
+
+
+def _linear(x: Array, weight: Array, bias: Array) -> Array:
+    y = x @ weight
+    return y + jnp.broadcast_to(bias, y.shape)
 
 
 def _hidden_layer(

@@ -29,6 +29,12 @@ from esper_jax.checkpoint.host_leaves import (
 )
 from esper_jax.checkpoint.manifest import Damaged, Header, Manifest
 from esper_jax.checkpoint.newest import agreed
+from esper_jax.checkpoint.position import (
+    PositionError,
+    go_to,
+    has_position,
+    position_of,
+)
 from esper_jax.checkpoint.resizing import resized
 from esper_jax.checkpoint.retention import Retention
 from esper_jax.checkpoint.step_directory import CheckpointError, StepDirectory
@@ -98,6 +104,7 @@ class Checkpointer:
         self._steps = StepDirectory(Path(directory))
         self._writes = jax.process_index() == 0
         self._pending = False  # the same in all processes
+        self._warned = False
         self._saving: threading.Thread | None = None
         self._saved = threading.Event()
         self._failure: Exception | None = None
@@ -139,6 +146,7 @@ class Checkpointer:
         *,
         metrics: Mapping[str, float] | None = None,
         config: Any = None,
+        data: Any = None,
     ) -> None:
         """Starts a save, and returns as soon as the state may be changed or donated.
 
@@ -151,14 +159,18 @@ class Checkpointer:
           state: any tree of arrays, random keys and numbers, in any sharding.
           metrics: measurements of the state, for `Retention.best`.
           config: of the run; anything that JSON can hold.
+          data: an iterator whose position is saved too, if it has ``get_state`` and
+            ``set_state``, as grain's iterators do. If it has not, a warning is logged
+            once: whoever resumes sees other batches.
 
         Raises:
           CheckpointError: if the directory cannot be written to or is in use, if the
-            state or config cannot be saved, or if the save before failed.
+            state, the config or the position cannot be saved, or if the save before
+            failed.
         """
         self.wait()
         header = together(
-            lambda: self._prepared(step, metrics or {}, config), CheckpointError
+            lambda: self._prepared(step, metrics or {}, config, data), CheckpointError
         )
         try:
             check_equal_in_all(state)
@@ -225,7 +237,9 @@ class Checkpointer:
         metrics = "".join(f", {k} {v:.6g}" for k, v in manifest.metrics.items())
         return f"step {step}: schema {manifest.schema}, {saved}, {size} bytes{metrics}"
 
-    def restore(self, like: Any, *, step: int | None = None) -> Restored:
+    def restore(
+        self, like: Any, *, step: int | None = None, data: Any = None
+    ) -> Restored:
         """Restores the newest sound step, or the given one, into the form of ``like``.
 
         A damaged step is logged as a warning, and the next older one is tried. With
@@ -243,11 +257,14 @@ class Checkpointer:
             restore. Each restored array is placed on the devices, and in the sharding,
             that it has in ``like``, wherever it was when it was saved. Not changed.
           step: restore exactly this step; by default the newest sound one.
+          data: an iterator that goes to the position that was saved. If there is
+            none, a warning is logged, and it stays where it is.
 
         Raises:
           CheckpointError: if there is no sound step, naming what is wrong with each;
             if the step does not fit ``like``, naming the leaves that do not, or the
-            layer that would lose a living seed; or if a newer program saved it.
+            layer that would lose a living seed; if a newer program saved it; or if
+            ``data`` refuses the position.
         """
         self.wait()
         found = agreed(self._steps, step)
@@ -258,6 +275,14 @@ class Checkpointer:
             try:
                 leaves, changed = resized(leaves, like)
                 state = place(leaves, like)
+                if not go_to(data, found.manifest.position) and data is not None:
+                    _log.warning(
+                        "step %d has no position of data, which goes on as it is: the "
+                        "batches are not those of a run that was never stopped",
+                        found.step,
+                    )
+            except PositionError as error:
+                raise CheckpointError(f"{folder}: {error}") from None
             except LeafError as error:
                 raise CheckpointError(
                     f"{folder} does not fit the state to restore into: {error}. Use "
@@ -300,11 +325,14 @@ class Checkpointer:
                 saved=manifest.saved,
                 metrics=manifest.metrics,
                 config=manifest.config,
+                position=manifest.position,
             )
             self._steps.write(leaves, header)
         return notes
 
-    def _prepared(self, step: int, metrics: Mapping[str, float], config: Any) -> Header:
+    def _prepared(
+        self, step: int, metrics: Mapping[str, float], config: Any, data: Any
+    ) -> Header:
         """What is saved beside the state, once this object holds the directory."""
         step = operator.index(step)
         if step < 0:
@@ -313,6 +341,17 @@ class Checkpointer:
             json.dumps(config)
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"config must be JSON: {error}") from None
+        try:
+            position = position_of(data)
+        except PositionError as error:
+            raise CheckpointError(str(error)) from None
+        if data is not None and not has_position(data) and not self._warned:
+            self._warned = True
+            _log.warning(
+                "data (%s) has no get_state and set_state, so checkpoints do not hold "
+                "its position: a resumed run sees other batches",
+                type(data).__name__,
+            )
         self._acquire()
         return Header(
             schema=CURRENT,
@@ -320,6 +359,7 @@ class Checkpointer:
             saved=time.time(),
             metrics={name: float(v) for name, v in metrics.items()},
             config=config,
+            position=position,
         )
 
     def _acquire(self) -> None:

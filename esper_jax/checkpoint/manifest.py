@@ -65,6 +65,7 @@ class Header:
       saved: when, in seconds since 1970.
       metrics: numbers that were measured of the state; may be NaN.
       config: of the run, as JSON.
+      position: of the data's iterator, as JSON; None if it has none.
     """
 
     schema: int
@@ -72,6 +73,7 @@ class Header:
     saved: float
     metrics: Mapping[str, float]
     config: Any
+    position: Any = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,6 +130,7 @@ def decode(raw: bytes) -> Manifest:
             saved=content["saved"],
             metrics={name: float(v) for name, v in content["metrics"].items()},
             config=content["config"],
+            position=content.get("position"),
             leaves={
                 name: LeafRecord(
                     tuple(v["keys"]),

@@ -91,6 +91,7 @@ class SeedState:
         return self.seed_of_slot.shape[-1]
 
 
+@jax.debug_nans(False)  # NaN is what was not measured
 def init_seeds(num_seeds: int, capacity: int, strategy: int = 0) -> SeedState:
     """All seeds dormant, all slots free.
 

@@ -21,6 +21,7 @@ __all__ = [
     "same_varying",
     "total",
     "varying",
+    "whole_batch",
 ]
 
 
@@ -92,6 +93,34 @@ def mean(tree: Any, axis_name: str | None) -> Any:
 def total(tree: Any, axis_name: str | None) -> Any:
     """Sum over the devices of an axis; the tree itself if ``axis_name`` is None."""
     return tree if axis_name is None else _reduced(jax.lax.psum, tree, axis_name)
+
+
+def whole_batch(tree: Any, rows: int | None, axis_name: str | None) -> Any:
+    """What each device computed from its own rows, for the whole batch.
+
+    Args:
+      tree: numbers and arrays. Those with ``rows`` on the first axis get the rows of
+        all devices; others become their mean over the devices, whole numbers too.
+      rows: that one device has; None if that is not known.
+      axis_name: None leaves the tree as it is.
+    """
+    if axis_name is None:
+        return tree
+    devices = axis_size(axis_name)
+
+    def whole(x: Any) -> Array:
+        x = jnp.asarray(x)
+        number = jnp.issubdtype(x.dtype, jnp.inexact)
+        if rows is None or x.shape[:1] != (rows,):
+            return jax.lax.pmean(x if number else x.astype(jnp.float32), axis_name)
+        # As a sum, since its result is known to be the same on all devices.
+        wide = x if number else x.astype(jnp.int32)
+        place = jnp.zeros((devices, *x.shape), wide.dtype)
+        place = place.at[jax.lax.axis_index(axis_name)].set(wide)
+        summed = jax.lax.psum(place, axis_name).astype(x.dtype)
+        return summed.reshape(devices * rows, *x.shape[1:])
+
+    return jax.tree.map(whole, tree)
 
 
 def _reduced(reduce: Callable[..., Any], tree: Any, axis_name: str) -> Any:

@@ -123,7 +123,8 @@ def advance(
     target = jnp.select([stage == s for s in moves], list(moves.values()), nowhere)
     exempt = (target == Stage.CANCELLED) | (target == Stage.ROLLED_BACK)
     minimum = jnp.asarray(lifecycle.min_epochs, jnp.int32)[stage.astype(jnp.int32)]
-    return jnp.where(exempt | (epochs >= minimum), target, NO_REQUEST)
+    waited = epochs.astype(jnp.int32) >= minimum
+    return jnp.where(exempt | waited, target, NO_REQUEST)
 
 
 def take_turns(

@@ -91,7 +91,7 @@ def choose_blueprint(
     best = jnp.nanmax(jnp.where(jnp.isnan(each), 0.0, each))
     # A blueprint that was never tried may be as good as the best so far.
     performance = jnp.where(tried > 0, each, best) / jnp.where(best > 0, best, 1.0)
-    stability = (memory.kept + 1) / (tried + 2)
+    stability = (memory.kept + 1).astype(jnp.float32) / (tried + 2)
     novelty = 1 / (1 + tried)
     count = tried.shape[0]
     of = groups.names()
@@ -155,7 +155,8 @@ def choose(
     order = jnp.argsort(joined, stable=True)
     taken = jnp.isfinite(joined[order])
     taken &= jnp.cumsum(taken) <= jnp.minimum(limits.births, limits.at_once)
-    taken &= jnp.cumsum(jnp.where(taken, prices[order], 0)) <= limits.room
+    spent = jnp.cumsum(jnp.where(taken, prices[order], 0))
+    taken &= spent.astype(jnp.result_type(limits.room)) <= limits.room
     taken = jnp.zeros(joined.shape, bool).at[order].set(taken)
     parts = groups.unflat(taken, {name: b.shape[1] for name, b in best.items()})
 
@@ -178,9 +179,8 @@ def _candidates(
 
     The score of a chunk that is no candidate is infinity.
     """
-    usable = (
-        (state.stage == Stage.DORMANT) & jnp.isfinite(score) & (cost <= limits.room)
-    )
+    affordable = cost.astype(jnp.result_type(limits.room)) <= limits.room
+    usable = (state.stage == Stage.DORMANT) & jnp.isfinite(score) & affordable
     count = min(limits.births, state.num_seeds)
     negative, index = jax.lax.top_k(-jnp.where(usable, score, jnp.inf), count)
     free = jnp.sum(state.seed_of_slot < 0)

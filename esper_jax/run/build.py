@@ -1,5 +1,7 @@
 """From a config to what runs: its data and its program."""
 
+import jax
+import numpy as np
 import optax
 from flax import nnx
 
@@ -7,6 +9,7 @@ from esper_jax.data import DATASETS, Dataset
 from esper_jax.hosts import MLP
 from esper_jax.lifecycle.grafting import Strategy
 from esper_jax.run.config import ConfigError, RunConfig
+from esper_jax.run.own import losses, own_data, own_model
 from esper_jax.train.program import Program, build
 
 __all__ = ["build_run", "load_data"]
@@ -16,24 +19,73 @@ def load_data(config: RunConfig) -> Dataset:
     """The data set of a config.
 
     Raises:
-      ConfigError: if it needs a package that is not installed.
+      ConfigError: if it needs a package that is not installed, or one's own cannot be
+        used.
     """
+    if config.data.factory:
+        return own_data(config)
     try:
         return DATASETS[config.data.name](config.data.seed)
     except ImportError as error:
         raise ConfigError(f"data.name: {error}") from None
 
 
-def build_run(config: RunConfig, data: Dataset) -> Program:
-    """The program of a config: an MLP, with AdamW for the host and the blueprints."""
-    growth, train = config.growth, config.train
+def build_run(
+    config: RunConfig, data: Dataset, axis_name: str | None = None
+) -> Program:
+    """The program of a config: an MLP or one's own, with AdamW for host and blueprints.
 
+    Args:
+      config: of the run.
+      data: of the run.
+      axis_name: of the devices that the rows are divided among; see `build`.
+
+    Raises:
+      ConfigError: if the model or the loss cannot be used.
+    """
+    train = config.train
+    model = own_model(config) if config.model.factory else _perceptron(config, data)
+    for _, node in nnx.iter_graph(model):
+        # Else it would normalize with each device's own rows.
+        if isinstance(node, nnx.BatchNorm) and node.axis_name is None:
+            node.axis_name = axis_name
+    named = losses(config)
+    try:
+        return build(
+            model,
+            optax.adamw(train.learning_rate, weight_decay=train.weight_decay),
+            optax.adamw(
+                train.blueprint_learning_rate, weight_decay=train.blueprint_weight_decay
+            ),
+            lifecycle_config=config.lifecycle,
+            controller_config=config.controller,
+            axis_name=axis_name,
+            **named,
+        )
+    except ValueError as error:
+        if not config.model.factory:
+            raise
+        raise ConfigError(f"model.factory: {error}") from None
+
+
+def _perceptron(config: RunConfig, data: Dataset) -> MLP:
+    growth, train = config.growth, data.train
+    pair = isinstance(train, tuple) and len(train) == 2
+    if not pair or np.ndim(train[0]) != 2 or data.num_classes is None:
+        raise ConfigError(
+            "model: the built-in perceptron needs data.factory to return a Dataset "
+            "with num_classes and arrays (x, y), x of shape (N, D). Name a model of "
+            "your own in model.factory for other data"
+        )
+    inputs, classes = train[0].shape[-1], data.num_classes
+
+    @jax.debug_nans(False)  # NaN is what no seed has measured yet
     @nnx.jit  # one program instead of one for each operation
     def make() -> MLP:
         return MLP(
-            data.train[0].shape[-1],
+            inputs,
             config.model.hidden,
-            data.num_classes,
+            classes,
             activation=config.model.activation,
             num_seeds=growth.num_seeds,
             capacity=growth.capacity,
@@ -43,12 +95,4 @@ def build_run(config: RunConfig, data: Dataset) -> Program:
             rngs=nnx.Rngs(config.seed),
         )
 
-    return build(
-        make(),
-        optax.adamw(train.learning_rate, weight_decay=train.weight_decay),
-        optax.adamw(
-            train.blueprint_learning_rate, weight_decay=train.blueprint_weight_decay
-        ),
-        lifecycle_config=config.lifecycle,
-        controller_config=config.controller,
-    )
+    return make()

@@ -25,10 +25,11 @@ def twin(config: RunConfig, data: Dataset, parameters: int) -> RunConfig:
     least ``parameters`` parameters.
     """
     inputs = data.train[0].shape[-1]
-    hidden = config.model.hidden
+    hidden, classes = config.model.hidden, data.num_classes
+    assert classes is not None  # as the built-in model needs them
     for step in itertools.count():
         widths = tuple(w + round(step * w / max(hidden)) for w in hidden)
-        if _mlp_parameters([inputs, *widths, data.num_classes]) >= parameters:
+        if _mlp_parameters([inputs, *widths, classes]) >= parameters:
             break
     return dataclasses.replace(
         config,

@@ -16,6 +16,8 @@ from esper_jax.lifecycle.grafting import Strategy
 from esper_jax.lifecycle.rules import LifecycleConfig
 from esper_jax.lifecycle.stages import Incubation, Stage
 from esper_jax.policy.config import ControllerConfig
+from esper_jax.run.overrides import set_key
+from esper_jax.run.references import ConfigError, check_reference, own_table, written
 from esper_jax.train.faults import GovernorConfig
 
 __all__ = [
@@ -34,10 +36,6 @@ __all__ = [
 ]
 
 
-class ConfigError(ValueError):
-    """A config that cannot be run; the message names the key and what was expected."""
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Which data to train on.
@@ -45,12 +43,18 @@ class DataConfig:
     Args:
       name: a key of `DATASETS`.
       seed: draws the split.
+      factory: ``"package.module:function"`` of one's own instead, called with the other
+        keys of the table; see `run.own`.
+      options: those keys.
     """
 
     name: str = "digits"
     seed: int = 0
+    factory: str = ""
+    options: dict[str, Any] = dataclasses.field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
+        check_reference("factory", self.factory)
         _one_of("name", self.name, DATASETS)
         _at_least("seed", self.seed, 0)
 
@@ -62,12 +66,18 @@ class ModelConfig:
     Args:
       hidden: width of each hidden layer.
       activation: a key of `ACTIVATIONS`.
+      factory: ``"package.module:function"`` of one's own instead, called with the other
+        keys of the table and ``rngs``; see `run.own`.
+      options: those keys.
     """
 
     hidden: tuple[int, ...] = (64,)
     activation: str = "relu"
+    factory: str = ""
+    options: dict[str, Any] = dataclasses.field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
+        check_reference("factory", self.factory)
         if not self.hidden:
             raise ValueError("hidden must hold at least one width, got none")
         for width in self.hidden:
@@ -80,6 +90,8 @@ class GrowthConfig:
     """What may grow in each hidden layer.
 
     Args:
+      layers: paths of the layers of a model of one's own (``model.factory``) that are
+        made growable; none if it has such layers already.
       num_seeds: seeds in each hidden layer.
       capacity: how many seeds of a layer can live at once.
       blueprints: names of the blueprints that may grow.
@@ -88,6 +100,7 @@ class GrowthConfig:
         ``"reconstruction"``.
     """
 
+    layers: tuple[str, ...] = ()
     num_seeds: int = 4
     capacity: int = 4
     blueprints: tuple[str, ...] = ("residual_mlp",)
@@ -112,7 +125,12 @@ class TrainConfig:
 
     Args:
       ticks: epochs to train for; each ends with a tick.
-      batch_size: rows per step.
+      batch_size: rows per step, of data that are arrays.
+      steps_per_tick: steps before each tick where the data are batches; 0 for a tick
+        after each pass.
+      loss: ``"package.module:function"`` of one's own, ``loss(outputs, y)`` as in
+        `train.build`; cross-entropy by default.
+      objective: or ``objective(model, batch)`` instead.
       learning_rate: of the host's AdamW.
       weight_decay: of the host's AdamW.
       blueprint_learning_rate: of each slot's AdamW.
@@ -121,6 +139,9 @@ class TrainConfig:
 
     ticks: int = 100
     batch_size: int = 64
+    steps_per_tick: int = 0
+    loss: str = ""
+    objective: str = ""
     learning_rate: float = 1e-3
     weight_decay: float = 1e-2
     blueprint_learning_rate: float = 3e-4
@@ -129,6 +150,11 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _at_least("ticks", self.ticks, 1)
         _at_least("batch_size", self.batch_size, 1)
+        _at_least("steps_per_tick", self.steps_per_tick, 0)
+        check_reference("loss", self.loss)
+        check_reference("objective", self.objective)
+        if self.loss and self.objective:
+            raise ValueError("loss and objective must not both be given")
         for name in ("learning_rate", "blueprint_learning_rate"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(
@@ -214,6 +240,15 @@ class RunConfig:
             raise ValueError(
                 f"seed must be at least 0 and below 2**32, got {self.seed}"
             )
+        if self.model.factory:
+            if self.compare.static:
+                raise ValueError("compare.static is for the built-in model")
+            return  # what else must fit is checked where the model is made
+        if self.growth.layers:
+            raise ValueError(
+                "growth.layers is for a model of your own (model.factory), got "
+                f"{self.growth.layers}"
+            )
         if self.growth.num_seeds > min(self.model.hidden):
             raise ValueError(
                 f"growth.num_seeds must be at most the narrowest layer of model.hidden "
@@ -244,7 +279,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: is not TOML: {error}") from None
     for override in overrides:
-        _override(table, override)
+        set_key(table, override)
     return parse_config(table)
 
 
@@ -260,6 +295,8 @@ def parse_config(table: Mapping[str, Any]) -> RunConfig:
 def to_dict(config: RunConfig) -> dict[str, Any]:
     """The nested tables that `parse_config` reads back as the same config."""
     tables = dataclasses.asdict(config)
+    for name in ("data", "model"):
+        tables[name] = written(tables[name])
     tables["lifecycle"]["min_epochs"] = {
         stage.name: config.lifecycle.min_epochs[stage] for stage in Stage
     }
@@ -297,29 +334,14 @@ def _flat(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _override(table: dict[str, Any], override: str) -> None:
-    """Sets one ``key.path=value`` in the tables."""
-    key, equals, text = override.partition("=")
-    path = key.strip().split(".")
-    if not equals or not all(path):
-        raise ConfigError(f"--set expects key=value, got {override!r}")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text  # a bare word is a string
-    for name in path[:-1]:
-        table = table.setdefault(name, {})
-        if not isinstance(table, dict):
-            raise ConfigError(f"{key}: {name} is a value, not a table")
-    table[path[-1]] = value
-
-
 def _build(cls: type, table: Any, where: str) -> Any:
     """A config dataclass from its table, which stands at the key ``where``."""
     if not isinstance(table, Mapping):
         raise ConfigError(f"{where or 'config'}: expected a table, got {table!r}")
     prefix = f"{where}." if where else ""
     kinds = typing.get_type_hints(cls)
+    if kinds.pop("options", None) and "factory" in table:
+        return own_table(cls, table, prefix)
     unknown = [key for key in table if key not in kinds]
     if unknown:
         raise ConfigError(

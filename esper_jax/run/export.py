@@ -15,8 +15,10 @@ from flax import nnx
 
 from esper_jax.layers.corrections import Correction
 from esper_jax.layers.harvest import Parts, harvest
-from esper_jax.run.folder import RunError, RunFolder
+from esper_jax.run.folder import RunError, RunFolder, read_config
+from esper_jax.run.own import one_batch
 from esper_jax.run.run import restore_run
+from esper_jax.train.calls import called
 
 __all__ = ["Format", "export_run"]
 
@@ -66,12 +68,18 @@ def export_run(
             f"--format {form} needs the package {package}, which is not installed: "
             "pip install 'esper-jax[export]'"
         )
-    program, data, found = restore_run(RunFolder(run))
+    folder = RunFolder(run)
+    config = read_config(folder)
+    if form == "stablehlo" and config.train.objective:
+        raise RunError(
+            "--format stablehlo: only train.objective knows what the model is called "
+            "with; export another format, or program.model(state) with jax.export"
+        )
+    program, data, found = restore_run(folder)
     model = harvest(program.model(found.state), parts=parts)
     model.eval()
-    row = data.train[0]
-    inputs = jax.ShapeDtypeStruct(row.shape[1:], row.dtype)
-    _write(target, lambda path: _WRITERS[form](path, model, inputs))
+    batch = one_batch("train", data.train, config.train.batch_size)
+    _write(target, lambda path: _WRITERS[form](path, model, batch))
     leaves = jax.tree.leaves(nnx.state(model, nnx.Param))
     return {
         "path": str(target),
@@ -104,7 +112,7 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _safetensors(path: Path, model: nnx.Module, inputs: jax.ShapeDtypeStruct) -> None:
+def _safetensors(path: Path, model: nnx.Module, batch: Any) -> None:
     from safetensors.numpy import save
 
     arrays = {
@@ -129,14 +137,17 @@ def _described(model: nnx.Module) -> dict[str, str]:
     return described
 
 
-def _stablehlo(path: Path, model: nnx.Module, inputs: jax.ShapeDtypeStruct) -> None:
+def _stablehlo(path: Path, model: nnx.Module, batch: Any) -> None:
     [rows] = jax.export.symbolic_shape("rows")
-    x = jax.ShapeDtypeStruct((rows, *inputs.shape), jnp.dtype(inputs.dtype))
-    call = jax.jit(lambda x: model(x))
+    x = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct((rows, *a.shape[1:]), jnp.dtype(a.dtype)),
+        batch[0],
+    )
+    call = jax.jit(lambda x: called(model, x))
     path.write_bytes(jax.export.export(call, platforms=_PLATFORMS)(x).serialize())
 
 
-def _orbax(path: Path, model: nnx.Module, inputs: jax.ShapeDtypeStruct) -> None:
+def _orbax(path: Path, model: nnx.Module, batch: Any) -> None:
     import orbax.checkpoint as ocp
 
     with ocp.StandardCheckpointer() as checkpointer:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from esper_jax.run.config import ConfigError, RunConfig, parse_config
@@ -114,7 +115,9 @@ def write_lines(path: Path, entries: Iterable[Any]) -> None:
 
 
 def append_lines(path: Path, entries: Iterable[Any]) -> None:
-    """Appends one line of JSON for each entry."""
+    """Appends one line of JSON for each entry; in process 0 alone."""
+    if jax.process_index():
+        return
     with path.open("a") as file:
         file.writelines(json.dumps(entry) + "\n" for entry in entries)
 
@@ -130,6 +133,8 @@ def finite_or_none(value: Any) -> float | None:
 
 
 def _write_whole(path: Path, text: str) -> None:
+    if jax.process_index():  # one of several processes writes
+        return
     scratch = path.with_suffix(".tmp")
     scratch.write_text(text)
     scratch.replace(path)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
@@ -24,10 +23,12 @@ from esper_jax.lifecycle.state import coefficients
 from esper_jax.monitor import plot
 from esper_jax.monitor.live import LiveView
 from esper_jax.monitor.words import why
+from esper_jax.parallel.processes import together
 from esper_jax.policy.memory import Reason
 from esper_jax.run.build import build_run, load_data
 from esper_jax.run.compare import train_static
 from esper_jax.run.config import ConfigError, RunConfig, check_resumable, to_dict
+from esper_jax.run.devices import AXIS, mesh_of, over
 from esper_jax.run.folder import (
     RunError,
     RunFolder,
@@ -37,8 +38,11 @@ from esper_jax.run.folder import (
     write_json,
 )
 from esper_jax.run.logs import EventLog, Metrics
+from esper_jax.run.own import begins_anew, check_one_step, has_own_loss, is_own
+from esper_jax.train.batches import is_iterable, stack
 from esper_jax.train.governor import Governor
 from esper_jax.train.loop import fit
+from esper_jax.train.losses import common_rows
 from esper_jax.train.program import Program
 from esper_jax.train.retreat import Rollback, TrainingStopped
 from esper_jax.trees import state_hash
@@ -66,6 +70,7 @@ def train_run(
     out: Path,
     *,
     resume: bool = False,
+    devices: int | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Trains into the folder ``out`` and returns what ``summary.json`` holds.
@@ -76,6 +81,7 @@ def train_run(
       resume: go on from the newest sound checkpoint of the run in ``out``, or start
         over if there is no checkpoint yet. `check_resumable` says what may differ from
         the run's config. A smaller ``growth.capacity`` must hold all living seeds.
+      devices: of each process, to train on; see `run.devices.mesh_of`.
       console: where the live view prints; standard output by default.
 
     Raises:
@@ -89,17 +95,21 @@ def train_run(
     data = load_data(config)
     _check_batch_size(config, data)
     folder = RunFolder(out)
+    # All look before process 0 writes.
     if resume:
-        check_resumable(config, read_config(folder))
+        together(lambda: check_resumable(config, read_config(folder)), RunError)
     else:
-        _check_empty(out)
-    program = build_run(config, data)
+        together(lambda: _check_empty(out), RunError)
+    mesh = mesh_of(config, data, devices)
+    program = over(build_run(config, data, AXIS if mesh else None), mesh)
     state = program.init(jax.random.key(config.seed))
+    if is_own(config):
+        check_one_step(config, program, state, data)
     _make(out)
     with Checkpointer(folder.checkpoints, retention=_retention(config)) as checkpoints:
         checkpoints.acquire()
         if resume:
-            state = _restored(checkpoints, state)
+            state = _restored(checkpoints, state, data)
         _check_ticks(config, state)
         write_json(folder.config, to_dict(config))
         folder.summary.unlink(missing_ok=True)
@@ -146,11 +156,18 @@ def restore_run(folder: RunFolder) -> tuple[Program, Dataset, Restored]:
 
 
 def _check_batch_size(config: RunConfig, data: Dataset) -> None:
-    rows = len(data.train[0])
+    if is_iterable(data.train):
+        return
+    if config.train.steps_per_tick:
+        raise ConfigError(
+            "train.steps_per_tick: expected 0, since the training data are arrays, "
+            f"which have a tick an epoch; got {config.train.steps_per_tick}"
+        )
+    rows = common_rows(data.train) or 0
     if config.train.batch_size > rows:
         raise ConfigError(
             f"train.batch_size: expected at most the {rows} training rows of "
-            f"{config.data.name}, got {config.train.batch_size}"
+            f"{config.data.factory or config.data.name}, got {config.train.batch_size}"
         )
 
 
@@ -181,12 +198,20 @@ def _retention(config: RunConfig) -> Retention:
     )
 
 
-def _restored(checkpoints: Checkpointer, state: TrainState) -> TrainState:
+def _iterator(data: Dataset) -> Any:
+    """The training data, if they are an iterator, which has a position or lacks it."""
+    train = data.train
+    return train if is_iterable(train) and not begins_anew(train) else None
+
+
+def _restored(
+    checkpoints: Checkpointer, state: TrainState, data: Dataset
+) -> TrainState:
     """The newest sound checkpoint, or ``state`` if there is no checkpoint yet."""
     if not checkpoints.steps():
         _log.warning("%s holds no checkpoint: starts anew", checkpoints.directory)
         return state
-    found = checkpoints.restore(state)
+    found = checkpoints.restore(state, data=_iterator(data))
     for name, (before, after) in found.resized.items():
         _log.warning(
             "layer %s of step %d goes on with capacity %d instead of %d",
@@ -209,6 +234,9 @@ def _check_ticks(config: RunConfig, state: TrainState) -> None:
 def _train(session: _Session, state: TrainState, console: Console | None) -> TrainState:
     """Trains to the last tick, with live view, logs, checkpoints and governor."""
     config, data = session.config, session.data
+    batches = is_iterable(data.train)
+    if jax.process_index():  # one of several processes shows it
+        console = Console(quiet=True)
     with LiveView(config.train.ticks, console) as view:
         reporter = _Reporter(session, view)
         try:
@@ -218,7 +246,8 @@ def _train(session: _Session, state: TrainState, console: Console | None) -> Tra
                 data.train,
                 data.held_out,
                 ticks=config.train.ticks,
-                batch_size=config.train.batch_size,
+                batch_size=None if batches else config.train.batch_size,
+                steps_per_tick=config.train.steps_per_tick or None,
                 seed=config.seed,
                 on_tick=reporter.on_tick,
                 governor=_governor(session, reporter),
@@ -226,7 +255,9 @@ def _train(session: _Session, state: TrainState, console: Console | None) -> Tra
         except TrainingStopped as stop:
             step = int(stop.state.step)
             checkpoints = session.checkpoints
-            checkpoints.save(step, stop.state, config=to_dict(config))
+            checkpoints.save(
+                step, stop.state, config=to_dict(config), data=_iterator(data)
+            )
             checkpoints.wait()  # the message below claims that it is saved
             raise RunError(
                 f"{stop}. The last good state is saved as step {step} in "
@@ -268,16 +299,18 @@ class _Reporter:
             state,
             metrics={"loss": float(report.loss), "accuracy": float(report.accuracy)},
             config=to_dict(self._session.config),
+            data=_iterator(self._session.data),
         )
 
 
 def _governor(session: _Session, reporter: _Reporter) -> Governor | None:
-    if not session.config.governor.enabled:
+    config = session.config
+    if not config.governor.enabled:
         return None
     return Governor(
         session.program,
-        session.config.governor,
-        num_classes=session.data.num_classes,
+        config.governor,
+        num_classes=None if has_own_loss(config) else session.data.num_classes,
         on_rollback=reporter.on_rollback,
     )
 
@@ -289,7 +322,7 @@ def _conclude(session: _Session, state: TrainState) -> dict[str, Any]:
     if compare.static:
         parameters = summary["host_params"] + summary["grown_params"]
         summary["static"] = train_static(session.config, session.data, parameters)
-    if compare.plot:
+    if compare.plot and jax.process_index() == 0:
         plot.accuracy(
             folder.picture,
             read_lines(folder.ticks),
@@ -320,7 +353,10 @@ def _test(
     program: Program, state: TrainState, data: Dataset
 ) -> tuple[float | None, float | None]:
     """Loss and accuracy on the test data, as JSON can hold them."""
-    loss, accuracy = program.evaluate(state, jax.tree.map(jnp.asarray, data.test))
+    test = data.test
+    if is_iterable(test):
+        test = stack("test", test, program.check)
+    loss, accuracy = program.evaluate(state, program.place("test", test, True))
     return finite_or_none(loss), finite_or_none(accuracy)
 
 

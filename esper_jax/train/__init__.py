@@ -1,5 +1,6 @@
 """Our own loops: build a program from a model, and run it."""
 
+from esper_jax.train.batches import Passes
 from esper_jax.train.faults import GovernorConfig
 from esper_jax.train.governor import Governor
 from esper_jax.train.loop import epoch_order, fit
@@ -12,6 +13,7 @@ from esper_jax.train.scan import scan_fit, start_from
 __all__ = [
     "Governor",
     "GovernorConfig",
+    "Passes",
     "Program",
     "Rollback",
     "TrainingStopped",

@@ -1,6 +1,7 @@
 """Data that come in batches: what is held out, and what `fit` trains on."""
 
 import collections
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-__all__ = ["Batches", "Feed", "cut", "is_iterable", "stack"]
+__all__ = ["Batches", "Feed", "Passes", "cut", "is_iterable", "stack"]
 
 
 @struct.dataclass
@@ -79,6 +80,67 @@ def cut(data: Any, size: int) -> Batches:
     if whole < rows:
         groups.append(jax.tree.map(lambda a: jnp.asarray(a)[None, whole:], data))
     return Batches(tuple(groups))
+
+
+class Passes:
+    """Batches without end, pass after pass, with a position that can be saved.
+
+    Give it to `fit`, with ``steps_per_tick``, and to ``Checkpointer.save(data=...)``
+    where a pass of a list or a loader may be left in its middle. Going to a position
+    begins that pass anew: an iterator with ``set_state`` is sent to its place, of any
+    other the batches before it are read again. So each pass must give the same batches
+    when it is begun again.
+
+    Args:
+      data: a list, a loader, or a function that returns an iterator for each pass; not
+        an iterator, which gives its batches once.
+
+    Raises:
+      TypeError: if it is an iterator.
+    """
+
+    def __init__(self, data: Any) -> None:
+        if not callable(data) and iter(data) is data:
+            raise TypeError(
+                "data must begin anew for each pass: a list, a loader, or a function "
+                f"that returns an iterator; got an iterator, {type(data).__name__}"
+            )
+        self._data = data
+        self._pass: Iterator[Any] = iter(())
+        self._number = 0
+        self._done = 0
+
+    def __iter__(self) -> "Passes":
+        return self
+
+    def __next__(self) -> Any:
+        for _ in range(2):
+            for batch in self._pass:
+                self._done += 1
+                return batch
+            self._begin(self._number + 1)
+        raise StopIteration  # a pass without batches
+
+    def get_state(self) -> dict[str, Any]:
+        """The number of the pass, the batches given of it, and its iterator's own."""
+        own = self._pass.get_state() if hasattr(self._pass, "get_state") else None
+        return {"pass": self._number, "done": self._done, "own": own}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes to where `get_state` was called."""
+        if not state["pass"]:
+            self._pass, self._number, self._done = iter(()), 0, 0
+            return
+        self._begin(state["pass"])
+        if state["own"] is not None:
+            self._pass.set_state(state["own"])  # type: ignore[attr-defined]
+        else:
+            collections.deque(itertools.islice(self._pass, state["done"]), maxlen=0)
+        self._done = state["done"]
+
+    def _begin(self, number: int) -> None:
+        again = self._data() if callable(self._data) else self._data
+        self._pass, self._number, self._done = iter(again), number, 0
 
 
 class Feed:

@@ -10,6 +10,7 @@ import numpy as np
 
 from esper_jax.growth.state import Arrays
 from esper_jax.train.batches import Batches, is_iterable, stack
+from esper_jax.train.calls import called
 from esper_jax.train.losses import classification, common_rows
 from esper_jax.train.recipe import TrainRecipe
 
@@ -105,7 +106,7 @@ class Checks:
             def outputs(values: Arrays, x: Any) -> Any:
                 model = self._recipe.parts.merge(values, train=True, alone=True)
                 model.eval()
-                return model(x)
+                return called(model, x)
 
             try:
                 shape = jax.eval_shape(outputs, self._initial, x).shape

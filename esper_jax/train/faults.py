@@ -148,7 +148,7 @@ def _jump(
 ) -> Bool[Array, ""]:
     past = memory.losses
     median = jnp.nanmedian(past, axis=0)
-    spread = 1.4826 * jnp.nanmedian(jnp.abs(past - median), axis=0)
+    spread = 1.4826 * jnp.nanmedian(jnp.abs(past - median[None]), axis=0)
     deviation = jnp.maximum(spread, config.min_deviation * jnp.abs(scale))
     known = jnp.sum(~jnp.isnan(past), axis=0) >= config.min_ticks
     return jnp.any(known & (losses - median > config.deviations * deviation))

@@ -68,6 +68,7 @@ class Governor:
         self._gates = program.gates
         self._good: TrainState | None = None
 
+    @jax.debug_nans(False)  # NaN is what was not measured
     def start(self, state: TrainState) -> None:
         """Takes the state that a run begins with, or goes on from, as good.
 
@@ -91,6 +92,7 @@ class Governor:
             raise RuntimeError("there is no good state yet: call start(state) first")
         return copy_state(self._good)
 
+    @jax.debug_nans(False)
     def review(
         self,
         state: TrainState,

@@ -37,10 +37,14 @@ def fit(
     number and the number of rollbacks, so a restored state continues where it stopped.
     Each epoch leaves out the last rows if they do not fill a batch.
 
-    Batches of an iterable come as it gives them, in each pass anew. The state does not
-    hold its position: after a restore or a rollback it goes on as it is. Save and
-    restore the position of an iterator that has one (``get_state``, ``set_state``)
-    beside the state. Each new shape of a batch compiles the step once more.
+    Batches of an iterable come as it gives them, in each pass anew, and none is read
+    ahead. The state does not hold its position: after a rollback it goes on as it is.
+    An iterator with ``get_state`` and ``set_state``, as grain's have, has its position
+    in checkpoints: ``save(step, state, data=iterator)`` in ``on_tick``, and
+    ``restore(like, data=iterator)``. An iterator without, such as a generator, has
+    none, and a resumed run sees other batches. A list or a loader begins a new pass,
+    unless it is given as `Passes`. Each new shape of a batch compiles the step once
+    more.
 
     Args:
       program: made by `build`.

@@ -23,6 +23,8 @@ class Result(NamedTuple):
     """The like; NaN if there is none."""
     weight: Float[Array, ""] | None
     """How much the batch counts beside others; None for the number of its rows."""
+    aux: Any = None
+    """What was returned beside the loss, as it came."""
 
 
 def classification(
@@ -95,7 +97,7 @@ def read_loss(result: Any, rows: int | None) -> Result:
             f"row or a single one; got {_described(result)}. To return other values, "
             "give build objective=f, where f(model, batch) returns (loss, aux)"
         )
-    return _checked("loss", pair[0], pair[1], None, rows)
+    return _checked("loss", pair[0], pair[1], None, rows)._replace(aux=pair[1])
 
 
 def read_objective(result: Any, rows: int | None) -> Result:
@@ -125,7 +127,8 @@ def read_objective(result: Any, rows: int | None) -> Result:
                 f"single number; got shapes {weight.shape} and {jnp.shape(pair[0])}. "
                 "Return the weighted mean as the loss, and the sum of the weights"
             )
-    return _checked("objective", pair[0], aux.get("score"), weight, rows)
+    found = _checked("objective", pair[0], aux.get("score"), weight, rows)
+    return found._replace(aux=pair[1])
 
 
 def _checked(

@@ -1,7 +1,6 @@
 """A program over a mesh of devices."""
 
 import functools
-from collections import Counter
 from typing import Any
 
 import jax
@@ -12,9 +11,8 @@ from jaxtyping import Array
 from esper_jax.kernels.blend import check_sharding
 from esper_jax.parallel.replicas import check_divides
 from esper_jax.train.batches import Batches
-from esper_jax.train.checks import checked
 from esper_jax.train.program import Program
-from esper_jax.train.tracing import count_recompiles, counted
+from esper_jax.train.tracing import compiled
 from esper_jax.trees import is_key
 
 __all__ = ["over_mesh"]
@@ -76,6 +74,10 @@ def _mapped(program: Program, mesh: jax.sharding.Mesh) -> dict[str, Any]:
         _check_divides("batch", batch, mesh.size)
         return mapped(program.step, rows(batch))(state, batch)
 
+    def step_with_aux(state: Any, batch: Any) -> Any:
+        _check_divides("batch", batch, mesh.size)
+        return mapped(program.step_with_aux, rows(batch))(state, batch)
+
     def step_from(state: Any, data: Any, order: Array, batch_size: int) -> Any:
         if batch_size % mesh.size:
             raise ValueError(
@@ -96,29 +98,14 @@ def _mapped(program: Program, mesh: jax.sharding.Mesh) -> dict[str, Any]:
         _check_divides("data", data, mesh.size)
         return mapped(program.evaluate, rows(data))(state, data)
 
-    traces: Counter[str] = Counter()
-    return {
-        "step": checked(
-            program.check,
-            "batch",
-            jax.jit(counted(traces, step), donate_argnums=0),
-            False,
-        ),
-        "step_from": checked(
-            program.check,
-            "data",
-            jax.jit(counted(traces, step_from), donate_argnums=0, static_argnums=3),
-            True,
-        ),
-        "tick": checked(
-            program.check,
-            "held_out",
-            jax.jit(counted(traces, tick), donate_argnums=0),
-            False,
-        ),
-        "evaluate": checked(program.check, "data", jax.jit(evaluate), False),
-        "recompiles": functools.partial(count_recompiles, traces),
-    }
+    return compiled(
+        program.check,
+        step=step,
+        step_with_aux=step_with_aux,
+        step_from=step_from,
+        tick=tick,
+        evaluate=evaluate,
+    )
 
 
 def _rows(axis_name: str | None, data: Any) -> PartitionSpec:

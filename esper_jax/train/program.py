@@ -6,7 +6,6 @@ recompiles while the model grows. `fit` runs them.
 
 import functools
 import warnings
-from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -31,14 +30,16 @@ from esper_jax.parallel import collectives
 from esper_jax.policy.config import ControllerConfig
 from esper_jax.policy.heuristic import Decide, policy_of
 from esper_jax.policy.interface import Policy, PolicyFactory
-from esper_jax.train.checks import Checks, checked
+from esper_jax.train.checks import Checks
 from esper_jax.train.evaluation import evaluate
 from esper_jax.train.losses import classification
 from esper_jax.train.recipe import AT_ONCE, Batch, Loss, Objective, TrainRecipe
+from esper_jax.train.shardings import shardings_of, spread
+from esper_jax.train.shown import EvalParams, averaged_by, check_eval_params
 from esper_jax.train.start import initial_state
 from esper_jax.train.step import train_step
 from esper_jax.train.tick import tick
-from esper_jax.train.tracing import count_recompiles, counted
+from esper_jax.train.tracing import compiled, unmeasured_is_nan
 from esper_jax.trees import is_key
 
 __all__ = ["Program", "build", "classification"]
@@ -47,7 +48,8 @@ __all__ = ["Program", "build", "classification"]
 class Program(NamedTuple):
     """A model as jitted functions.
 
-    ``step``, ``step_from`` and ``tick`` donate the state that they are given.
+    ``step``, ``step_with_aux``, ``step_from`` and ``tick`` donate the state that they
+    are given.
 
     Attributes:
       init: ``init(rng) -> TrainState`` starts from the values that the model had when
@@ -55,13 +57,18 @@ class Program(NamedTuple):
         `growth.parts.values_of` returns them.
       step: ``step(state, batch) -> state``: one update from ``batch = (x, y)``, or from
         what the objective takes.
+      step_with_aux: ``step_with_aux(state, batch) -> state, (loss, aux)``: the same
+        update, with the mean loss of the batch before it and what the loss or the
+        objective returned beside the loss (None if nothing). Along ``axis_name``,
+        arrays of a number for each row are those of all devices, others their mean.
       step_from: ``step_from(state, data, order, batch_size) -> state``: one update
         from the rows of ``data`` that ``order`` names at the state's position.
       tick: ``tick(state, held_out) -> state, TickReport``. Held-out data are arrays, or
         an iterable of batches.
       evaluate: ``evaluate(state, data) -> loss, score``, means over the rows of arrays
         or of an iterable of batches.
-      model: ``model(state) -> nnx.Module`` with the state's values.
+      model: ``model(state) -> nnx.Module`` with the state's values, those to evaluate
+        where ``eval_params`` tells them from those that train.
       grow_capacity: ``grow_capacity(state, capacity) -> state`` with another number of
         slots, in all layers or by name; see `growth.capacity`. Nothing else makes
         ``step`` and ``tick`` compile again.
@@ -76,12 +83,13 @@ class Program(NamedTuple):
       check: ``check(name, data, whole)`` refuses what the program cannot use: a batch,
         or arrays to be cut into batches (``whole``). All functions above call it; see
         `Checks`.
-      recompiles: how often ``step``, ``step_from`` and ``tick`` were compiled again
-        after their first time.
+      recompiles: how often ``step``, ``step_with_aux``, ``step_from`` and ``tick`` were
+        compiled again after their first time.
     """
 
     init: Callable[..., TrainState]
     step: Callable[[TrainState, Batch], TrainState]
+    step_with_aux: Callable[[TrainState, Batch], tuple[TrainState, tuple[Array, Any]]]
     step_from: Callable[[TrainState, Batch, Any, int], TrainState]
     tick: Callable[[TrainState, Any], tuple[TrainState, TickReport]]
     evaluate: Callable[[TrainState, Any], tuple[Array, Array]]
@@ -104,6 +112,7 @@ def build(
     loss: Loss = classification,
     objective: Objective | None = None,
     wrt: Any = nnx.Param,
+    eval_params: EvalParams | None = None,
     lifecycle_config: LifecycleConfig | None = None,
     controller_config: ControllerConfig | None = None,
     decide: Decide | None = None,
@@ -115,12 +124,16 @@ def build(
     """Makes the functions that train and grow ``model``.
 
     Args:
-      model: a Flax NNX model that is called with a batch ``x`` and holds `ChunkedLayer`
-        or `SeedBed` modules. Its values are copied, not changed; `Program.model` gives
-        it back trained. Modules in evaluation mode stay in it (``bn.eval()``, dropout
-        with ``deterministic=True``), all others train; evaluation puts all in
-        evaluation mode. Values sown as `nnx.Intermediate` are dropped.
-      optimizer: for the host's parameters.
+      model: a Flax NNX model that is called with the ``x`` of a batch ``(x, y)`` and
+        holds `ChunkedLayer` or `SeedBed` modules. Where its signature takes several
+        inputs, ``x`` is a tuple of them, or a dictionary by name. Its values are
+        copied, not changed; `Program.model` gives it back trained. Modules in
+        evaluation mode stay in it (``bn.eval()``, dropout with
+        ``deterministic=True``), all others train; evaluation puts all in evaluation
+        mode. Values sown as `nnx.Intermediate` are dropped. Variables that lie on a
+        mesh (`nnx.with_partitioning`) lie so in the state, with their moments; the
+        mesh's axes must be Auto.
+      optimizer: for the host's parameters. It is given the loss as ``value``.
       blueprint_optimizer: for the banks; runs in each slot (`optim.per_slot`). A
         `PerSlot` is taken as it is.
       loss: ``loss(outputs, y)`` returns the loss, or ``(loss, score)``. Each is one
@@ -138,6 +151,10 @@ def build(
         a type of variable, a function of path and variable, ... Bare arrays and
         variables of other types train only if it matches them. None is a frozen host,
         for which no gradients are computed.
+      eval_params: ``eval_params(opt_state, params) -> params``: what to evaluate, and
+        `Program.model` to return, in place of the parameters that train, such as an
+        average that the optimizer's state holds. By default, if that state holds one
+        of `optax.contrib.schedule_free`, its average; else those that train.
       lifecycle_config: minimum ages, gates and grafting.
       controller_config: numbers of the heuristic.
       decide: decides instead of the heuristic, with the signature of `policy.decide`.
@@ -156,8 +173,9 @@ def build(
       TypeError: if the model or an optimizer is of another kind.
       ValueError: if the model holds nothing that can grow, the controller's blueprint
         is not one of every layer's, ``loss`` and ``objective`` are both given, ``wrt``
-        matches nothing, ``eval_batch`` is below 1, ``debug`` is given without
-        ``axis_name``, or, with it, the model holds an untyped random key.
+        matches nothing, ``eval_params`` returns other parameters, ``eval_batch`` is
+        below 1, ``debug`` is given without ``axis_name``, or, with it, the model holds
+        an untyped random key.
     """
     _check_kinds(model, optimizer, blueprint_optimizer)
     if objective is not None and loss is not classification:
@@ -174,6 +192,11 @@ def build(
             "parallel.check_replicas(state) between ticks instead"
         )
     parts = split_model(model, axis_name, wrt)
+    params = {name: values_of(model)[name] for name in parts.host_params()}
+    if eval_params is None:
+        eval_params = averaged_by(optimizer, params)
+    else:
+        check_eval_params(eval_params, optimizer, params)
     gates = lifecycle_config or LifecycleConfig()
     asked = policy_of(policy, controller_config, decide)
     _warn_if_frozen(model)
@@ -181,7 +204,8 @@ def build(
         parts=parts,
         loss=loss,
         objective=objective,
-        optimizer=optimizer,
+        optimizer=optax.with_extra_args_support(optimizer),
+        eval_params=eval_params,
         bank_optimizer=(
             blueprint_optimizer
             if isinstance(blueprint_optimizer, PerSlot)
@@ -195,10 +219,11 @@ def build(
         axis_name=axis_name,
         debug=debug,
     )
-    initial = jax.tree.map(
-        lambda v: v if is_key(v) else np.asarray(v), values_of(model)
-    )
-    return _program(recipe, initial)
+    values = values_of(model)
+    how = shardings_of(values)
+    initial = jax.tree.map(lambda v: v if is_key(v) else np.asarray(v), values)
+    program = _program(recipe, initial)
+    return program._replace(init=lambda *given: spread(program.init(*given), how))
 
 
 def _check_kinds(model: Any, optimizer: Any, blueprint_optimizer: Any) -> None:
@@ -233,10 +258,15 @@ def _warn_if_frozen(model: nnx.Module) -> None:
 
 def _program(recipe: TrainRecipe, initial: Arrays) -> Program:
     """The jitted functions of a recipe, with the values that a run starts from."""
-    parts, traces = recipe.parts, Counter[str]()
+    parts = recipe.parts
     check = Checks(recipe, initial)
 
     def step(state: TrainState, batch: Batch) -> TrainState:
+        return train_step(recipe, state, batch)[0]
+
+    def step_with_aux(
+        state: TrainState, batch: Batch
+    ) -> tuple[TrainState, tuple[Array, Any]]:
         return train_step(recipe, state, batch)
 
     def step_from(
@@ -252,38 +282,32 @@ def _program(recipe: TrainRecipe, initial: Arrays) -> Program:
     def one_tick(state: TrainState, held_out: Batch) -> tuple[TrainState, TickReport]:
         return tick(recipe, state, held_out)
 
+    def shown_evaluate(state: TrainState, data: Batch) -> tuple[Array, Array]:
+        return evaluate(recipe, parts.values(recipe.shown(state)), data)
+
+    @jax.debug_nans(False)
+    def model(state: TrainState) -> nnx.Module:
+        # Copies: the state's own arrays are gone once it is donated.
+        values = jax.tree.map(jnp.copy, parts.values(recipe.shown(state)))
+        return parts.merge(values, train=True, alone=True)
+
     # The values are an argument: as constants of the program they would cost seconds.
+    @unmeasured_is_nan
     @jax.jit
     def init(values: Arrays, rng: Array) -> TrainState:
         return initial_state(recipe, values, rng)
 
     return Program(
         init=lambda rng, values=initial: init(values, rng),
-        step=checked(
-            check, "batch", jax.jit(counted(traces, step), donate_argnums=0), False
-        ),
-        step_from=checked(
+        **compiled(
             check,
-            "data",
-            jax.jit(counted(traces, step_from), donate_argnums=0, static_argnums=3),
-            True,
+            step=step,
+            step_with_aux=step_with_aux,
+            step_from=step_from,
+            tick=one_tick,
+            evaluate=shown_evaluate,
         ),
-        tick=checked(
-            check,
-            "held_out",
-            jax.jit(counted(traces, one_tick), donate_argnums=0),
-            False,
-        ),
-        evaluate=checked(
-            check,
-            "data",
-            jax.jit(lambda state, data: evaluate(recipe, parts.values(state), data)),
-            False,
-        ),
-        # Copies: the state's own arrays are gone once it is donated.
-        model=lambda state: parts.merge(
-            jax.tree.map(jnp.copy, parts.values(state)), train=True, alone=True
-        ),
+        model=model,
         grow_capacity=functools.partial(grow_capacity, recipe),
         layouts=parts.layouts,
         kinds=parts.kinds,
@@ -291,5 +315,4 @@ def _program(recipe: TrainRecipe, initial: Arrays) -> Program:
         axis_name=recipe.axis_name,
         place=lambda name, data, divided: jax.tree.map(jnp.asarray, data),
         check=check,
-        recompiles=functools.partial(count_recompiles, traces),
     )

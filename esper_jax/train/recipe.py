@@ -7,7 +7,10 @@ from typing import Any
 import optax
 
 from esper_jax.growth.recipe import Recipe
+from esper_jax.growth.state import TrainState
+from esper_jax.train.calls import called
 from esper_jax.train.losses import Result, common_rows, read_loss, read_objective
+from esper_jax.train.shown import EvalParams
 
 __all__ = ["AT_ONCE", "Batch", "Loss", "Objective", "TrainRecipe"]
 
@@ -33,6 +36,8 @@ class TrainRecipe(Recipe):
       loss: of the outputs and the labels.
       objective: of the model and the batch; None for that of ``loss``.
       optimizer: of the host's parameters.
+      eval_params: the parameters to evaluate, of the optimizer's state and those that
+        train; None for the latter.
       eval_batch: rows that are evaluated at once.
       at_once: counterfactuals that are evaluated side by side.
       axis_name: the mapped axis that the rows are divided along, if there is one.
@@ -41,7 +46,8 @@ class TrainRecipe(Recipe):
 
     loss: Loss
     objective: Objective | None = None
-    optimizer: optax.GradientTransformation
+    optimizer: optax.GradientTransformationExtraArgs
+    eval_params: EvalParams | None = None
     eval_batch: int
     at_once: int = AT_ONCE
     axis_name: str | None = None
@@ -56,7 +62,14 @@ class TrainRecipe(Recipe):
         if self.objective is not None:
             return read_objective(self.objective(model, batch), self.rows(batch))
         x, y = batch
-        return read_loss(self.loss(model(x), y), self.rows(batch))
+        return read_loss(self.loss(called(model, x), y), self.rows(batch))
+
+    def shown(self, state: TrainState) -> TrainState:
+        """The state with the parameters to evaluate in place of those that train."""
+        if self.eval_params is None:
+            return state
+        params = self.eval_params(state.opt_state, state.params)
+        return dataclasses.replace(state, params=params)
 
     def rows(self, batch: Batch) -> int | None:
         """Rows of a batch, or None where its arrays share no first axis.

@@ -26,8 +26,10 @@ from esper_jax.trees import is_key
 __all__ = ["train_step"]
 
 
-def train_step(recipe: TrainRecipe, state: TrainState, batch: Batch) -> TrainState:
-    """One update of host and blueprints.
+def train_step(
+    recipe: TrainRecipe, state: TrainState, batch: Batch
+) -> tuple[TrainState, tuple[Float[Array, ""], Any]]:
+    """One update of host and blueprints; returns the state, and loss and aux.
 
     Args:
       recipe: holds the model, its loss and the optimizers.
@@ -36,7 +38,7 @@ def train_step(recipe: TrainRecipe, state: TrainState, batch: Batch) -> TrainSta
     """
     learned = _learn(recipe, state, batch)
     updates, opt_state = recipe.optimizer.update(
-        learned.params, state.opt_state, state.params
+        learned.params, state.opt_state, state.params, value=learned.loss
     )
     parts, groups = recipe.parts, recipe.parts.groups
     seeds = parts.by_bed(
@@ -61,7 +63,7 @@ def train_step(recipe: TrainRecipe, state: TrainState, batch: Batch) -> TrainSta
         value=learned.loss,
     )
     of_step = StepGradients(learned.params, grads.banks, parts.by_bed(state.seeds))
-    return dataclasses.replace(
+    state = dataclasses.replace(
         state,
         step=state.step + 1,
         params=optax.apply_updates(state.params, updates),
@@ -84,6 +86,7 @@ def train_step(recipe: TrainRecipe, state: TrainState, batch: Batch) -> TrainSta
         rest=learned.rest,
         monitor=watch(recipe, state.monitor, of_step, learned.loss),
     )
+    return state, (learned.loss, learned.aux)
 
 
 def _counted(seeds: SeedState, measured: SeedState) -> SeedState:
@@ -110,6 +113,8 @@ class _Learned(NamedTuple):
     """Seeds that hold what this pass alone measured, by layer."""
     rest: Arrays
     """The model's other variables afterwards."""
+    aux: Any
+    """What the loss or the objective returned beside the loss."""
 
 
 def _learn(recipe: TrainRecipe, state: TrainState, batch: Batch) -> _Learned:
@@ -127,9 +132,10 @@ def _learn(recipe: TrainRecipe, state: TrainState, batch: Batch) -> _Learned:
             state, params=params, banks=banks, rest=rest, seeds=unmeasured
         )
         model = parts.merge(parts.values(current, probes), train=True)
-        return jnp.mean(recipe.result(model, batch).loss), values_of(model)
+        result = recipe.result(model, batch)
+        return jnp.mean(result.loss), (values_of(model), result.aux)
 
-    (value, after), grads = jax.value_and_grad(
+    (value, (after, aux)), grads = jax.value_and_grad(
         objective, argnums=(0, 1, 2), has_aux=True
     )(*trained)
     value, (params, banks, gains) = collectives.mean((value, grads), axis_name)
@@ -140,6 +146,7 @@ def _learn(recipe: TrainRecipe, state: TrainState, batch: Batch) -> _Learned:
         gains=gains,
         seeds=parts.take(after, "seeds"),
         rest=_shared(state.rest, _unchanged(state.rest, after), axis_name),
+        aux=collectives.whole_batch(aux, recipe.rows(batch), axis_name),
     )
 
 

@@ -33,9 +33,10 @@ def tick(
     agree = jnp.ones((), bool)
     if recipe.debug and recipe.axis_name is not None:
         agree = collectives.replicas_agree(state, recipe.axis_name)
-    loss, accuracy = evaluate(recipe, recipe.parts.values(state), held_out)
+    shown = recipe.shown(state)
+    loss, accuracy = evaluate(recipe, recipe.parts.values(shown), held_out)
     # Devices that differ would not all take part in the same evaluations.
-    worth = counterfactuals(recipe, state, held_out, loss, agree)
+    worth = counterfactuals(recipe, shown, held_out, loss, agree)
     groups = recipe.parts.groups
     seen = Seen(loss, accuracy, groups.stack(worth), agree)
     growth = GrowthState(

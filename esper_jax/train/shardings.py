@@ -1,0 +1,60 @@
+"""Keeps the shardings that a model's variables came with in the state of a run."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from esper_jax.growth.state import Arrays, TrainState
+
+__all__ = ["Spread", "shardings_of", "spread"]
+
+Spread = Mapping[str, tuple[tuple[int, ...], NamedSharding]]
+"""Shape and sharding of each variable that lies on several devices, by name."""
+
+
+def shardings_of(values: Arrays) -> Spread:
+    """How variables lie on a mesh, as `nnx.with_partitioning` makes them.
+
+    Raises:
+      ValueError: if the mesh has an axis that is not Auto.
+    """
+    found = {
+        name: (value.shape, value.sharding)
+        for name, value in values.items()
+        if isinstance(value, jax.Array)
+        and isinstance(value.sharding, NamedSharding)
+        and value.sharding.mesh.size > 1
+    }
+    for name, (_, sharding) in found.items():
+        kinds = set(sharding.mesh.axis_types)
+        if kinds != {AxisType.Auto}:
+            raise ValueError(
+                "model must lie on a mesh whose axes are all Auto; variable "
+                f"{name!r} lies on one of {sharding.mesh.axis_types}. Make it with "
+                "jax.make_mesh(shape, names, axis_types=(AxisType.Auto, ...))"
+            )
+    return found
+
+
+def spread(state: TrainState, how: Spread) -> TrainState:
+    """The state on the mesh of the model.
+
+    What belongs to a variable (its moments, its running mean) lies as the variable
+    does; all else is on every device.
+    """
+    if not how:
+        return state
+    mesh = next(iter(how.values()))[1].mesh
+    everywhere = NamedSharding(mesh, PartitionSpec())
+
+    def put(path: tuple[Any, ...], leaf: Any) -> Any:
+        for key in path:
+            shape, sharding = how.get(getattr(key, "key", None) or "", (None, None))
+            if sharding is not None and np.shape(leaf) == shape:
+                return jax.device_put(leaf, sharding)
+        return jax.device_put(leaf, everywhere)
+
+    return jax.tree_util.tree_map_with_path(put, state)

@@ -1,0 +1,98 @@
+"""What the configs of test_own_things.py name, as a user's module in their folder."""
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from esper_jax import make_growable
+from esper_jax.data import Dataset
+from esper_jax.train import classification
+
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(64, 4)).astype(np.float32)
+Y = (X[:, 0] * X[:, 1] > 0).astype(np.int32)
+BATCHES = [{"x": X[i : i + 8], "y": Y[i : i + 8]} for i in range(0, 64, 8)]
+
+
+class Net(nnx.Module):
+    def __init__(self, width, rngs):
+        # No bias: its gradient before BatchNorm is rounding, which Adam enlarges.
+        self.a = nnx.Linear(4, width, use_bias=False, rngs=rngs)
+        self.norm = nnx.BatchNorm(width, rngs=rngs)
+        self.out = nnx.Linear(width, 2, rngs=rngs)
+
+    def __call__(self, x):
+        return self.out(nnx.relu(self.norm(self.a(x))))
+
+
+def model(width, rngs):
+    return Net(width, rngs)
+
+
+def growable(width, rngs):
+    model = Net(width, rngs)
+    make_growable(model, "a", 2, rngs=rngs)
+    return model
+
+
+def no_model(rngs):
+    return {"a": 1}
+
+
+def breaks(rngs):
+    raise KeyError("this is the user's")
+
+
+def arrays(rows=64):
+    part = (X[:rows], Y[:rows])
+    return {"train": part, "held_out": part, "test": part}
+
+
+def two_parts():
+    return arrays()["train"], arrays()["test"]
+
+
+class Loader:
+    """An iterator with a position."""
+
+    def __init__(self):
+        self.at = 0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        self.at += 1
+        return BATCHES[self.at * 5 % 8]
+
+    def get_state(self):
+        return {"at": self.at}
+
+    def set_state(self, state):
+        self.at = state["at"]
+
+
+def generator():
+    yield from BATCHES * 100
+
+
+def batches(kind):
+    train = {"loader": Loader, "list": lambda: BATCHES, "generator": generator}[kind]()
+    return Dataset(train, BATCHES[:2], iter(BATCHES[2:4]))
+
+
+def objective(model, batch):
+    loss, score = classification(model(batch["x"]), batch["y"])
+    return loss, {"score": score}
+
+
+def loss(logits, y):
+    return classification(logits, y)
+
+
+def wrong_shape(logits, y):
+    return jnp.zeros(3)
+
+
+def one_argument(logits):
+    return logits

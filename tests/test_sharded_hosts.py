@@ -1,0 +1,126 @@
+"""Hosts whose parameters lie on a mesh keep their shardings while they grow."""
+
+import jax
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from test_own_loops import POLICY, QUICK, X, Y, pair_loss
+
+from esper_jax import Growth, build, fit, make_growable
+from esper_jax.checkpoint.checkpointer import Checkpointer
+from esper_jax.lifecycle.stages import Stage
+
+ADAM = optax.adam(1e-2)
+HOW = {
+    "a/base/kernel": PartitionSpec(None, "model"),
+    "a/base/bias": PartitionSpec("model"),
+    "b/kernel": PartitionSpec("model", None),
+}
+
+
+class Net(nnx.Module):
+    def __init__(self, rngs, divided=True):
+        def over(init, *axes):
+            return nnx.with_partitioning(init, axes) if divided else init
+
+        kernel, zeros = nnx.initializers.lecun_normal(), nnx.initializers.zeros
+        self.a = nnx.Linear(
+            4,
+            8,
+            kernel_init=over(kernel, None, "model"),
+            bias_init=over(zeros, "model"),
+            rngs=rngs,
+        )
+        self.b = nnx.Linear(8, 3, kernel_init=over(kernel, "model", None), rngs=rngs)
+
+    def __call__(self, x):
+        return self.b(nnx.relu(self.a(x)))
+
+
+def mesh(kind=AxisType.Auto):
+    return jax.make_mesh((2, 2), ("data", "model"), (kind, kind))
+
+
+def growable(**options):
+    model = Net(nnx.Rngs(0), **options)
+    make_growable(model, "a", 2, rngs=nnx.Rngs(1))
+    return model
+
+
+def check(arrays, on):
+    for name, spec in HOW.items():
+        array = arrays[name]
+        assert array.sharding.is_equivalent_to(NamedSharding(on, spec), array.ndim), (
+            name,
+            array.sharding,
+        )
+
+
+def params_of(model):
+    flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    return {"/".join(path): variable.get_value() for path, variable in flat}
+
+
+def policies():
+    return {"lifecycle_config": QUICK, "controller_config": POLICY}
+
+
+def test_growth_beside_a_loop_keeps_them():
+    on = mesh()
+    with jax.set_mesh(on):
+        model = growable()
+        check(params_of(model), on)
+        growth = Growth(model, ADAM, **policies())
+        optimizer = nnx.Optimizer(model, ADAM, wrt=nnx.Param)
+
+        @nnx.jit
+        def step(model, optimizer, growth, batch):
+            grad = nnx.value_and_grad(pair_loss, argnums=growth.argnums)
+            loss, grads = grad(model, batch)
+            optimizer.update(model, grads)
+            growth.update(model, grads, loss=loss)
+
+        batch = jax.device_put((X, Y), NamedSharding(on, PartitionSpec("data")))
+        for _ in range(3):
+            step(model, optimizer, growth, batch)
+            report = growth.tick(model, lambda model: pair_loss(model, batch))
+        check(params_of(model), on)
+    assert Stage.GRAFTING in report.layers["a"].stage
+
+
+def test_build_and_fit_and_checkpoints_keep_them(tmp_path):
+    def run(model):
+        program = build(model, ADAM, ADAM, **policies())
+        state = program.init(jax.random.key(0))
+        first = state.params, state.opt_state[0].mu
+        state = fit(program, state, (X, Y), (X, Y), ticks=10, batch_size=8)
+        return program, first, state
+
+    _, _, alone = run(growable(divided=False))
+    on = mesh()
+    with jax.set_mesh(on):
+        program, first, state = run(growable())
+        # The moments lie as their parameters do, from the beginning.
+        for arrays in (*first, state.params, state.opt_state[0].mu):
+            check(arrays, on)
+        with Checkpointer(tmp_path) as checkpoints:
+            checkpoints.save(1, state)
+            back = checkpoints.restore(program.init(jax.random.key(1))).state
+        check(back.params, on)
+        check(back.opt_state[0].nu, on)
+        # Batches may be divided too.
+        batch = jax.device_put((X, Y), NamedSharding(on, PartitionSpec("data")))
+        check(program.step(back, batch).params, on)
+    assert Stage.FOSSILIZED in state.seeds["a"].stage
+    np.testing.assert_array_equal(state.seeds["a"].stage, alone.seeds["a"].stage)
+    for name, value in alone.params.items():
+        np.testing.assert_allclose(state.params[name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_a_mesh_with_explicit_axes_is_refused_by_name():
+    with jax.set_mesh(mesh(AxisType.Explicit)):
+        model = growable()
+        with pytest.raises(ValueError, match=r"axes are all Auto; variable 'a/base/.*"):
+            build(model, ADAM, ADAM)
