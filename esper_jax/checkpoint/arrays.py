@@ -9,10 +9,8 @@ import contextlib
 import logging
 import math
 import sys
-import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import jax
@@ -152,18 +150,15 @@ def _hush() -> None:
     """From now on, prints no stacks of what Orbax leaves behind when a save fails.
 
     TensorStore goes on with the other arrays for a while, and tells an event loop that
-    Orbax has closed. Its threads hand each refusal to `sys.excepthook`.
+    Orbax has closed. Its threads hand each refusal to `sys.unraisablehook`.
     """
-    before = sys.excepthook
+    before = sys.unraisablehook
     if getattr(before, "hushes_orbax", False):
         return
 
-    def hook(
-        kind: type[BaseException], error: BaseException, trace: TracebackType | None
-    ) -> None:
-        late = kind is RuntimeError and str(error) == "Event loop is closed"
-        if not (late and threading.current_thread() is not threading.main_thread()):
-            before(kind, error, trace)
+    def hook(raised: "sys.UnraisableHookArgs") -> None:
+        if raised.object is not None or str(raised.exc_value) != "Event loop is closed":
+            before(raised)
 
     hook.hushes_orbax = True  # type: ignore[attr-defined]
-    sys.excepthook = hook
+    sys.unraisablehook = hook
