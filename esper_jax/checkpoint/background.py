@@ -13,7 +13,7 @@ import threading
 import weakref
 from collections.abc import Callable
 
-__all__ = ["Background"]
+__all__ = ["Background", "settle"]
 
 _log = logging.getLogger(__name__)
 
@@ -24,12 +24,18 @@ class Background:
     def __init__(self) -> None:
         self._done = threading.Event()
         self._done.set()
-        self._failure: Exception | None = None
+        self._failure: BaseException | None = None
+        self._work: Callable[[], None] | None = None
         _all.add(self)
 
     def __del__(self) -> None:
         if self._failure is not None:
             _log.error("%s", self._failure)
+
+    @property
+    def done(self) -> bool:
+        """Whether no work goes on."""
+        return self._done.is_set()
 
     def start(self, work: Callable[[], None]) -> None:
         """Starts ``work``, once what was started before has been joined.
@@ -39,9 +45,8 @@ class Background:
         """
         _wait_at_exit()
         self._done.clear()
-        thread = threading.Thread(
-            target=self._run, args=(work,), name="esper-jax-save", daemon=False
-        )
+        self._work = work
+        thread = threading.Thread(target=self._run, name="esper-jax-save", daemon=False)
         try:
             thread.start()
         except BaseException:
@@ -52,7 +57,7 @@ class Background:
         """Waits for the work. If interrupted, it can be called again.
 
         Raises:
-          Exception: what the work raised; once.
+          BaseException: what the work raised; once.
         """
         # No Thread.join(): before Python 3.13 an interrupted one marks the thread as
         # stopped. The next join, and the interpreter's end, would not wait for it.
@@ -70,13 +75,26 @@ class Background:
         self._done.set()
         self._failure = None
 
-    def _run(self, work: Callable[[], None]) -> None:
+    def _run(self) -> None:
         try:
-            work()
-        except Exception as error:
-            self._failure = error
+            assert self._work is not None
+            self._work()
+        except BaseException as error:
+            # Without its stack, which would keep alive what the work held.
+            self._failure = error.with_traceback(None)
         finally:
+            self._work = None
             self._done.set()
+
+    def finish(self) -> None:
+        """Waits for the work, and leaves its failure to `join`."""
+        self._done.wait()
+
+
+def settle() -> None:
+    """Waits for all work of this process that goes on."""
+    for each in list(_all):
+        each.finish()
 
 
 _all: "weakref.WeakSet[Background]" = weakref.WeakSet()

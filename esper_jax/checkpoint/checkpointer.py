@@ -384,7 +384,9 @@ class Checkpointer:
             self._background.join()
         except CheckpointError:
             raise
-        except Exception as error:
+        except BaseException as error:
+            if not self._background.done:  # Ctrl-C in the wait
+                raise
             raise CheckpointError(
                 f"the last save in {self.directory} failed: "
                 f"{type(error).__name__}: {error}"

@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
+from esper_jax.checkpoint.background import settle
 from esper_jax.checkpoint.location import CheckpointError
 
 __all__ = ["FolderLock", "in_use", "shared"]
@@ -92,7 +93,8 @@ class FolderLock:
                     for lock in list(_locks)
                 )
                 if own and not last:
-                    gc.collect()  # it may be garbage in a cycle
+                    gc.collect()  # it may be garbage in a cycle,
+                    settle()  # or kept by a last save that goes on
                     continue
                 hint = " (one of this process: close() it)" if own else ""
                 raise CheckpointError(
