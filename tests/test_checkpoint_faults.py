@@ -217,16 +217,16 @@ def test_the_interpreter_waits_for_a_save_however_it_ends(tmp_path):
     assert "File too large" in last[0]
 
 
-def failing(monkeypatch, error):
+def failing(monkeypatch, make_error):
     def write(*_):
-        raise error
+        raise make_error()
 
     monkeypatch.setattr(step_folder, "write", write)
 
 
 def test_a_failed_save_is_told_on_every_way_out(tmp_path, monkeypatch, caplog):
-    room = OSError(28, "No space left on device", str(tmp_path / "2" / "file"))
-    failing(monkeypatch, room)
+    file = str(tmp_path / "2" / "file")
+    failing(monkeypatch, lambda: OSError(28, "No space left on device", file))
 
     def saving(then):
         with Checkpointer(tmp_path) as checkpoints:
@@ -250,7 +250,7 @@ def test_a_failed_save_is_told_on_every_way_out(tmp_path, monkeypatch, caplog):
             break
         time.sleep(0.05)
     assert "step 1 could not be saved" in caplog.text
-    failing(monkeypatch, SystemExit())
+    failing(monkeypatch, SystemExit)
     with pytest.raises(CheckpointError, match=r"save in .* failed: SystemExit"):
         saving(None)
 

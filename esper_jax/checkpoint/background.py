@@ -81,6 +81,7 @@ class Background:
             self._work()
         except BaseException as error:
             # Without its stack, which would keep alive what the work held.
+            error.__context__ = None
             self._failure = error.with_traceback(None)
         finally:
             self._work = None

@@ -82,8 +82,8 @@ class Checkpointer:
     on from an older step leaves the later ones behind as an abandoned branch
     (`step_directory.by_age`).
 
-    A save that fails is raised by the next call that waits for it. If there is none, it
-    is printed when the interpreter ends, which waits for a save that is going on.
+    A failed save is raised by the next call that waits for it, or else printed when the
+    interpreter ends. That waits for a save that is going on.
 
     With several processes (`jax.distributed`) each process makes a `Checkpointer` on a
     directory that all of them see, and all call the same methods in the same order;
@@ -251,8 +251,7 @@ class Checkpointer:
     def describe(self, step: int) -> str:
         """One line about a step from its manifest; the arrays are not read.
 
-        ``save 7`` is the seventh save in the directory: numbers of steps may repeat or
-        go back, those of saves do not.
+        ``save 7`` is the seventh save in the directory, whatever the step's number.
         """
         verdict = self._verdict(
             step,
