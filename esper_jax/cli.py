@@ -258,7 +258,7 @@ def _verify(checkpoints: Any, step: int, migrate: bool) -> bool:
     verdict = checkpoints.verify(step)
     if verdict.manifest is None or not migrate:
         print(verdict)
-        return verdict.manifest is not None
+        return verdict.damage is None
     notes = checkpoints.migrate(step)
     after = checkpoints.verify(step)
     changed = after.manifest != verdict.manifest

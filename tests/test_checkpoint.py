@@ -332,7 +332,8 @@ def test_damaged_steps_do_not_push_out_a_sound_one(copied):
         checkpoints.save(0, small(9))
         checkpoints.wait()
         assert checkpoints.steps() == [0, 1, 2, 3]
-        assert checkpoints.restore(small()).step == 1
+        assert checkpoints.restore(small()).step == 0  # saved last
+        assert checkpoints.restore(small(), step=1).step == 1
 
 
 def test_a_killed_replacement_leaves_the_step(copied):

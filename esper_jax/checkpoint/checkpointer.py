@@ -6,20 +6,16 @@ step to restore, ``upgrading.py`` brings its leaves to today's schema, ``resizin
 to another capacity, and ``retention.py`` says which steps stay.
 """
 
-import contextlib
-import json
 import logging
-import operator
-import threading
-import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
 from esper_jax.checkpoint import step_folder
+from esper_jax.checkpoint.background import Background
 from esper_jax.checkpoint.host_leaves import (
     HostLeaf,
     LeafError,
@@ -27,15 +23,13 @@ from esper_jax.checkpoint.host_leaves import (
     place,
     to_host,
 )
+from esper_jax.checkpoint.location import absolute
 from esper_jax.checkpoint.manifest import Damaged, Header, Manifest
-from esper_jax.checkpoint.newest import agreed
-from esper_jax.checkpoint.position import (
-    PositionError,
-    go_to,
-    has_position,
-    position_of,
-)
+from esper_jax.checkpoint.newest import Gone, agreed, look
+from esper_jax.checkpoint.position import PositionError, go_to, has_position
+from esper_jax.checkpoint.preparing import prepared
 from esper_jax.checkpoint.resizing import resized
+from esper_jax.checkpoint.results import Restored, Verdict
 from esper_jax.checkpoint.retention import Retention
 from esper_jax.checkpoint.step_directory import CheckpointError, StepDirectory
 from esper_jax.checkpoint.upgrading import upgraded
@@ -48,39 +42,20 @@ __all__ = ["Checkpointer", "Restored", "Verdict"]
 _log = logging.getLogger(__name__)
 
 
-class Restored(NamedTuple):
-    """What `Checkpointer.restore` found."""
-
-    state: Any
-    step: int
-    damaged: dict[int, str]
-    """Newer steps that were skipped, and what is wrong with each."""
-    manifest: Manifest
-    resized: dict[str, tuple[int, int]]
-    """Capacity as saved and as restored, for each layer where they differ."""
-
-
-class Verdict(NamedTuple):
-    """What `Checkpointer.verify` found."""
-
-    step: int
-    damage: str | None
-    """What is wrong with the step; None if it is sound."""
-    manifest: Manifest | None
-    """None if the step is damaged."""
-
-    def __str__(self) -> str:
-        if self.manifest is None:
-            return f"step {self.step}: damaged: {self.damage}"
-        return f"step {self.step}: sound (schema {self.manifest.schema})"
-
-
 class Checkpointer:
     """Saves the state of a run in a directory, and restores the newest sound step.
 
     Any number of objects may read a directory; one at a time may write to it. The first
-    `save` locks the directory for this object until `close`. Another `Checkpointer`, in
-    this or any other program, cannot save there until then.
+    `save` locks the directory for this object until `close`, or until the object is
+    garbage. Another `Checkpointer`, in this or any other program, cannot save there
+    until then. A forked child has no part in it.
+
+    The newest step is the one that was saved last, whatever its number: a run that goes
+    on from an older step leaves the later ones behind as an abandoned branch
+    (`step_directory.by_age`).
+
+    A failed save is raised by the next call that waits for it, or else printed when the
+    interpreter ends. That waits for a save that is going on.
 
     With several processes (`jax.distributed`) each process makes a `Checkpointer` on a
     directory that all of them see, and all call the same methods in the same order;
@@ -91,23 +66,41 @@ class Checkpointer:
     equal in all.
 
     Args:
-      directory: made by the first save. Anything in it that is not named by a number
-        is left alone.
+      directory: made by the first save; a local path, made absolute at once. Anything
+        in it that is not named by a number is left alone.
       retention: which steps to keep. The step saved last is always kept. Damaged steps
         do not count, and are never removed.
+      key: secret of at least 16 bytes, the same whenever the directory is used. Each
+        manifest is signed with it (HMAC-SHA256), and nothing else of a step is read
+        before its signature is compared. Without a key, checksums find damage, but
+        whoever can write to the directory can change a step unnoticed.
+
+    Raises:
+      CheckpointError: if an argument is of another kind.
     """
 
     def __init__(
-        self, directory: Path | str, *, retention: Retention | None = None
+        self,
+        directory: Path | str,
+        *,
+        retention: Retention | None = None,
+        key: bytes | None = None,
     ) -> None:
+        if not isinstance(retention, Retention | None):
+            raise CheckpointError(f"retention: expected a Retention, got {retention!r}")
+        if key is not None and not (isinstance(key, bytes) and len(key) >= 16):
+            raise CheckpointError(
+                "key: expected at least 16 secret bytes, such as those of "
+                f"secrets.token_bytes(32), got {type(key).__name__}"
+                + (f" of length {len(key)}" if isinstance(key, bytes) else "")
+            )
         self.retention = retention or Retention()
-        self._steps = StepDirectory(Path(directory))
+        self._steps = StepDirectory(absolute(directory), key)
         self._writes = jax.process_index() == 0
         self._pending = False  # the same in all processes
         self._warned = False
-        self._saving: threading.Thread | None = None
-        self._saved = threading.Event()
-        self._failure: Exception | None = None
+        self._background = Background()
+        self._listed: set[int] = set()
 
     @property
     def directory(self) -> Path:
@@ -125,19 +118,28 @@ class Checkpointer:
     ) -> None:
         if error is None:
             self.close()
-        else:  # the caller's error matters more, and may be in one process alone
-            self._pending = False
-            with contextlib.suppress(Exception):
-                self._join()
+            return
+        # The caller's error matters more, and may be in one process alone.
+        self._pending = False
+        try:
+            self._join()
+        except CheckpointError as failure:
+            if isinstance(error, SystemExit) and not error.code:
+                raise  # this program must not end as if all were well
+            error.add_note(f"And: {failure}")
+            _log.error("%s", failure)
+        finally:
             self._steps.release()
 
     def steps(self) -> list[int]:
-        """All steps in the directory, damaged ones included, oldest first.
+        """All steps in the directory, damaged ones included, by number.
 
         Raises:
           CheckpointError: if the directory cannot be read.
         """
-        return self._steps.steps()
+        steps = self._steps.steps()
+        self._listed.update(steps)
+        return steps
 
     def save(
         self,
@@ -157,7 +159,8 @@ class Checkpointer:
         Args:
           step: number, at least 0.
           state: any tree of arrays, random keys and numbers, in any sharding.
-          metrics: measurements of the state, for `Retention.best`.
+          metrics: measurements of the state, for `Retention.best`. If there are any,
+            the one that it names must be among them.
           config: of the run; anything that JSON can hold.
           data: an iterator whose position is saved too, if it has ``get_state`` and
             ``set_state``, as grain's iterators do. If it has not, a warning is logged
@@ -165,25 +168,21 @@ class Checkpointer:
 
         Raises:
           CheckpointError: if the directory cannot be written to or is in use, if the
-            state, the config or the position cannot be saved, or if the save before
+            state, metrics, config or position cannot be saved, or if the save before
             failed.
         """
         self.wait()
         header = together(
-            lambda: self._prepared(step, metrics or {}, config, data), CheckpointError
+            lambda: self._prepared(step, (metrics, config, data)), CheckpointError
         )
         try:
             check_equal_in_all(state)
             leaves = to_host(state)
         except LeafError as error:
             raise CheckpointError(f"step {step} cannot be saved: {error}") from None
-        self._pending = True
         if self._writes:
-            self._saved.clear()
-            self._saving = threading.Thread(
-                target=self._save, args=(leaves, header), name="esper-jax-save"
-            )
-            self._saving.start()
+            self._start(leaves, header)
+        self._pending = True
 
     def wait(self) -> None:
         """Waits until the last save is on disk.
@@ -192,8 +191,12 @@ class Checkpointer:
           CheckpointError: if the save failed; raised once for each failure.
         """
         if self._pending:
-            self._pending = False
-            together(self._join, CheckpointError)
+            try:
+                together(self._join, CheckpointError)
+            except Exception:
+                self._pending = False
+                raise
+            self._pending = False  # not if Ctrl-C ended the wait: the save goes on
 
     def close(self) -> None:
         """Waits for the last save and unlocks the directory.
@@ -219,23 +222,20 @@ class Checkpointer:
     def verify(self, step: int) -> Verdict:
         """Reads a step and compares every byte with what was saved."""
         self.wait()
-        try:
-            manifest, _ = step_folder.read(self._steps.folder(step), step)
-        except Damaged as damage:
-            return Verdict(step, str(damage), None)
-        return Verdict(step, None, manifest)
+        return self._verdict(
+            step, lambda folder: step_folder.read(folder, step, self._steps.key)[0]
+        )
 
     def describe(self, step: int) -> str:
-        """One line about a step from its manifest; the arrays are not read."""
-        folder = self._steps.folder(step)
-        try:
-            manifest = step_folder.check(folder, step, contents=False)
-        except Damaged as damage:
-            return str(Verdict(step, str(damage), None))
-        saved = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(manifest.saved))
-        size = sum(file.size for file in manifest.files.values())
-        metrics = "".join(f", {k} {v:.6g}" for k, v in manifest.metrics.items())
-        return f"step {step}: schema {manifest.schema}, {saved}, {size} bytes{metrics}"
+        """One line about a step from its manifest; the arrays are not read.
+
+        ``save 7`` is the seventh save in the directory, whatever the step's number.
+        """
+        key = self._steps.key
+        return self._verdict(
+            step,
+            lambda folder: step_folder.check(folder, step, contents=False, key=key),
+        ).in_full()
 
     def restore(
         self, like: Any, *, step: int | None = None, data: Any = None
@@ -256,7 +256,8 @@ class Checkpointer:
           like: a state with the structure, shapes (but for the capacity) and dtypes to
             restore. Each restored array is placed on the devices, and in the sharding,
             that it has in ``like``, wherever it was when it was saved. Not changed.
-          step: restore exactly this step; by default the newest sound one.
+          step: restore exactly this step; by default the newest sound one, that is, the
+            one saved last. Saves that follow belong to this step's branch.
           data: an iterator that goes to the position that was saved. If there is
             none, a warning is logged, and it stays where it is.
 
@@ -314,7 +315,7 @@ class Checkpointer:
         self.acquire()
         folder = self._steps.folder(step)
         try:
-            manifest, leaves = step_folder.read(folder, step)
+            manifest, leaves = step_folder.read(folder, step, self._steps.key)
         except Damaged as damage:
             raise CheckpointError(f"{folder} is damaged: {damage}") from None
         leaves, notes = _upgraded(folder, manifest, leaves)
@@ -326,25 +327,20 @@ class Checkpointer:
                 metrics=manifest.metrics,
                 config=manifest.config,
                 position=manifest.position,
+                order=manifest.order,
             )
-            self._steps.write(leaves, header)
+            self._steps.write(leaves, header, last=False)
         return notes
 
-    def _prepared(
-        self, step: int, metrics: Mapping[str, float], config: Any, data: Any
-    ) -> Header:
-        """What is saved beside the state, once this object holds the directory."""
-        step = operator.index(step)
-        if step < 0:
-            raise CheckpointError(f"step must be at least 0, got {step}")
-        try:
-            json.dumps(config)
-        except (TypeError, ValueError) as error:
-            raise CheckpointError(f"config must be JSON: {error}") from None
-        try:
-            position = position_of(data)
-        except PositionError as error:
-            raise CheckpointError(str(error)) from None
+    def _prepared(self, step: int, beside: tuple[Any, Any, Any]) -> Header:
+        """What is saved beside the state, once this object holds the directory.
+
+        Args:
+          step: its number.
+          beside: metrics, config and data of `save`.
+        """
+        header = prepared(step, beside, self.retention)
+        data = beside[2]
         if data is not None and not has_position(data) and not self._warned:
             self._warned = True
             _log.warning(
@@ -353,39 +349,48 @@ class Checkpointer:
                 type(data).__name__,
             )
         self._acquire()
-        return Header(
-            schema=CURRENT,
-            step=step,
-            saved=time.time(),
-            metrics={name: float(v) for name, v in metrics.items()},
-            config=config,
-            position=position,
-        )
+        return header
 
     def _acquire(self) -> None:
         if self._writes:
             self._steps.acquire()
 
-    def _save(self, leaves: dict[str, HostLeaf], header: Header) -> None:
-        """The part of a save that runs in the background."""
+    def _start(self, leaves: dict[str, HostLeaf], header: Header) -> None:
+        """Starts the part of a save that runs in the background."""
+        steps, retention = self._steps, self.retention
+
+        def work() -> None:  # not of this object, which may be dropped meanwhile
+            steps.write(leaves, header)
+            steps.prune(retention, header.step)
+
         try:
-            self._steps.write(leaves, header)
-            self._steps.prune(self.retention, header.step)
-        except Exception as error:  # raised by the next call
-            self._failure = error
-        finally:
-            self._saved.set()
+            self._background.start(work)
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"step {header.step} cannot be saved: {error}; the steps in "
+                f"{self.directory} are unchanged"
+            ) from None
 
     def _join(self) -> None:
-        if self._saving is not None:
-            # Before Python 3.13 a Ctrl-C in Thread.join() makes the next join() return
-            # at once, with the save still going on. A wait can be interrupted safely.
-            self._saved.wait()
-            self._saving.join()
-            self._saving = None
-        failure, self._failure = self._failure, None
-        if failure is not None:
-            raise failure
+        try:
+            self._background.join()
+        except CheckpointError:
+            raise
+        except BaseException as error:
+            if not self._background.done:  # Ctrl-C in the wait
+                raise
+            raise CheckpointError(
+                f"the last save in {self.directory} failed: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+
+    def _verdict(self, step: int, work: Callable[[Path], Manifest]) -> Verdict:
+        try:
+            return Verdict(step, None, look(self._steps, step, work))
+        except Gone as gone:
+            return Verdict(step, None if step in self._listed else str(gone), None)
+        except Damaged as damage:
+            return Verdict(step, str(damage), None)
 
 
 def _upgraded(
@@ -401,3 +406,8 @@ def _upgraded(
         return upgraded(manifest, leaves, like)
     except MigrationError as error:
         raise CheckpointError(f"{folder} cannot be migrated: {error}") from None
+    except Exception as error:  # leaves of a sound manifest that no run has
+        raise CheckpointError(
+            f"{folder} cannot be brought to schema {CURRENT}: "
+            f"{type(error).__name__}: {error}"
+        ) from error

@@ -194,8 +194,22 @@ def _key(key: Any) -> str:
     raise LeafError(f"a state must be of dictionaries, tuples and dataclasses: {key!r}")
 
 
+def _is_abstract_key(leaf: Any) -> bool:
+    """Whether a leaf stands for random keys, by shape and dtype alone."""
+    if not isinstance(leaf, jax.ShapeDtypeStruct):
+        return False
+    return bool(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key))
+
+
 def _impl(key: Any) -> str:
-    return str(jax.random.key_impl(key))
+    """The name of the generator of keys, or of what stands for them."""
+    found: list[str] = []
+
+    def look(traced: Any) -> None:  # a shape alone has no generator, its trace has
+        found.append(str(jax.random.key_impl(traced)))
+
+    jax.eval_shape(look, key)
+    return found[0]
 
 
 def _kind(array: Any, impl: str | None) -> str:
@@ -204,7 +218,7 @@ def _kind(array: Any, impl: str | None) -> str:
 
 
 def _kind_of(leaf: Any) -> str:
-    if is_key(leaf):
+    if is_key(leaf) or _is_abstract_key(leaf):
         return _kind(jax.eval_shape(jax.random.key_data, leaf), _impl(leaf))
     return _kind(leaf if hasattr(leaf, "dtype") else np.asarray(leaf), None)
 
@@ -217,11 +231,22 @@ def _placed(array: np.ndarray, like: Any) -> Any:
     if is_key(like):
         data = _on_devices(array, jax.random.key_data(like))
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(like))
+    if _is_abstract_key(like):
+        keys = jax.random.wrap_key_data(jnp.array(array), impl=_impl(like))
+        sharding = _sharding(like)
+        return keys if sharding is None else jax.device_put(keys, sharding)
     return _on_devices(array, like)
 
 
-def _on_devices(array: np.ndarray, like: Any) -> jax.Array:
+def _sharding(like: Any) -> Any:
+    """Where a leaf is; None if it names no devices, as `jax.eval_shape` may not."""
     sharding = getattr(like, "sharding", None)
+    abstract = isinstance(getattr(sharding, "mesh", None), jax.sharding.AbstractMesh)
+    return None if abstract else sharding
+
+
+def _on_devices(array: np.ndarray, like: Any) -> jax.Array:
+    sharding = _sharding(like)
     # Like a fresh array: on the default device, uncommitted.
     if sharding is None or not getattr(like, "committed", True):
         return jnp.array(array)

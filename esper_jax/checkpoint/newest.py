@@ -1,22 +1,40 @@
-"""Which step to restore: the newest sound one, the same in all processes."""
+"""Which step to restore: the newest sound one, the same in all processes.
+
+While one process saves and removes steps, others read. A step that is removed or
+replaced while it is read is no damage: the reader looks again.
+"""
 
 import dataclasses
 import hashlib
 import json
 import logging
-from typing import NamedTuple
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import jax
 
 from esper_jax.checkpoint import step_folder
 from esper_jax.checkpoint.host_leaves import HostLeaf
-from esper_jax.checkpoint.manifest import Damaged, Manifest
+from esper_jax.checkpoint.lock import shared
+from esper_jax.checkpoint.manifest import Damaged, Manifest, WrongKey
 from esper_jax.checkpoint.step_directory import CheckpointError, StepDirectory
 from esper_jax.parallel.processes import exchange, together
 
-__all__ = ["Found", "agreed"]
+__all__ = ["Found", "Gone", "agreed", "look"]
 
 _log = logging.getLogger(__name__)
+
+
+_Seen = TypeVar("_Seen")
+
+_LOOKS = 1000
+"""Times that a reader looks again. Each time a writer has just saved a step."""
+
+
+class Gone(Damaged):
+    """A step was there, or was asked for, and is not there."""
 
 
 class Found(NamedTuple):
@@ -27,6 +45,31 @@ class Found(NamedTuple):
     """Newer steps that were passed over, and what is wrong with each."""
     manifest: Manifest
     leaves: dict[str, HostLeaf]
+
+
+def look(directory: StepDirectory, step: int, work: Callable[[Path], _Seen]) -> _Seen:
+    """``work`` on the folder of a step; again if the folder was replaced meanwhile.
+
+    Raises:
+      Gone: if there is no such step, or no longer.
+      Damaged: what ``work`` found wrong in a folder that is still there.
+    """
+    for _ in range(_LOOKS):
+        folder = directory.folder(step)
+        try:
+            with shared(folder) as descriptor:
+                before = os.fstat(descriptor)
+                try:
+                    return work(folder)
+                except Damaged:
+                    if _is_at(folder, before):
+                        raise
+        except FileNotFoundError:
+            if not os.path.lexists(directory.folder(step)):
+                raise Gone("it is missing") from None
+        except OSError:
+            return work(folder)  # not a folder: it says so
+    raise Damaged(f"it was replaced {_LOOKS} times while it was read")
 
 
 def agreed(directory: StepDirectory, step: int | None) -> Found:
@@ -62,18 +105,27 @@ def agreed(directory: StepDirectory, step: int | None) -> Found:
 
 
 def _newest(directory: StepDirectory, step: int | None) -> Found:
-    damaged: dict[int, str] = {}
-    for number in directory.steps()[::-1] if step is None else [step]:
-        folder = directory.folder(number)
-        try:
-            manifest, leaves = step_folder.read(folder, number)
-        except Damaged as damage:
-            damaged[number] = str(damage)
-            _log.warning("checkpoint %s is damaged: %s", folder, damage)
-            continue
-        if damaged:
-            _log.warning("fell back to step %d of %s", number, directory.path)
-        return Found(number, damaged, manifest, leaves)
+    for turn in range(_LOOKS if step is None else 1):
+        damaged: dict[int, str] = {}
+        numbers = directory.newest_first() if step is None else [step]
+        # One listing may miss a step that comes and one that goes.
+        gone = not numbers and turn < 3
+        for number in numbers:
+            try:
+                found = _read(directory, number)
+            except Gone as missing:
+                gone = step is None
+                if not gone:
+                    damaged[number] = str(missing)
+                break  # a newer one may have come
+            except Damaged as damage:
+                damaged[number] = str(damage)
+                continue
+            _report(directory, found.step, damaged)
+            return found._replace(damaged=damaged)
+        if not gone:
+            break
+    _report(directory, None, damaged)
     if not damaged:
         raise CheckpointError(f"{directory.path} holds no checkpoint")
     reasons = "; ".join(f"step {n}: {why}" for n, why in damaged.items())
@@ -81,6 +133,40 @@ def _newest(directory: StepDirectory, step: int | None) -> Found:
         f"{directory.path} holds no sound checkpoint: {reasons}. Restore the directory "
         "from a copy, or start the run anew elsewhere"
     )
+
+
+def _read(directory: StepDirectory, step: int) -> Found:
+    try:
+        manifest, leaves = look(
+            directory,
+            step,
+            lambda folder: step_folder.read(folder, step, directory.key),
+        )
+    except WrongKey as wrong:
+        if directory.key is None:
+            # Older steps that are not signed would be another state than was saved.
+            raise CheckpointError(
+                f"step {step} of {directory.path} cannot be restored: {wrong}"
+            ) from None
+        raise
+    return Found(step, {}, manifest, leaves)
+
+
+def _report(
+    directory: StepDirectory, found: int | None, damaged: dict[int, str]
+) -> None:
+    for step, why in damaged.items():
+        folder = directory.folder(step)
+        _log.warning("checkpoint %s is damaged: %s", folder, why)
+    if damaged and found is not None:
+        _log.warning("fell back to step %d of %s", found, directory.path)
+
+
+def _is_at(folder: Path, before: os.stat_result) -> bool:
+    try:
+        return os.path.samestat(folder.lstat(), before)
+    except OSError:
+        return False
 
 
 def _seal(found: Found) -> str:

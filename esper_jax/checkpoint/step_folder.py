@@ -1,27 +1,20 @@
 """One checkpoint on disk: the arrays as Orbax writes them, and our own manifest.
 
 A step's folder holds ``state/``, an Orbax checkpoint of one flat dictionary from leaf
-names to arrays, and ``manifest.json`` (``manifest.py``). Orbax alone returns wrong data
-after one flipped bit. So files and arrays are compared with the manifest before anyone
-uses them, and nothing is read without a manifest.
-
-Only this file knows Orbax, whose v1 API still moves.
+names to arrays (``arrays.py``), and ``manifest.json`` (``manifest.py``). Orbax alone
+returns wrong data after one flipped bit. So files and arrays are compared with the
+manifest before anyone uses them, and nothing is read without a manifest.
 """
 
-import contextlib
 import errno
-import logging
 import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
-import jax
 import numpy as np
-import orbax.checkpoint as v0
-from orbax.checkpoint import v1 as ocp
 
+from esper_jax.checkpoint import arrays
 from esper_jax.checkpoint.host_leaves import HostLeaf
 from esper_jax.checkpoint.manifest import (
     Damaged,
@@ -33,8 +26,8 @@ from esper_jax.checkpoint.manifest import (
     digest,
     encode,
     file_record,
-    first_line,
     leaf_record,
+    peek_order,
 )
 
 __all__ = [
@@ -44,13 +37,20 @@ __all__ = [
     "LeafRecord",
     "Manifest",
     "check",
+    "manifest_of",
+    "order",
     "read",
+    "sign",
     "write",
 ]
 
 _MANIFEST = "manifest.json"
 
-_STATE = "state"
+_MANIFEST_BYTES = 1 << 28
+"""No manifest is larger: it is read at once."""
+
+_LEVELS = 16
+"""Folders in one another below a step. Orbax makes five."""
 
 
 def write(folder: Path, leaves: Mapping[str, HostLeaf], header: Header) -> Manifest:
@@ -71,11 +71,10 @@ def write(folder: Path, leaves: Mapping[str, HostLeaf], header: Header) -> Manif
     """
     records = {name: leaf_record(leaf) for name, leaf in leaves.items()}
     # Orbax refuses arrays without elements. The manifest holds all there is of them.
-    arrays = {name: leaf.array for name, leaf in leaves.items() if leaf.array.size}
-    if arrays:
-        _make_sure_of_room(folder, sum(array.nbytes for array in arrays.values()))
-        with _orbax():
-            _save((folder / _STATE).resolve(), arrays)
+    full = {name: leaf.array for name, leaf in leaves.items() if leaf.array.size}
+    if full:
+        _make_sure_of_room(folder, sum(array.nbytes for array in full.values()))
+        arrays.save(folder, full)
     files = {name: file_record(path) for name, path in _files(folder)}
     manifest = Manifest.of(header, records, files)
     (folder / _MANIFEST).write_bytes(encode(manifest))
@@ -84,26 +83,44 @@ def write(folder: Path, leaves: Mapping[str, HostLeaf], header: Header) -> Manif
     return manifest
 
 
-def check(folder: Path, step: int, *, contents: bool = True) -> Manifest:
+def sign(folder: Path, manifest: Manifest, key: bytes) -> None:
+    """Signs the manifest of a step that `write` has written.
+
+    Raises:
+      OSError: if it cannot be written.
+    """
+    with (folder / _MANIFEST).open("wb") as file:
+        file.write(encode(manifest, key))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def check(
+    folder: Path, step: int, *, contents: bool = True, key: bytes | None = None
+) -> Manifest:
     """Compares a step's files with its manifest, without reading any array.
 
     Args:
       folder: of the step.
       step: number that the step must have been saved under.
       contents: compare every byte, not only the names and sizes of the files.
+      key: that the manifest must be signed with; compared before anything is read.
 
     Raises:
       Damaged: naming the first file that differs from the manifest, and how.
     """
-    manifest = _read_manifest(folder)
-    if manifest.step != step:
-        raise Damaged(f"it is step {manifest.step}, copied or renamed")
+    manifest = manifest_of(folder, step, key)
     try:
-        present = dict(_files(folder))
+        present, foreign = set(), None
+        for name, _ in _files(folder):
+            if name in manifest.files:
+                present.add(name)
+            else:
+                foreign = foreign or name
         for name, record in manifest.files.items():
-            path = present.pop(name, None)
-            if path is None:
+            if name not in present:
                 raise Damaged(f"{name} is missing")
+            path = folder / name
             size = path.stat().st_size
             if size != record.size:
                 raise Damaged(f"{name} has {size} bytes, expected {record.size}")
@@ -111,42 +128,42 @@ def check(folder: Path, step: int, *, contents: bool = True) -> Manifest:
                 raise Damaged(f"{name} has other contents than were saved")
     except OSError as error:
         raise Damaged(_cannot_read(error)) from None
-    if present:
-        raise Damaged(f"{min(present)} is foreign: it was not saved with the step")
+    if foreign:
+        raise Damaged(f"{foreign} is foreign: it was not saved with the step")
     return manifest
 
 
-def read(folder: Path, step: int) -> tuple[Manifest, dict[str, HostLeaf]]:
+def read(
+    folder: Path, step: int, key: bytes | None = None
+) -> tuple[Manifest, dict[str, HostLeaf]]:
     """The leaves of a step by name, each compared with its checksum.
 
     Raises:
       Damaged: naming the first file or leaf that differs from the manifest, and how.
     """
-    manifest = check(folder, step)
-    arrays: dict[str, Any] = {}
-    if any(math.prod(record.shape) for record in manifest.leaves.values()):
-        try:
-            with _orbax():
-                arrays = ocp.load((folder / _STATE).resolve())
-        except Exception as error:  # its kind depends on what is broken
-            raise Damaged(
-                f"Orbax cannot read it: {type(error).__name__}: {first_line(error)}"
-            ) from None
-    found = {}
+    manifest = check(folder, step, key=key)
+    full = {n: r for n, r in manifest.leaves.items() if math.prod(r.shape)}
+    try:
+        found = arrays.load(folder, full)
+    except OSError as error:
+        raise Damaged(_cannot_read(error)) from None
+    leaves = {}
     for name, record in manifest.leaves.items():
-        array = arrays.get(name)
-        if not math.prod(record.shape):
-            array = np.zeros(record.shape, np.dtype(record.dtype))
+        array = found.get(name)
         if array is None:
-            raise Damaged(f"leaf {name} is missing")
-        array = np.asarray(array)
+            array = np.zeros(record.shape, np.dtype(record.dtype))
         if digest(array) != record.sha256:
             raise Damaged(f"leaf {name} has other values than were saved")
-        found[name] = HostLeaf(record.keys, array, record.key_impl)
-    return manifest, found
+        leaves[name] = HostLeaf(record.keys, array, record.key_impl)
+    return manifest, leaves
 
 
-def _read_manifest(folder: Path) -> Manifest:
+def manifest_of(folder: Path, step: int, key: bytes | None = None) -> Manifest:
+    """The manifest of a step, whose files are not looked at.
+
+    Raises:
+      Damaged: if it is damaged or another step's, or not signed with the key.
+    """
     path = folder / _MANIFEST
     try:
         if not folder.exists():
@@ -155,23 +172,53 @@ def _read_manifest(folder: Path) -> Manifest:
             raise Damaged("it is not a folder")
         if not path.is_file() or path.is_symlink():
             raise Damaged(f"{_MANIFEST} is missing")
-        return decode(path.read_bytes())
+        with path.open("rb") as file:
+            raw = file.read(_MANIFEST_BYTES + 1)
     except OSError as error:
         raise Damaged(_cannot_read(error)) from None
+    if len(raw) > _MANIFEST_BYTES:
+        raise Damaged(f"{_MANIFEST} has more than {_MANIFEST_BYTES} bytes")
+    manifest = decode(raw, key)
+    if manifest.step != step:
+        raise Damaged(f"it is step {manifest.step}, copied or renamed")
+    return manifest
 
 
-def _files(folder: Path) -> Iterator[tuple[str, Path]]:
+def order(folder: Path, step: int) -> int | None:
+    """The order of a step, read quickly and not checked (`manifest.peek_order`)."""
+    try:
+        descriptor = os.open(folder / _MANIFEST, os.O_RDONLY | os.O_NONBLOCK)
+    except OSError:
+        return None
+    try:
+        return peek_order(os.read(descriptor, 512), step)
+    except OSError:
+        return None
+    finally:
+        os.close(descriptor)
+
+
+def _files(
+    folder: Path, inside: str = "", levels: int = _LEVELS
+) -> Iterator[tuple[str, Path]]:
     """Every file below a folder but the manifest, by relative path.
 
     Raises:
-      Damaged: for anything but plain files and folders, such as a link or a pipe.
+      Damaged: for anything but plain files and folders, such as a link or a pipe, and
+        for folders nested deeper than a step's are.
     """
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+    with os.scandir(folder / inside) as found:
+        entries = sorted(found, key=lambda entry: entry.name)
+    for entry in entries:
+        name = f"{inside}{entry.name}"
+        if entry.is_dir(follow_symlinks=False):
+            if not levels:
+                raise Damaged(f"{name} is foreign: no step has as many levels")
+            yield from _files(folder, f"{name}/", levels - 1)
+        elif not entry.is_file(follow_symlinks=False):
             raise Damaged(f"{name} is foreign: it is not a plain file")
-        if path.is_file() and name != _MANIFEST:
-            yield name, path
+        elif name != _MANIFEST:
+            yield name, folder / name
 
 
 def _make_sure_of_room(folder: Path, size: int) -> None:
@@ -202,45 +249,3 @@ def _sync(folder: Path) -> None:
 def _cannot_read(error: OSError) -> str:
     name = Path(error.filename).name if error.filename else "a file"
     return f"{name} cannot be read: {error.strerror}"
-
-
-def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    if jax.process_count() == 1:
-        ocp.save(path, arrays)
-        return
-    # Only one process saves, and Orbax's v1 API would wait for all of them. The older
-    # API does not; the files are the same.
-    own = jax.process_index()
-    alone = v0.options.MultiprocessingOptions(
-        primary_host=own,
-        active_processes={own},
-        barrier_sync_key_prefix=f"esper_jax-save-{own}",
-    )
-    handler = v0.PyTreeCheckpointHandler(multiprocessing_options=alone)
-    with v0.Checkpointer(handler, multiprocessing_options=alone) as writer:
-        writer.save(path, arrays)
-
-
-@contextlib.contextmanager
-def _orbax() -> Iterator[None]:
-    """Keeps Orbax to this process, whatever other processes do, and keeps it quiet.
-
-    When Orbax fails it prints the stack of each of its threads. The error itself comes
-    back as an exception.
-    """
-
-    def wanted(record: logging.LogRecord) -> bool:
-        return "raised an exception" not in record.getMessage()
-
-    own = jax.process_index()
-    alone = ocp.Context()
-    alone.multiprocessing.primary_host = own
-    alone.multiprocessing.active_processes = {own}
-    alone.multiprocessing.barrier_sync_key_prefix = f"esper_jax-{own}"
-    logger = logging.getLogger("absl")
-    logger.addFilter(wanted)
-    try:
-        with alone:
-            yield
-    finally:
-        logger.removeFilter(wanted)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from esper_jax.checkpoint.host_leaves import HostLeaf, flatten, nest, to_host
+from esper_jax.checkpoint.location import printable
 from esper_jax.checkpoint.manifest import Header
 from esper_jax.migrations.chain import CODES, CURRENT, SCHEMAS, migrate
 from esper_jax.migrations.schema import KEY, Leaf, check_codes, fresh
@@ -71,7 +72,7 @@ def _with_seeds(
             new, more = schema.modern(arrays)
             new = new if more else branch
             for note in more:
-                _log.warning("%s: %s", "/".join(path), note)
+                _log.warning("%s", printable(f"{'/'.join(path)}: {note}"))
         else:
             slots = wanted.get("/".join((*path, "seed_of_slot")))
             capacity = None if slots is None else int(np.shape(slots)[-1])
