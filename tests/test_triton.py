@@ -47,7 +47,9 @@ def lowered(spec: ArgSpec, implementation: Any, gradients: bool = True) -> str:
     def resized(x: Any) -> Any:
         return jax.ShapeDtypeStruct((slots, *x.shape[1:]), x.dtype)
 
-    for name in set(shapes) - {"y"}:
+    if spec.bias:
+        shapes["bias"] = jax.ShapeDtypeStruct((spec.features,), "float32")
+    for name in set(shapes) - {"y", "bias"}:
         shapes[name] = jax.tree.map(resized, shapes[name])
 
     def call(args: dict[str, Any]) -> Any:
@@ -88,8 +90,15 @@ def test_every_kernel_lowers_for_cuda(name: str) -> None:
     assert text.count(CALL) == len(names)
     for kernel in names:
         assert f'name = "{kernel}"' in text
-    # In place, on the activation and on the cotangent.
+    # In place, on the activation and on the cotangent. The kernel that overwrites the
+    # cotangent gets the sum of it, and so comes after it.
     assert text.count("output_operand_alias") >= 2
+    if spec.bias:
+        total = f"tensor<{spec.features}xbf16>"
+        (backward,) = (line for line in text.splitlines() if "blend_backward" in line)
+        inputs, outputs = backward.rsplit("->", 1)
+        assert total in inputs
+        assert total in outputs
 
 
 @pytest.mark.parametrize("how", ["check_vma", "no check", "sharding"])
