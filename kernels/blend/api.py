@@ -147,21 +147,21 @@ def takes_bias(
 ) -> bool:
     """Whether it pays to pass a layer's bias to `blend` apart from its output.
 
-    It does where the kernels that `blend` would choose take it. Otherwise let the layer
+    It does where `blend` would choose kernels that take it. Otherwise, let the layer
     add it.
 
     Args:
       dtype: of ``y``.
       slots: ``K``.
-      layout: as for `blend`, as all that follow.
+      layout: how the features are cut into chunks.
       blueprints: what may grow.
       implementation: what is asked for.
-
-    Raises:
-      ValueError: if none of the implementations named supports the arguments.
     """
     s = Static(layout=layout, blueprints=blueprints, dtype=jnp.dtype(dtype).name)
-    return choose(implementation, s, 1, slots).takes_bias
+    try:
+        return choose(implementation, s, 1, slots).takes_bias
+    except ValueError:  # which blend will say
+        return False
 
 
 def _apart(
