@@ -48,10 +48,8 @@ def without_bias(
     return bare, jnp.asarray(bias, dtype)
 
 
-def _last_axis_alone(einsum: str | None) -> bool:
+def _last_axis_alone(einsum: str) -> bool:
     """Whether a product's last axis, and no other one, comes from its kernel."""
-    if einsum is None or "->" not in einsum:
-        return False
     factors, result = einsum.replace(" ", "").split("->")
     kernel = factors.split(",")[-1]
     return "." not in kernel and [a for a in result if a in kernel] == [result[-1]]
