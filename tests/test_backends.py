@@ -372,7 +372,8 @@ def test_the_forward_pass_alone_gives_the_same(spec_name: str, name: str) -> Non
 
 @EVERY_BACKEND
 @pytest.mark.parametrize(
-    ("spec_name", "field"), [("matrices, bfloat16", "y"), ("one feature", "alpha")]
+    ("spec_name", "field"),
+    [("matrices, bfloat16", "y"), ("one feature", "alpha"), ("bias, narrow", "bias")],
 )
 def test_vmap_is_a_loop(spec_name: str, field: str, name: str) -> None:
     spec = dataclasses.replace(SPECS[spec_name], rows=5)

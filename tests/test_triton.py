@@ -101,10 +101,11 @@ def test_every_kernel_lowers_for_cuda(name: str) -> None:
         assert total in outputs
 
 
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("how", ["check_vma", "no check", "sharding"])
-def test_kernels_lower_for_cuda_on_several_devices(how: str) -> None:
+def test_kernels_lower_for_cuda_on_several_devices(how: str, bias: bool) -> None:
     spec = dataclasses.replace(
-        ARG_SPECS["width_64"], rows=512, features=256, num_seeds=4, capacity=None
+        ARG_SPECS["width_64"], rows=512, features=256, num_seeds=4, bias=bias
     )
     names, sizes = ("data", "model"), (2, 2)
     auto = (jax.sharding.AxisType.Auto,) * 2
