@@ -128,7 +128,8 @@ class ArgSpec:
         bias = {}
         if self.bias:
             value = rng.normal(size=self.features, scale=0.5)
-            bias["bias"] = jnp.asarray(value, jnp.float32)
+            # Numbers that y's dtype holds, so that float32 counts the same zeros.
+            bias["bias"] = jnp.asarray(value, self.dtype).astype(jnp.float32)
         return {
             "y": jnp.asarray(y, self.dtype),
             "bank": bank,
