@@ -64,13 +64,18 @@ def blended(
 
     def call(y: Any, rest: dict[str, Any]) -> Any:
         slots = Slots(**{name: rest[name] for name in _SLOTS})
-        return vjp.blend(backend, s, y, rest["bank"], slots)
+        bias = rest.get("bias")
+        if bias is not None:
+            bias = bias.astype(y.dtype)
+        return vjp.blend(backend, s, y, rest["bank"], slots, bias=bias)
 
     return call
 
 
 def dormant(y: Any, rest: dict[str, Any]) -> Any:
     """The layer that does not grow."""
+    if "bias" in rest:
+        y = y + rest["bias"].astype(y.dtype)
     return y, None, None
 
 
@@ -86,11 +91,14 @@ def there_and_back(call: Callable[..., Any], scaled: bool = True) -> Callable[..
         if scaled:
             y, g = jax.lax.optimization_barrier((x * 1.5, gx * 0.5))
 
-        def g_of(y: Any, bank: Any, alpha: Any) -> Any:
-            out, *aside = call(y, {**rest, "bank": bank, "alpha": alpha})
+        names = [name for name in ("bank", "alpha", "bias") if name in rest]
+
+        def g_of(y: Any, *given: Any) -> Any:
+            out, *aside = call(y, {**rest, **dict(zip(names, given, strict=True))})
             return out, aside
 
-        out, pull, aside = jax.vjp(g_of, y, rest["bank"], rest["alpha"], has_aux=True)
+        given = (rest[name] for name in names)
+        out, pull, aside = jax.vjp(g_of, y, *given, has_aux=True)
         # The next layer needs the output before it can tell its gradient.
         out, g = jax.lax.optimization_barrier((out, g))
         return out, aside, pull(g)
@@ -108,7 +116,7 @@ def random_like(spec: ArgSpec, shape: tuple[int, ...], seed: int) -> Any:
 def rest_of(spec: ArgSpec, living: float) -> dict[str, Any]:
     """The arguments of blend besides ``y``, with a share of the slots living."""
     arrays = dataclasses.replace(spec, rows=1).arrays(1, living=living)
-    return {name: arrays[name] for name in ("bank", *_SLOTS)}
+    return {name: x for name, x in arrays.items() if name != "y"}
 
 
 def activations(spec: ArgSpec) -> list[Any]:

@@ -51,6 +51,8 @@ from esper_jax.kernels.blend import blend, check_statistics_rows
         (lambda a: {"implementation": "fast"}, "implementation must be one of"),
         (lambda a: {"implementation": ["xla", "fast"]}, "implementation must be"),
         (lambda a: {"implementation": []}, "implementation must be one of"),
+        (lambda a: {"bias": a["y"]}, r"bias must be floating point of shape \(\d+,\)"),
+        (lambda a: {"bias": jnp.zeros(EVEN.features, int)}, "bias must be floating"),
         (lambda a: {"incubation": "none"}, "incubation must be one of"),
     ],
 )

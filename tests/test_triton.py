@@ -47,7 +47,9 @@ def lowered(spec: ArgSpec, implementation: Any, gradients: bool = True) -> str:
     def resized(x: Any) -> Any:
         return jax.ShapeDtypeStruct((slots, *x.shape[1:]), x.dtype)
 
-    for name in set(shapes) - {"y"}:
+    if spec.bias:
+        shapes["bias"] = jax.ShapeDtypeStruct((spec.features,), "float32")
+    for name in set(shapes) - {"y", "bias"}:
         shapes[name] = jax.tree.map(resized, shapes[name])
 
     def call(args: dict[str, Any]) -> Any:
@@ -88,14 +90,22 @@ def test_every_kernel_lowers_for_cuda(name: str) -> None:
     assert text.count(CALL) == len(names)
     for kernel in names:
         assert f'name = "{kernel}"' in text
-    # In place, on the activation and on the cotangent.
+    # In place, on the activation and on the cotangent. The kernel that overwrites the
+    # cotangent gets the sum of it, and so comes after it.
     assert text.count("output_operand_alias") >= 2
+    if spec.bias:
+        total = f"tensor<{spec.features}xbf16>"
+        (backward,) = (line for line in text.splitlines() if "blend_backward" in line)
+        inputs, outputs = backward.rsplit("->", 1)
+        assert total in inputs
+        assert total in outputs
 
 
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("how", ["check_vma", "no check", "sharding"])
-def test_kernels_lower_for_cuda_on_several_devices(how: str) -> None:
+def test_kernels_lower_for_cuda_on_several_devices(how: str, bias: bool) -> None:
     spec = dataclasses.replace(
-        ARG_SPECS["width_64"], rows=512, features=256, num_seeds=4, capacity=None
+        ARG_SPECS["width_64"], rows=512, features=256, num_seeds=4, bias=bias
     )
     names, sizes = ("data", "model"), (2, 2)
     auto = (jax.sharding.AxisType.Auto,) * 2

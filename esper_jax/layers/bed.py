@@ -139,8 +139,10 @@ class SeedBed(nnx.Module):
         )
         self.probe = GraftProbe(jnp.zeros(capacity, jnp.float32))
 
-    def __call__(self, y: Float[Array, "*B F"]) -> Float[Array, "*B F"]:
-        """``y`` with the living seeds blended in, of the same shape and dtype."""
+    def __call__(
+        self, y: Float[Array, "*B F"], bias: Float[Array, " F"] | None = None
+    ) -> Float[Array, "*B F"]:
+        """``y + bias`` with the living seeds blended in, of y's shape and dtype."""
         seeds = self.seeds.get_value()
         # Inside raw JAX transforms (jax.vmap, lax.scan, ...) nothing can be written.
         records = not self.deterministic and self.seeds.writable
@@ -159,6 +161,7 @@ class SeedBed(nnx.Module):
             implementation=self.implementation,
             sharding=self.sharding,
             forward_mode=self.deterministic,
+            bias=bias,
         )
         if records:
             statistics = collectives.total(statistics, self.axis_name)

@@ -1,5 +1,6 @@
 """`ChunkedLayer`: a Flax NNX module that lets any layer grow."""
 
+import functools
 import inspect
 import numbers
 import warnings
@@ -10,7 +11,9 @@ import jax
 import numpy as np
 from flax import nnx
 
+from esper_jax.kernels.blend import takes_bias
 from esper_jax.layers.bed import SeedBed
+from esper_jax.layers.bias import without_bias
 from esper_jax.layers.output import Output, check_output, find_output, with_output
 from esper_jax.lifecycle.state import coefficients
 
@@ -100,12 +103,35 @@ class ChunkedLayer(nnx.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The base layer's output on the same arguments, with the seeds blended in."""
-        y = self.base(*args, **kwargs)
         if not self.enabled:
-            return y
+            return self.base(*args, **kwargs)
+        y, bias = self._base_output(*args, **kwargs)
         name, features = type(self.base).__name__, self.bed.layout.features
         path = find_output(y, vars(self).get("_output"), features, name)
-        return with_output(y, path, self.bed)
+        return with_output(y, path, functools.partial(self.bed, bias=bias))
+
+    def _base_output(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """The base layer's output, and None; or the output before the bias, and that.
+
+        Kernels overwrite their input. With its bias apart, that is the matrix product
+        itself, and XLA fuses the sum with what follows, as in a layer that cannot grow.
+        """
+        bed, apart = self.bed, None
+        if len(args) == 1 and not kwargs:
+            apart = without_bias(self.base, args[0], bed.layout.features)
+        if apart is None or not takes_bias(
+            apart[1].dtype,
+            bed.probe.shape[-1],
+            layout=bed.layout,
+            blueprints=bed.blueprints,
+            implementation=bed.implementation,
+        ):
+            return self.base(*args, **kwargs), None
+        layer, bias = apart
+        y = layer(*args)
+        if y.dtype != bias.dtype:  # by a product of the user's own
+            return y + bias, None
+        return y, bias
 
     def _counts(self) -> bool:
         """Whether a seed counts in the output, as far as can be known while tracing."""

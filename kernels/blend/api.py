@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
@@ -12,7 +13,11 @@ from jaxtyping import Array, Float, Int
 from esper_jax.blueprints import Bank, Blueprint
 from esper_jax.chunks import ChunkLayout
 from esper_jax.kernels.blend import sharded, vjp
-from esper_jax.kernels.blend.checks import check_arguments, check_whole_layer
+from esper_jax.kernels.blend.checks import (
+    check_arguments,
+    check_bias,
+    check_whole_layer,
+)
 from esper_jax.kernels.blend.registry import choose
 from esper_jax.kernels.blend.sharded import check_sharding
 from esper_jax.kernels.blend.static import Slots, Static
@@ -20,7 +25,7 @@ from esper_jax.lifecycle.signals import Statistics
 from esper_jax.lifecycle.stages import Incubation
 from esper_jax.parallel import collectives
 
-__all__ = ["blend"]
+__all__ = ["blend", "takes_bias"]
 
 
 def blend(
@@ -38,6 +43,7 @@ def blend(
     implementation: str | Sequence[str] | None = None,
     sharding: NamedSharding | None = None,
     forward_mode: bool = False,
+    bias: Float[Array, " F"] | None = None,
 ) -> tuple[Float[Array, "*B F"], Statistics, Float[Array, " K"]]:
     """Blends the living seeds' blueprints into a layer's output.
 
@@ -93,6 +99,11 @@ def blend(
         the output is ``y' + alpha * J_y(r) y' + beta * J_theta(r) theta' + alpha' r``.
         Gradients are the same to rounding, but for one: with ``"reconstruction"``, the
         ``dtheta`` of a slot with alpha 0 is 0. Backward passes keep more in memory.
+      bias: a vector that belongs to ``y``, cast to its dtype: every result is that of
+        ``y + bias``. Kernels that can add it while they read ``y`` do, and XLA adds it
+        to the output, where it fuses with what follows: so ``y + bias`` never goes to
+        memory, nor is the gradient of ``bias`` a pass of its own. For others ``y +
+        bias`` is computed first.
 
     Returns:
       The output, with y's shape and dtype; `Statistics` of ``y`` for each of the ``S``
@@ -115,12 +126,58 @@ def blend(
         dtype=jnp.dtype(y.dtype).name,
     )
     check_arguments(s, y, bank, slots)
+    check_bias(s, bias)
     check_sharding(sharding)
+    if bias is not None:
+        y, bias = _apart(implementation, s, y, bias, slots)
     local = functools.partial(_on_one_device, implementation, forward_mode)
     if sharding is None:
-        return local(s, y, bank, slots)
+        return local(s, y, bias, bank, slots)
     check_whole_layer(s, sharding, y.ndim)
-    return sharded.blend(local, s, sharding, y, bank, slots)
+    return sharded.blend(local, s, sharding, (y, bias), bank, slots)
+
+
+def takes_bias(
+    dtype: Any,
+    slots: int,
+    *,
+    layout: ChunkLayout,
+    blueprints: tuple[Blueprint, ...],
+    implementation: str | Sequence[str] | None = None,
+) -> bool:
+    """Whether it pays to pass a layer's bias to `blend` apart from its output.
+
+    It does where `blend` would choose kernels that take it. Otherwise, let the layer
+    add it.
+
+    Args:
+      dtype: of ``y``.
+      slots: ``K``.
+      layout: how the features are cut into chunks.
+      blueprints: what may grow.
+      implementation: what is asked for.
+    """
+    s = Static(layout=layout, blueprints=blueprints, dtype=jnp.dtype(dtype).name)
+    try:
+        return choose(implementation, s, 1, slots).takes_bias
+    except ValueError:  # which blend will say
+        return False
+
+
+def _apart(
+    implementation: str | Sequence[str] | None,
+    s: Static,
+    y: Array,
+    bias: Array,
+    slots: Slots,
+) -> tuple[Array, Array | None]:
+    """The bias as kernels take it apart, or ``y`` with its bias."""
+    bias = bias.astype(y.dtype)
+    backend = choose(implementation, s, math.prod(y.shape[:-1]), len(slots.alpha))
+    if backend.takes_bias:
+        return y, bias
+    # As layers of Flax add it, to be the same program.
+    return y + bias.reshape((1,) * (y.ndim - 1) + (-1,)), None
 
 
 def _on_one_device(
@@ -128,16 +185,17 @@ def _on_one_device(
     forward_mode: bool,
     s: Static,
     y: Array,
+    bias: Array | None,
     bank: Bank,
     slots: Slots,
 ) -> tuple[Float[Array, "*B F"], Statistics, Float[Array, " K"]]:
     """`blend` of what one device holds, on arguments already checked."""
-    y, bank, slots = collectives.same_varying(y, bank, slots)
+    y, bias, bank, slots = collectives.same_varying(y, bias, bank, slots)
     flat = y.reshape(-1, s.layout.features)
     s = dataclasses.replace(s, statistics_rows=_spread(s.statistics_rows, y.shape))
     backend = choose(implementation, s, flat.shape[0], slots.alpha.shape[0])
     out, statistics, reconstruction = vjp.blend(
-        backend, s, flat, bank, slots, forward_mode
+        backend, s, flat, bank, slots, forward_mode, bias
     )
     return out.reshape(y.shape), statistics, reconstruction
 

@@ -35,6 +35,7 @@ class ArgSpec:
       dtype: of the activation.
       incubation: as for `blend`.
       statistics_rows: as for `blend`.
+      bias: whether ``y`` comes without its bias, float32, which comes apart.
     """
 
     name: str
@@ -46,6 +47,7 @@ class ArgSpec:
     dtype: str = "bfloat16"
     incubation: Incubation = "task"
     statistics_rows: int | None = None
+    bias: bool = False
 
     @property
     def layout(self) -> ChunkLayout:
@@ -85,12 +87,14 @@ class ArgSpec:
     ) -> dict[str, Any]:
         """Random array arguments of `blend`.
 
-            Args:
-              seed: of the random numbers.
-              living: share of the slots that live; the others are free.
-        XX
-            Returns:
-              ``y``, ``bank``, ``alpha``, ``beta``, ``blueprint`` and ``seed_of_slot``.
+        Args:
+          seed: of the random numbers.
+          living: share of the slots that live; the others are free.
+          mixed: whether slots are in all stages and hold all blueprints.
+
+        Returns:
+          ``y``, ``bank``, ``alpha``, ``beta``, ``blueprint`` and ``seed_of_slot``; and
+          ``bias``, if there is one.
         """
         rng = np.random.default_rng(seed)
         blueprints, slots = resolve(self.blueprints), self.slots
@@ -121,6 +125,11 @@ class ArgSpec:
             pairs[0] = 0.0  # Dead, and owns a seed.
             owners[1], pairs[1] = -1, (0.7, 1.0)  # Free, whatever stands there.
         y = rng.normal(size=(self.rows, self.features)).astype(np.float32)
+        bias = {}
+        if self.bias:
+            value = rng.normal(size=self.features, scale=0.5)
+            # Numbers that y's dtype holds, so that float32 counts the same zeros.
+            bias["bias"] = jnp.asarray(value, self.dtype).astype(jnp.float32)
         return {
             "y": jnp.asarray(y, self.dtype),
             "bank": bank,
@@ -128,6 +137,7 @@ class ArgSpec:
             "beta": jnp.asarray(pairs[:, 1]),
             "blueprint": jnp.asarray(kinds),
             "seed_of_slot": jnp.asarray(owners),
+            **bias,
         }
 
 
@@ -205,6 +215,39 @@ ARG_SPECS: dict[str, ArgSpec] = {
             features=1024,
             num_seeds=4,
             incubation="reconstruction",
+        ),
+        ArgSpec(
+            name="bias",
+            rows=16384,
+            features=3072,
+            num_seeds=48,
+            capacity=8,
+            statistics_rows=256,
+            bias=True,
+        ),
+        ArgSpec(
+            name="bias_uneven",
+            rows=1000,
+            features=1000,
+            num_seeds=37,
+            capacity=16,
+            blueprints=KINDS,
+            bias=True,
+        ),
+        ArgSpec(
+            name="bias_wide",
+            rows=2048,
+            features=1024,
+            num_seeds=4,
+            bias=True,
+        ),
+        ArgSpec(
+            name="bias_narrow",
+            rows=999,
+            features=1000,
+            num_seeds=400,
+            blueprints=KINDS,
+            bias=True,
         ),
     ]
 }

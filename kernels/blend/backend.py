@@ -20,7 +20,14 @@ class ForwardPass(Protocol):
     """Computes the results, and what the backward pass needs of ``y``."""
 
     def __call__(
-        self, s: Any, save: bool, y: Array, bank: Bank, slots: Slots, /
+        self,
+        s: Any,
+        save: bool,
+        y: Array,
+        bias: Array | None,
+        bank: Bank,
+        slots: Slots,
+        /,
     ) -> tuple[Array, Statistics, Array, Any]:
         """`Results`, and what `BackwardPass` gets as ``saved``; None unless ``save``.
 
@@ -28,6 +35,8 @@ class ForwardPass(Protocol):
           s: what `Backend.prepare` returned.
           save: whether a backward pass follows.
           y: (N, F).
+          bias: (F,), in the dtype of ``y``: all results are those of ``y + bias``, but
+            that the output lacks the bias again. None unless `Backend.takes_bias`.
           bank: parameters of the blueprints.
           slots: coefficients, kinds and owners.
         """
@@ -37,13 +46,24 @@ class BackwardPass(Protocol):
     """Computes the gradients."""
 
     def __call__(
-        self, s: Any, g: Array, saved: Any, bank: Bank, slots: Slots, /
-    ) -> tuple[Array, Bank, Array]:
-        """Gradients of ``y``, ``bank`` and ``slots.alpha``, in their dtypes.
+        self,
+        s: Any,
+        g: Array,
+        total: Array | None,
+        saved: Any,
+        bank: Bank,
+        slots: Slots,
+        /,
+    ) -> tuple[Array, Array | None, Bank, Array]:
+        """Gradients of ``y``, its bias, ``bank`` and ``slots.alpha``, in their dtypes.
+
+        That of the bias is ``total`` where no slot with an alpha reads ``y``, bit for
+        bit; None without a bias.
 
         Args:
           s: what `Backend.prepare` returned.
           g: cotangent of the output, (N, F), in the dtype of ``y``.
+          total: sum of ``g`` over the rows, (F,); None without a bias.
           saved: what the forward pass saved.
           bank: parameters of the blueprints.
           slots: coefficients, kinds and owners.
@@ -96,6 +116,8 @@ class Backend:
       differentiable: whether the backward pass is plain JAX, which may be
         differentiated again. Such a forward pass saves nothing: the backward pass gets
         ``y`` as ``saved``.
+      takes_bias: whether the passes take a bias of ``y`` apart. For others it is added
+        first.
       tangent: the pass of forward-mode derivatives, plain JAX, which JAX can also
         transpose; None if there is none.
     """
@@ -109,4 +131,5 @@ class Backend:
     backward: BackwardPass
     prepare: Callable[[Static, int], Static] = _as_given
     differentiable: bool = False
+    takes_bias: bool = False
     tangent: TangentPass | None = None

@@ -13,7 +13,12 @@ from esper_jax.kernels.blend import sharded
 from esper_jax.kernels.blend.static import Slots, Static
 from esper_jax.lifecycle.stages import Incubation
 
-__all__ = ["check_arguments", "check_statistics_rows", "check_whole_layer"]
+__all__ = [
+    "check_arguments",
+    "check_bias",
+    "check_statistics_rows",
+    "check_whole_layer",
+]
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -54,6 +59,22 @@ def check_arguments(s: Static, y: Array, bank: Bank, slots: Slots) -> None:
             f"incubation must be one of {get_args(Incubation)}, got {s.incubation!r}"
         )
     check_statistics_rows(s.statistics_rows)
+
+
+def check_bias(s: Static, bias: Any) -> None:
+    """Refuses a bias that does not belong to ``y``.
+
+    Raises:
+      ValueError: if its shape does not fit the layout, or it is not floating point.
+    """
+    if bias is None:
+        return
+    features = s.layout.features
+    if bias.shape != (features,) or not jnp.issubdtype(bias.dtype, jnp.floating):
+        raise ValueError(
+            f"bias must be floating point of shape ({features},), one entry a feature, "
+            f"or None; got {bias.dtype} of shape {bias.shape}"
+        )
 
 
 def _check_slots(slots: Slots) -> None:

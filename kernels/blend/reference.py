@@ -252,7 +252,7 @@ def _lives(slots: Slots) -> Array:
 
 
 def _forward(
-    s: Static, save: bool, y: Array, bank: Bank, slots: Slots
+    s: Static, save: bool, y: Array, bias: Array | None, bank: Bank, slots: Slots
 ) -> tuple[Array, Statistics, Array, None]:
     layout, owner = s.layout, slots.seed_of_slot
     lives = _lives(slots)
@@ -276,8 +276,8 @@ def _forward(
 
 
 def _backward(
-    s: Static, g: Array, y: Array, bank: Bank, slots: Slots
-) -> tuple[Array, Bank, Array]:
+    s: Static, g: Array, total: Array | None, y: Array, bank: Bank, slots: Slots
+) -> tuple[Array, None, Bank, Array]:
     lives = _lives(slots)
 
     def living() -> tuple[Array, Bank, Array]:
@@ -286,7 +286,8 @@ def _backward(
     def dormant() -> tuple[Array, Bank, Array]:
         return g, jax.tree.map(jnp.zeros_like, bank), jnp.zeros_like(slots.alpha)
 
-    return jax.lax.cond(jnp.any(lives), living, dormant)
+    dy, d_bank, d_alpha = jax.lax.cond(jnp.any(lives), living, dormant)
+    return dy, None, d_bank, d_alpha
 
 
 def _gradients(

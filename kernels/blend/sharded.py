@@ -89,10 +89,10 @@ def shard_layout(layout: ChunkLayout, shards: int) -> ChunkLayout:
 
 
 def blend(
-    local: Callable[[Static, Array, Bank, Slots], Results],
+    local: Callable[[Static, Array, Array | None, Bank, Slots], Results],
     s: Static,
     sharding: NamedSharding,
-    y: Float[Array, "*B F"],
+    y_and_bias: tuple[Float[Array, "*B F"], Float[Array, " F"] | None],
     bank: Bank,
     slots: Slots,
 ) -> Results:
@@ -105,13 +105,14 @@ def blend(
       local: blend of one shard.
       s: of the whole array.
       sharding: how ``y`` is laid out; axes without an entry are not sharded.
-      y: the activation.
+      y_and_bias: the activation; and its bias, or None.
       bank: parameters of the blueprints.
       slots: coefficients, kinds and owners, the same on every device.
 
     Raises:
       ValueError: if the sharding does not fit ``y`` or the layout.
     """
+    y, bias = y_and_bias
     if len(sharding.spec) > y.ndim:
         raise ValueError(
             f"sharding must have at most {y.ndim} entries, one for each axis of the "
@@ -123,21 +124,21 @@ def blend(
     own = _own_share(s, sharding, rows, columns)
     _check_batch(sharding, y.shape, batch)
 
-    def one(y: Array, bank: Bank, slots: Slots) -> Results:
+    def one(y: Array, bias: Array | None, bank: Bank, slots: Slots) -> Results:
         if columns:
             first = jax.lax.axis_index(columns) * own.layout.num_seeds
             slots = _slots_here(slots, first, own.layout.num_seeds)
-        return _gathered(local(own, y, bank, slots), rows, columns)
+        return _gathered(local(own, y, bias, bank, slots), rows, columns)
 
     spec, everywhere = PartitionSpec(*batch, feature), PartitionSpec()
     return jax.shard_map(
         one,
         mesh=sharding.mesh,
-        in_specs=(spec, everywhere, everywhere),
+        in_specs=(spec, PartitionSpec(feature), everywhere, everywhere),
         out_specs=(spec, everywhere, everywhere),
         # Kernels do not say along which axes their outputs differ.
         check_vma=False,
-    )(y, bank, slots)
+    )(y, bias, bank, slots)
 
 
 def _own_share(

@@ -50,6 +50,7 @@ class Static:
       incubation: what a slot learns from while its alpha is 0.
       statistics_rows: number of rows to take statistics over, at most; all if None.
       dtype: name of the dtype of ``y``.
+      biased: whether the kernels get ``y`` without its bias, and the bias apart.
       config: block sizes and the like, of the backend's own type; None until
         `Backend.prepare` has chosen them.
       interpret: whether kernels run as plain JAX, on any device, to test them.
@@ -60,6 +61,7 @@ class Static:
     incubation: Incubation = "task"
     statistics_rows: int | None = None
     dtype: str = "float32"
+    biased: bool = False
     config: Any = None
     interpret: bool = False
 

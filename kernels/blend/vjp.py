@@ -1,5 +1,6 @@
 """The derivative rules of blend, shared by all backends."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -23,6 +24,7 @@ def blend(
     bank: Bank,
     slots: Slots,
     forward_mode: bool = False,
+    bias: Float[Array, " F"] | None = None,
 ) -> Results:
     """The public `blend` by one backend, on arguments that its `refusal` takes.
 
@@ -33,15 +35,18 @@ def blend(
       bank: parameters of the blueprints.
       slots: coefficients, kinds and owners.
       forward_mode: as for `blend`.
+      bias: as for `blend`, in the dtype of ``y``.
 
     Raises:
       TypeError: by forward-mode derivatives without ``forward_mode``.
     """
-    s = backend.prepare(s, y.shape[0])
+    if bias is not None and not backend.takes_bias:
+        y, bias = y + bias[None, :], None
+    s = backend.prepare(dataclasses.replace(s, biased=bias is not None), y.shape[0])
     if forward_mode and backend.tangent is not None:
         return _jitted_both(backend, s, y, bank, slots)
     try:
-        return _jitted(backend, s, y, bank, slots)
+        return _jitted(backend, s, y, bias, bank, slots)
     except TypeError as error:
         if "forward-mode" not in str(error):
             raise
@@ -71,32 +76,44 @@ def _once(backend: Backend, f: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _blend(backend: Backend, s: Static, y: Array, bank: Bank, slots: Slots) -> Results:
+def _blend(
+    backend: Backend, s: Static, y: Array, bias: Any, bank: Bank, slots: Slots
+) -> Results:
     forward = _once(backend, functools.partial(backend.forward, s, False))
-    out, statistics, reconstruction, _ = forward(y, bank, slots)
-    return out, statistics, reconstruction
+    out, statistics, reconstruction, _ = forward(y, bias, bank, slots)
+    return _biased(out, bias), statistics, reconstruction
+
+
+def _biased(out: Array, bias: Array | None) -> Array:
+    """The output with its bias: plain JAX, which XLA fuses with what follows."""
+    return out if bias is None else out + bias[None, :]
 
 
 def _forward(
-    backend: Backend, s: Static, y: Array, bank: Bank, slots: Slots
+    backend: Backend, s: Static, y: Array, bias: Any, bank: Bank, slots: Slots
 ) -> tuple[Results, Any]:
     if backend.differentiable:
         # By the same rule, so that a second derivative knows alpha and beta too.
-        return _blend(backend, s, y, bank, slots), (y, bank, slots)
+        return _blend(backend, s, y, bias, bank, slots), (y, bank, slots)
     forward = _once(backend, functools.partial(backend.forward, s, True))
-    out, statistics, reconstruction, saved = forward(y, bank, slots)
-    return (out, statistics, reconstruction), (saved, bank, slots)
+    out, statistics, reconstruction, saved = forward(y, bias, bank, slots)
+    results = _biased(out, bias), statistics, reconstruction
+    return results, (saved, bank, slots)
 
 
 def _backward(
     backend: Backend, s: Static, kept: Any, cotangents: Any
-) -> tuple[Array, Bank, Slots]:
+) -> tuple[Array, Array | None, Bank, Slots]:
     saved, bank, slots = kept
+    g, total = cotangents[0], None
+    if s.biased:
+        # As JAX differentiates a bias that is added: the same bits while seeds sleep.
+        total = jax.lax.reduce_sum(g, (0,))
     backward = _once(backend, functools.partial(backend.backward, s))
-    dy, d_bank, d_alpha = backward(cotangents[0], saved, bank, slots)
+    dy, d_bias, d_bank, d_alpha = backward(g, total, saved, bank, slots)
     # beta has no gradient; None stands for those of integers.
     none: Any = None
-    return dy, d_bank, Slots(d_alpha, jnp.zeros_like(slots.beta), none, none)
+    return dy, d_bias, d_bank, Slots(d_alpha, jnp.zeros_like(slots.beta), none, none)
 
 
 _blend.defvjp(_forward, _backward)
@@ -112,7 +129,7 @@ def _blend_both(
     which JAX transposes. So it keeps more than ``y`` for the backward pass, and its
     gradients differ by rounding.
     """
-    out, statistics, reconstruction, _ = backend.forward(s, False, y, bank, slots)
+    out, statistics, reconstruction, _ = backend.forward(s, False, y, None, bank, slots)
     return out, statistics, reconstruction
 
 

@@ -4,9 +4,10 @@ The forward kernel divides the living slots evenly among about as many programs 
 device holds, so that its work follows the living slots alone. It overwrites their
 chunks in place, keeps hidden activations on the chip, and saves the chunks for the
 backward pass. The backward kernel computes the hidden activations again, and overwrites
-the cotangent in place with the gradient of ``y``. Each program leaves partial sums over
-its rows; a last kernel adds them up in a fixed order, so that results are reproducible
-bit for bit.
+the cotangent in place with the gradient of ``y``. A bias of ``y`` that comes apart is
+added where chunks are read, and what is written lacks it. Each program leaves partial
+sums over its rows; a last kernel adds them up in a fixed order, so that results are
+reproducible bit for bit.
 
 Chunks of a few features (``Config.narrow``) share tiles: each lane is a slot, and loops
 over its features. Wider chunks are multiplied as matrices: each program is one slot.
@@ -76,22 +77,32 @@ def _prepare(s: Static, rows: int) -> TritonStatic:
 
 
 def _forward(
-    s: TritonStatic, save: bool, y: Array, bank: Bank, slots: Slots
+    s: TritonStatic,
+    save: bool,
+    y: Array,
+    bias: Array | None,
+    bank: Bank,
+    slots: Slots,
 ) -> tuple[Array, Statistics, Array, Any]:
     forward = narrow.forward_pass if s.config.narrow else matrix.forward_pass
-    return forward(s, save, y, bank, slots)
+    return forward(s, save, y, bias, bank, slots)
 
 
 def _backward(
-    s: TritonStatic, g: Array, saved: Array, bank: Bank, slots: Slots
-) -> tuple[Array, Bank, Array]:
+    s: TritonStatic,
+    g: Array,
+    total: Array | None,
+    saved: Array,
+    bank: Bank,
+    slots: Slots,
+) -> tuple[Array, Array | None, Bank, Array]:
     backward = narrow.backward_pass if s.config.narrow else matrix.backward_pass
-    dy, leaves, d_alpha = backward(s, g, saved, bank, slots)
+    dy, d_bias, leaves, d_alpha = backward(s, g, total, saved, bank, slots)
     leaves = {
         name: leaf.astype(getattr(bank, name).dtype) for name, leaf in leaves.items()
     }
     d_bank = dataclasses.replace(jax.tree.map(jnp.zeros_like, bank), **leaves)
-    return dy, d_bank, d_alpha.astype(slots.alpha.dtype)
+    return dy, d_bias, d_bank, d_alpha.astype(slots.alpha.dtype)
 
 
 BACKEND = Backend(
@@ -103,5 +114,6 @@ BACKEND = Backend(
     prepare=_prepare,
     forward=_forward,
     backward=_backward,
+    takes_bias=True,
 )
 """The kernels: Dense blueprints, chunks of up to `MAX_WIDTH` features."""

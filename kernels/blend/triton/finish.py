@@ -20,6 +20,7 @@ from esper_jax.kernels.blend.triton.refs import (
     loop,
     order_of,
     parts_of,
+    plus_bias,
     read,
 )
 from esper_jax.kernels.blend.triton.static import TritonStatic
@@ -54,8 +55,9 @@ def finish_kernel(s: TritonStatic, left: Left, *refs: Any) -> None:
       s: what is fixed while tracing.
       left: what there is to add up.
       refs: alpha, beta and owner of the slots; the forward kernel's sums; the columns'
-        sums (statistics over all rows), or the output and the kept rows of the living
-        chunks as they were (statistics over a sample); and the results.
+        sums (statistics over all rows), or the output, the kept rows of the living
+        chunks as they were, and the bias, if that comes apart (statistics over a
+        sample); and the results.
     """
     alpha_ref, beta_ref, owner_ref, sums_ref, *seen, count_ref = refs[:-4]
     outs, means_ref = refs[-4:-1], refs[-1]
@@ -127,10 +129,11 @@ def _finish_sample(
     s: TritonStatic, left: Left, found: Found, seed: Any, seen: Any, outs: Any
 ) -> None:
     """Statistics of a chunk over a sample of the rows."""
-    out_ref, kept_ref = seen
+    out_ref, kept_ref, *bias_refs = seen
     # The output holds a dormant chunk as the input did.
     count, step = s.sampled(left.rows)
-    sums = _sums_of_rows(s, count, seed, _rows_of(s, out_ref, seed, step))
+    rows = _rows_of(s, out_ref, bias_refs, seed, step)
+    sums = _sums_of_rows(s, count, seed, rows)
     lives, slot = _owns(order_of(found), seed)
 
     @pl.when(jnp.logical_not(lives))
@@ -190,10 +193,18 @@ def _sums_of_columns(s: TritonStatic, parts: int, seed: Any, sums_ref: Any) -> A
 
 
 def _rows_of(
-    s: TritonStatic, out_ref: Any, seed: Any, step: int
+    s: TritonStatic, out_ref: Any, bias_refs: list[Any], seed: Any, step: int
 ) -> Callable[..., Array]:
-    start, _ = chunk(s.layout, seed)
-    return lambda row, column, mask: read(out_ref, (row * step, start + column), mask)
+    start, _, wide, inside = _tile_of(s, seed, 1)
+    bias = None
+    if bias_refs:
+        bias = read(bias_refs[0], (start + index_range(wide),), inside)
+
+    def get(row: Array, column: Array, mask: Array | None) -> Array:
+        y = read(out_ref, (row * step, start + column), mask)
+        return plus_bias(y, bias, mask)
+
+    return get
 
 
 def _rows_kept(kept_ref: Any, slot: Any, step: int) -> Callable[..., Array]:

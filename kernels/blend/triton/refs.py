@@ -32,6 +32,7 @@ __all__ = [
     "near_zero",
     "order_of",
     "parts_of",
+    "plus_bias",
     "read",
     "share_of",
     "slot_at",
@@ -151,6 +152,17 @@ def biased(used: Any, x: Array) -> Array:
     if isinstance(used, bool):
         return x if used else jnp.zeros_like(x)
     return jnp.where(used, x, 0.0)
+
+
+def plus_bias(y: Array, bias: Array | None, mask: Array | None) -> Array:
+    """A tile of ``y`` plus the bias of its columns, rounded as the sum is elsewhere.
+
+    0 where the mask is false, as what `read` returns.
+    """
+    if bias is None:
+        return y
+    z = (f32(y) + f32(bias)[None, :]).astype(y.dtype)
+    return z if mask is None else jnp.where(mask, z, jnp.zeros_like(z))
 
 
 def loop(start: Any, end: Any, body: Callable[[Any, Any], Any], init: Any) -> Any:

@@ -19,6 +19,7 @@ from esper_jax.kernels.blend.triton.refs import (
     index_range,
     near_zero,
     order_of,
+    plus_bias,
     read,
     write,
 )
@@ -79,16 +80,16 @@ def column_tiles(s: TritonStatic, rows: int) -> ColumnTiles:
 
 def column_sums_kernel(s: TritonStatic, cut: ColumnTiles, *refs: Any) -> None:
     """Sum, sum of squares and near-zero count of each column."""
-    y_ref, sums_ref = refs
-    walk = _Walk(s, cut, y_ref, pl.program_id(0), pl.program_id(1))
-    walk.sums(walk.load(0), sums_ref)
+    *y, sums_ref = refs
+    walk = _Walk(s, cut, tuple(y), pl.program_id(0), pl.program_id(1))
+    walk.sums(walk.load(0), walk.bias(), sums_ref)
 
 
 def dormant_sums(
     s: TritonStatic,
     cut: ColumnTiles,
     found: Found,
-    y_ref: Any,
+    y: tuple[Any, ...],
     sums_ref: Any,
     program: Any,
 ) -> None:
@@ -98,15 +99,15 @@ def dormant_sums(
       s: what is fixed while tracing.
       cut: how the tiles are divided among programs.
       found: the slots.
-      y_ref: the activation, (N, F).
+      y: the activation, (N, F); and its bias, if that comes apart.
       sums_ref: the sums, (parts, 3, F).
       program: index of the program: of its tile of columns, then of its part.
     """
     across, features = s.config.statistics.across, s.layout.features
     turn, part = lax.rem(program, cut.tiles), lax.div(program, cut.tiles)
-    walk = _Walk(s, cut, y_ref, turn, part)
+    walk = _Walk(s, cut, y, turn, part)
     # Starts the reads before it is known whether anybody wants them.
-    first = walk.load(0)
+    first, bias = walk.load(0), walk.bias()
     order = order_of(found)
     begin = walk.turn * across
     start, size = chunk(s.layout, jnp.maximum(order.owner, 0))
@@ -116,7 +117,7 @@ def dormant_sums(
 
     @pl.when(covered < end - begin)
     def _dormant() -> None:
-        walk.sums(first, sums_ref)
+        walk.sums(first, bias, sums_ref)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +126,8 @@ class _Walk:
 
     s: TritonStatic
     cut: ColumnTiles
-    y: Any
+    y: tuple[Any, ...]
+    """The activation; and its bias, if that comes apart."""
     turn: Any
     """Index of the tile of columns."""
     part: Any
@@ -168,32 +170,44 @@ class _Walk:
             start = self._start(i) + j * self.shape[0]
             index = (start + index_range(self.shape[0])) * stride
             where = (jnp.broadcast_to(index[:, None], self.shape), place)
-            tiles.append(read(self.y, where, self._mask(start)))
+            tiles.append(read(self.y[0], where, self._mask(start)))
         return tuple(tiles)
 
+    def bias(self) -> Array | None:
+        """The bias of the tile's columns; None if ``y`` has it already."""
+        if not self.s.biased:
+            return None
+        across = Span(self.turn * self.shape[1], self.shape[1])
+        return read(self.y[1], (across,), self.column_mask)
+
     def _add(
-        self, i: Any, tiles: tuple[Array, ...], sums: tuple[Array, ...]
+        self,
+        i: Any,
+        tiles: tuple[Array, ...],
+        bias: Array | None,
+        sums: tuple[Array, ...],
     ) -> tuple[Array, ...]:
         for j, value in enumerate(tiles):
             mask = self._mask(self._start(i) + j * self.shape[0])
-            new = statistics_of(self.s, value, mask)
+            new = statistics_of(self.s, plus_bias(value, bias, mask), mask)
             sums = tuple(a + b for a, b in zip(sums, new, strict=True))
         return sums
 
-    def sums(self, first: tuple[Array, ...], sums_ref: Any) -> None:
+    def sums(self, first: tuple[Array, ...], bias: Array | None, sums_ref: Any) -> None:
         """Adds up all steps; ``first`` holds the tiles of the first one."""
 
         def body(i: Any, carry: Any) -> Any:
             tiles, sums = carry
             # Reads the next tiles while it adds these.
-            return self.load(i + 1), self._add(i, tiles, sums)
+            return self.load(i + 1), self._add(i, tiles, bias, sums)
 
         zero = jnp.zeros(self.shape, jnp.float32)
-        carry = (first, (zero, zero, zero))
+        carry: Any = (first, (zero, zero, zero))
         if self.steps > 1:
             carry = lax.fori_loop(np.int32(0), np.int32(self.steps - 1), body, carry)
         across = Span(self.turn * self.shape[1], self.shape[1])
-        for j, x in enumerate(self._add(self.steps - 1, *carry)):
+        tiles, sums = carry
+        for j, x in enumerate(self._add(self.steps - 1, tiles, bias, sums)):
             index = (self.part, j, across)
             write(sums_ref, index, jnp.sum(x, axis=0), self.column_mask)
 

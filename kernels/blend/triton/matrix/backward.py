@@ -56,6 +56,8 @@ class _Arrays:
     """Of w1, b1, w2, b2 and scale."""
     gain: Any
     """Gradient of alpha."""
+    bias: Any
+    """What the correction adds to the gradient of y's bias; None without a bias."""
     dy: Any
     """Gradient of y; None where `input_kernel` computes it."""
 
@@ -93,6 +95,16 @@ class _Backward:
         """
         return self.learns and not self.reconstructs
 
+    @property
+    def sums_hidden(self) -> bool:
+        """Whether to sum the gradient of what enters the hidden units."""
+        return self.s.biased or (self.learns and self.s.uses("bias"))
+
+    @property
+    def sums_cotangent(self) -> bool:
+        """Whether to sum the cotangent of the correction."""
+        return self.s.uses("bias") or (self.s.biased and self.s.uses("scale"))
+
 
 def backward_kernel(s: TritonStatic, total: int, fused: bool, *all_refs: Any) -> None:
     """Each program's sums of the gradients of parameters and alpha.
@@ -103,9 +115,16 @@ def backward_kernel(s: TritonStatic, total: int, fused: bool, *all_refs: Any) ->
       fused: whether to compute the gradient of y too.
       all_refs: inputs and outputs.
     """
-    refs, (saved_ref, g_ref, *outs) = Refs.split(all_refs)
+    refs, (saved_ref, g_ref, *rest) = Refs.split(all_refs)
+    # The sum of the cotangent passes through.
+    outs = rest[1:] if s.biased else rest
     arrays = _Arrays(
-        saved_ref, g_ref, tuple(outs[:5]), outs[5], outs[6] if fused else None
+        saved_ref,
+        g_ref,
+        tuple(outs[:5]),
+        outs[5],
+        outs[6] if s.biased else None,
+        outs[-1] if fused else None,
     )
     blocks = s.config.backward
     order = order_of(find(refs.alpha, refs.beta, refs.owner))
@@ -125,6 +144,9 @@ def backward_kernel(s: TritonStatic, total: int, fused: bool, *all_refs: Any) ->
         body = functools.partial(_add_tile, p)
         sums = _added_up(loop(share.zero, share.turns, body, _no_gradients(p)))
         arrays.gain[share.program] = _gain(p, sums)
+        if arrays.bias is not None:
+            across = Span(share.zero, s.columns)
+            write(arrays.bias, (share.program, across), _pulled_back(p, sums))
         if learns:
             _write_gradients(p, sums)
 
@@ -144,16 +166,15 @@ def backward_kernel(s: TritonStatic, total: int, fused: bool, *all_refs: Any) ->
 def _no_gradients(p: _Backward) -> _Gradients:
     """Sums of nothing; a single 0 for a gradient that is not wanted."""
     c, rows, units = p.s.columns, p.s.config.backward.rows, p.s.config.backward.across
-    biases = p.s.uses("bias")
 
     def zeros(wanted: bool, *shape: int) -> Array:
         return jnp.zeros(shape if wanted else (1,), jnp.float32)
 
     return _Gradients(
         w1=zeros(p.learns, c, units),
-        b1=zeros(p.learns and biases, 8, units),
+        b1=zeros(p.sums_hidden, 8, units),
         w2=zeros(p.learns, units, c),
-        b2=zeros(biases, rows, c),
+        b2=zeros(p.sums_cotangent, rows, c),
         scale=zeros(p.s.uses("scale"), rows, c),
         alpha=zeros(not p.gain_by_weights, rows),
     )
@@ -193,7 +214,7 @@ def _add_tile(p: _Backward, i: Any, sums: _Gradients) -> _Gradients:
     g32 = f32(g)
     if gain is not None:
         sums = sums._replace(alpha=sums.alpha + gain)
-    if s.uses("bias"):
+    if p.sums_cotangent:
         sums = sums._replace(b2=sums.b2 + f32(pulled))
     if s.uses("scale"):
         product = f32(pulled) * f32(y)
@@ -203,8 +224,8 @@ def _add_tile(p: _Backward, i: Any, sums: _Gradients) -> _Gradients:
             w1=sums.w1 + dot(y, d_low, (0, 0)),
             w2=sums.w2 + dot(h.astype(y.dtype), pulled, (0, 0)),
         )
-        if s.uses("bias"):
-            sums = sums._replace(b1=sums.b1 + _every_eighth(d_before))
+    if p.sums_hidden:
+        sums = sums._replace(b1=sums.b1 + _every_eighth(d_before))
     if p.arrays.dy is not None:
         _write_input(p, tile, g32, d_low)
     return sums
@@ -253,6 +274,19 @@ def _gain(p: _Backward, sums: _Gradients) -> Array:
     if p.s.uses("scale"):
         own = own + jnp.sum(scale * sums.scale)
     return gain + jnp.where(first, own, 0.0)
+
+
+def _pulled_back(p: _Backward, sums: _Gradients) -> Array:
+    """The program's part of ``alpha * J_y(r)^T g``, summed over its rows.
+
+    ``J_y(r)^T`` multiplies by weights which are the same for all rows once the slopes
+    of the hidden units are in. So it takes sums over the rows instead of the rows.
+    """
+    out = jnp.sum(f32(p.weights.w1) * sums.b1[None, :], axis=1)
+    if p.s.uses("scale"):
+        own = p.offsets[1] * sums.b2
+        out = out + jnp.where(p.share.block == 0, own, jnp.zeros_like(own))
+    return p.slot.alpha * out
 
 
 def _write_gradients(p: _Backward, sums: _Gradients) -> None:

@@ -23,6 +23,7 @@ from esper_jax.kernels.blend.triton.refs import (
     index_range,
     loop,
     order_of,
+    plus_bias,
     read,
     share_of,
     slot_at,
@@ -42,7 +43,8 @@ __all__ = ["forward_kernel"]
 class _Outputs:
     """Where a program of the forward kernel reads and writes."""
 
-    y: Any
+    y: tuple[Any, ...]
+    """The activation; and its bias, if that comes apart."""
     out: Any
     sums: Any
     kept: Any
@@ -67,7 +69,9 @@ def forward_kernel(
       save: whether to save the living chunks for the backward pass.
       all_refs: inputs and outputs.
     """
-    refs, (y_ref, out_ref, sums_ref, *rest) = Refs.split(all_refs)
+    refs, own = Refs.split(all_refs)
+    count = 2 if s.biased else 1
+    y, (out_ref, sums_ref, *rest) = own[:count], own[count:]
     columns = 0 if cut is None else cut.tiles * cut.parts
     found = find(refs.alpha, refs.beta, refs.owner)
     me, programs = pl.program_id(0), pl.num_programs(0)
@@ -79,7 +83,7 @@ def forward_kernel(
         @pl.when(share.works)
         def _living() -> None:
             kept_ref = rest[-1] if save or s.samples else None
-            outputs = _Outputs(y_ref, out_ref, sums_ref, kept_ref, save)
+            outputs = _Outputs(y, out_ref, sums_ref, kept_ref, save)
             _blend_share(s, refs, share, total, outputs)
 
     if cut is None:
@@ -88,7 +92,7 @@ def forward_kernel(
 
     @pl.when(me < columns)
     def _columns() -> None:
-        dormant_sums(s, cut, found, y_ref, rest[0], me)
+        dormant_sums(s, cut, found, y, rest[0], me)
 
     @pl.when(me >= columns)
     def _blend() -> None:
@@ -102,13 +106,16 @@ def _blend_share(
     rows, k = s.config.forward.rows, share.slot
     view = View(s, refs, slot_at(s, refs, k, share.zero), k, total)
     alpha = view.slot.alpha
-    blueprint = _blueprint(view, to.y.dtype)
+    y_ref, *bias_refs = to.y
+    blueprint = _blueprint(view, y_ref.dtype)
+    bias = view.bias(bias_refs[0]) if bias_refs else None
 
     def body(i: Any, sums: tuple[Array, ...]) -> tuple[Array, ...]:
         tile = view.tile(share.last - i * share.step, rows)
-        y = read(to.y, tile.place, tile.mask)
+        given = read(y_ref, tile.place, tile.mask)
+        y = plus_bias(given, bias, tile.mask)
         r = blueprint.correct(y, tile.mask)
-        y32 = f32(y)
+        y32 = f32(given)
 
         @pl.when(alpha != 0.0)
         def _blended() -> None:

@@ -11,6 +11,8 @@ from jaxtyping import Array
 from esper_jax.kernels.blend.triton.blocks import power_of_two
 from esper_jax.kernels.blend.triton.refs import (
     Span,
+    chunk,
+    f32,
     find,
     index_range,
     loop,
@@ -43,8 +45,11 @@ class _Unit:
     """Number of living slots before this one."""
     parts: Any
     """Number of programs that left sums of the tile."""
+    owner: Any
     lives: Any
     learns: Any
+    counts: Any
+    """Whether it lives and alpha is not 0."""
     zero: Any
     """0 as a traced value."""
 
@@ -58,13 +63,17 @@ def _unit(
     tiles = pl.cdiv(total, blocks.rows)
     unit = pl.program_id(0)
     k, block = lax.div(unit, many), lax.rem(unit, many)
-    order = order_of(find(*slots))
+    found = find(*slots)
+    order = order_of(found)
     parts = parts_of(order, programs, tiles, many)
     mine = order.slots == k
     rank = jnp.sum(jnp.where(mine, order.rank, 0)) - 1
-    lives = jnp.sum(jnp.where(mine & order.living, 1, 0)) > 0
-    learns = jnp.sum(jnp.where(mine & order.learning, 1, 0)) > 0
-    return _Unit(k, block, many, rank, parts, lives, learns, zero)
+    lives, learns, counts = (
+        jnp.sum(jnp.where(mine & which, 1, 0)) > 0
+        for which in (order.living, order.learning, order.living & (found.alpha != 0))
+    )
+    owner = jnp.sum(jnp.where(mine, order.owner, 0))
+    return _Unit(k, block, many, rank, parts, owner, lives, learns, counts, zero)
 
 
 def gradients_kernel(s: TritonStatic, total: int, programs: int, *refs: Any) -> None:
@@ -78,10 +87,13 @@ def gradients_kernel(s: TritonStatic, total: int, programs: int, *refs: Any) -> 
       total: rows of the batch.
       programs: number of programs of the backward kernel.
       refs: alpha, beta and owner of the slots; sums of w1, b1, w2, b2, scale and alpha;
-        and their gradients.
+        with a bias, what the correction adds to its gradient, and the sum of the
+        cotangent; and the gradients of all these. That of the bias overwrites the sum
+        of the cotangent.
     """
     w1_ref, b1_ref, w2_ref, b2_ref, scale_ref, gain_ref = refs[3:9]
-    w1_out, b1_out, w2_out, b2_out, scale_out, gain_out = refs[9:]
+    outs = refs[11:] if s.biased else refs[9:]
+    w1_out, b1_out, w2_out, b2_out, scale_out, gain_out = outs[:6]
     blocks = s.config.backward
     unit, segment = pl.program_id(0), pl.program_id(1)
     zero, segments = unit * 0, pl.num_programs(1) - 1
@@ -109,6 +121,26 @@ def gradients_kernel(s: TritonStatic, total: int, programs: int, *refs: Any) -> 
             mask = u.lives & (index < u.parts * u.many)
             gains = read(gain_ref, (u.rank * u.many * u.parts + index,), mask)
             gain_out[u.k] = jnp.sum(gains)
+            if s.biased:
+                _add_to_bias(s, u, refs[9], refs[10], outs[6])
+
+
+def _add_to_bias(
+    s: TritonStatic, u: _Unit, sums_ref: Any, total_ref: Any, out_ref: Any
+) -> None:
+    """Adds a slot's sums to its chunk of the bias's gradient, if the slot counts."""
+
+    @pl.when(u.counts)
+    def _counting() -> None:
+        start, size = chunk(s.layout, u.owner)
+        column = index_range(s.columns)
+        exact = s.layout.even and s.width == s.columns
+        mask = None if exact else column < size
+        place = (Span(start, s.columns),)
+        # Those of all tiles of hidden units.
+        first, count = u.rank * u.many * u.parts, u.parts * u.many
+        (more,) = _added_up(u, [sums_ref], (first, count), column)
+        write(out_ref, place, f32(read(total_ref, place, mask)) + more, mask)
 
 
 def _put(u: _Unit, pairs: list[tuple[Any, Any]], place: tuple[Any, Span]) -> None:
@@ -120,29 +152,44 @@ def _put(u: _Unit, pairs: list[tuple[Any, Any]], place: tuple[Any, Span]) -> Non
       place: row of the output, and columns of both.
     """
     _, (start, size) = place
-    shape = (_TALL, size)
-    columns = jnp.broadcast_to((start + index_range(size))[None, :], shape)
-
-    def body(i: Any, sums: tuple[Array, ...]) -> tuple[Array, ...]:
-        part = i * _TALL + index_range(_TALL)
-        program = (u.rank * u.many + u.block) * u.parts + part
-        at = (jnp.broadcast_to(program[:, None], shape), columns)
-        mask = jnp.broadcast_to((part < u.parts)[:, None], shape)
-        return tuple(
-            x + read(ref, at, mask) for x, (ref, _) in zip(sums, pairs, strict=True)
-        )
 
     @pl.when(u.learns)
     def _learning() -> None:
-        steps = lax.div(u.parts + (_TALL - 1), _TALL)
-        zeros = (jnp.zeros(shape, jnp.float32),) * len(pairs)
-        sums = loop(u.zero, steps, body, zeros)
+        programs = (u.rank * u.many + u.block) * u.parts, u.parts
+        column = start + index_range(size)
+        sums = _added_up(u, [ref for ref, _ in pairs], programs, column)
         for x, (_, out) in zip(sums, pairs, strict=True):
-            write(out, place, jnp.sum(x, axis=0))
+            write(out, place, x)
 
     @pl.when(jnp.logical_not(u.learns))
     def _frozen() -> None:
         _put_zeros(u, pairs, place)
+
+
+def _added_up(
+    u: _Unit, refs: list[Any], programs: tuple[Any, Any], column: Array
+) -> list[Array]:
+    """Columns of several arrays, summed over programs.
+
+    Args:
+      u: what this program adds up.
+      refs: the arrays, (programs, columns).
+      programs: the first of the programs, and their number.
+      column: which columns.
+    """
+    first, count = programs
+    shape = (_TALL, column.shape[0])
+    columns = jnp.broadcast_to(column[None, :], shape)
+
+    def body(i: Any, sums: tuple[Array, ...]) -> tuple[Array, ...]:
+        part = i * _TALL + index_range(_TALL)
+        at = (jnp.broadcast_to((first + part)[:, None], shape), columns)
+        mask = jnp.broadcast_to((part < count)[:, None], shape)
+        return tuple(x + read(ref, at, mask) for x, ref in zip(sums, refs, strict=True))
+
+    steps = lax.div(count + (_TALL - 1), _TALL)
+    zeros = (jnp.zeros(shape, jnp.float32),) * len(refs)
+    return [jnp.sum(x, axis=0) for x in loop(u.zero, steps, body, zeros)]
 
 
 def _put_zeros(u: _Unit, pairs: list[tuple[Any, Any]], place: tuple[Any, Span]) -> None:

@@ -31,7 +31,8 @@ def input_kernel(s: TritonStatic, total: int, *all_refs: Any) -> None:
       total: rows of the batch.
       all_refs: inputs and outputs.
     """
-    refs, (saved_ref, g_ref, _, dy_ref, _) = Refs.split(all_refs)
+    refs, (saved_ref, g_ref, *rest) = Refs.split(all_refs)
+    dy_ref = rest[len(rest) // 2]  # In between are what passes through, and its copy.
     rows = s.config.input.rows
     order = order_of(find(refs.alpha, refs.beta, refs.owner))
     share = share_of(order, pl.program_id(0), pl.num_programs(0), pl.cdiv(total, rows))

@@ -35,9 +35,18 @@ _FINISH = Blocks(rows=1, across=16, programs=1, warps=8, stages=1)
 
 
 def forward_pass(
-    s: TritonStatic, save: bool, y: Array, bank: Bank, slots: Slots
+    s: TritonStatic,
+    save: bool,
+    y: Array,
+    bias: Array | None,
+    bank: Bank,
+    slots: Slots,
 ) -> tuple[Array, Statistics, Array, Any]:
-    """Output, statistics, reconstruction, and the living chunks if ``save``."""
+    """Output, statistics, reconstruction, and the living chunks if ``save``.
+
+    With a bias, the output lacks it, as ``y`` does.
+    """
+    biases = [] if bias is None else [bias]
     rows, count = y.shape[0], slots.alpha.shape[0]
     blocks = s.config.forward
     programs = programs_over(blocks, count, rows)
@@ -65,7 +74,7 @@ def forward_pass(
         aliases={FIRST: 0},
     )
     kernel = functools.partial(forward_kernel, s, rows, cut, save)
-    inputs = [*shared(s, blocks, bank, slots), y]
+    inputs = [*shared(s, blocks, bank, slots), y, *biases]
     out, partial, *rest = launch(s, kernel, how, inputs)
     left = Left(
         rows=rows,
@@ -73,7 +82,7 @@ def forward_pass(
         parts=0 if cut is None else cut.parts,
         kept_step=s.sampled(rows)[1] if save else 1,
     )
-    look_at = [out, *rest] if s.samples else rest[: len(seen)]
+    look_at = [out, *rest, *biases] if s.samples else rest[: len(seen)]
     statistics, means = _finish(s, left, slots, partial, look_at)
     return out, statistics, means, rest[-1] if save else None
 
@@ -96,26 +105,39 @@ def _finish(
 
 
 def backward_pass(
-    s: TritonStatic, g: Array, saved: Array, bank: Bank, slots: Slots
-) -> tuple[Array, dict[str, Array], Array]:
-    """Gradients of y, of each parameter and of alpha."""
+    s: TritonStatic,
+    g: Array,
+    total: Array | None,
+    saved: Array,
+    bank: Bank,
+    slots: Slots,
+) -> tuple[Array, Array | None, dict[str, Array], Array]:
+    """Gradients of y, of its bias, of each parameter and of alpha."""
     blocks = s.config.backward
     many = pl.cdiv(s.hidden, blocks.across)
     rows = g.shape[0]
     programs = programs_over(blocks, slots.alpha.shape[0] * many, rows)
     inputs = [*shared(s, blocks, bank, slots), saved, g]
-    *partial, gain, dy = _programs_sums(s, programs, many == 1, inputs)
+    totals = [] if total is None else [total]
+    sums, dy = _programs_sums(s, programs, many == 1, [*inputs, *totals])
     if many > 1:
-        dy, gain = _input(s, slots, [*inputs, gain])
-    leaves, d_alpha = _gradients(s, rows, programs, slots, [*partial, gain])
-    return dy, leaves, d_alpha
+        dy, *passed = _input(s, slots, [*inputs, sums[5], *sums[7:]])
+        sums = [*sums[:5], passed[0], *sums[6:7], *passed[1:]]
+    d_bias, leaves, d_alpha = _gradients(s, rows, programs, slots, sums)
+    return dy, d_bias, leaves, d_alpha
 
 
 def _programs_sums(
     s: TritonStatic, programs: int, fused: bool, inputs: list[Array]
-) -> list[Any]:
-    """Each program's sums of w1, b1, w2, b2, scale and alpha; and dy, or None."""
-    c, units, g = s.columns, s.config.backward.across, inputs[-1]
+) -> tuple[list[Any], Any]:
+    """Each program's sums, and dy, or None.
+
+    The sums are of w1, b1, w2, b2, scale and alpha; with a bias, also of what the
+    correction adds to its gradient, and the sum of the cotangent. That one passes
+    through, so that XLA knows that it is taken before the cotangent is overwritten.
+    """
+    c, units, g = s.columns, s.config.backward.across, inputs[FIRST + 1]
+    totals = inputs[FIRST + 2 :]
     outputs = [
         struct((programs, c, units)),
         struct((programs, units)),
@@ -123,42 +145,47 @@ def _programs_sums(
         struct((programs, c)),
         struct((programs, c)),
         struct((programs,)),
+        *(struct((programs, c)) for _ in totals),
+        *(struct(x.shape, x.dtype) for x in totals),
     ]
+    aliases = {FIRST + 2: 7} if totals else {}
+    if fused:
+        aliases[FIRST + 1] = len(outputs)
+        outputs.append(struct(g.shape, g.dtype))
     how = Launch(
         name="blend_backward",
         grid=(programs,),
         blocks=s.config.backward,
-        outputs=[*outputs, *([struct(g.shape, g.dtype)] if fused else ())],
-        aliases={FIRST + 1: 6} if fused else {},
+        outputs=outputs,
+        aliases=aliases,
     )
     kernel = functools.partial(backward_kernel, s, g.shape[0], fused)
     sums = list(launch(s, kernel, how, inputs))
-    return sums if fused else [*sums, None]
+    return (sums[:-1], sums[-1]) if fused else (sums, None)
 
 
-def _input(s: TritonStatic, slots: Slots, inputs: list[Array]) -> tuple[Array, Array]:
-    """Gradient of y, and the gain.
+def _input(s: TritonStatic, slots: Slots, inputs: list[Array]) -> list[Array]:
+    """Gradient of y, and what passes through.
 
-    The gain passes through, so that XLA knows that the backward kernel reads g before
-    this one overwrites it.
+    The inputs after g pass through: sums from the backward kernel, so that XLA knows
+    that it reads g before this one overwrites it.
     """
-    g, gain = inputs[-2:]
+    g, *passed = inputs[FIRST + 1 :]
     blocks, rows = s.config.input, g.shape[0]
     how = Launch(
         name="blend_input",
         grid=(programs_over(blocks, slots.alpha.shape[0], rows),),
         blocks=blocks,
-        outputs=[struct(g.shape, g.dtype), struct(gain.shape)],
-        aliases={FIRST + 1: 0, FIRST + 2: 1},
+        outputs=[struct(x.shape, x.dtype) for x in (g, *passed)],
+        aliases={FIRST + 1 + i: i for i in range(1 + len(passed))},
     )
-    dy, gain = launch(s, functools.partial(input_kernel, s, rows), how, inputs)
-    return dy, gain
+    return list(launch(s, functools.partial(input_kernel, s, rows), how, inputs))
 
 
 def _gradients(
     s: TritonStatic, rows: int, programs: int, slots: Slots, sums: list[Array]
-) -> tuple[dict[str, Array], Array]:
-    """Gradients of each parameter and of alpha, from all programs' sums."""
+) -> tuple[Array | None, dict[str, Array], Array]:
+    """Gradients of y's bias, each parameter and alpha, from all programs' sums."""
     c, units, count = s.columns, s.config.backward.across, slots.alpha.shape[0]
     many = pl.cdiv(s.hidden, units)
     flat = c * units
@@ -173,18 +200,19 @@ def _gradients(
             struct((count, c)),
             struct((count, c)),
             struct((count,)),
+            *(struct(x.shape, x.dtype) for x in sums[7:]),
         ],
+        aliases={10: 6} if s.biased else {},
     )
-    *partial, gain = sums
     inputs = [
         slots.alpha,
         slots.beta,
         slots.seed_of_slot,
-        *(x.reshape(programs, -1) for x in partial),
-        gain,
+        *(x.reshape(programs, -1) for x in sums[:5]),
+        *sums[5:],
     ]
     kernel = functools.partial(gradients_kernel, s, rows, programs)
-    w1, b1, w2, b2, scale, d_alpha = launch(s, kernel, how, inputs)
+    w1, b1, w2, b2, scale, d_alpha, *d_bias = launch(s, kernel, how, inputs)
     w1 = jnp.swapaxes(w1.reshape(count, many, c, units), 1, 2)
     leaves = {
         "w1": w1.reshape(count, c, -1)[:, : s.width, : s.hidden],
@@ -193,4 +221,4 @@ def _gradients(
         "b2": b2[:, : s.width],
         "scale": scale[:, : s.width],
     }
-    return leaves, d_alpha
+    return d_bias[0] if d_bias else None, leaves, d_alpha

@@ -81,16 +81,26 @@ class View:
         s, slot, total = self.s, self.slot, self.total
         first = i * rows
         inside = None if total % rows == 0 else first + index_range(rows) < total
-        across, shape = index_range(s.columns), (rows, s.columns)
-        fits = None if s.width == s.columns else across < s.width
-        mine = fits if s.layout.even else across < slot.size
+        shape, fits = (rows, s.columns), self.column_mask
         here = Span(first, rows)
         return Tile(
             (here, Span(slot.start, s.columns)),
             (self.k, here, Span(slot.zero, s.columns)),
-            both(inside, mine, shape),
+            both(inside, self.own_mask, shape),
             both(inside, fits, shape),
         )
+
+    @property
+    def own_mask(self) -> Array | None:
+        """Which columns of a tile the slot's own chunk has."""
+        if self.s.layout.even:
+            return self.column_mask
+        return index_range(self.s.columns) < self.slot.size
+
+    def bias(self, bias_ref: Any) -> Array:
+        """The bias of the slot's chunk."""
+        here = Span(self.slot.start, self.s.columns)
+        return read(bias_ref, (here,), self.own_mask)
 
     def weights(self, first: Any, units: int, dtype: Any) -> Weights:
         """Hidden units ``[first, first + units)``; 0 where the slot has none."""

@@ -76,7 +76,9 @@ def backward_kernel(s: TritonStatic, total: int, span: int, *all_refs: Any) -> N
       span: rows that a program goes over.
       all_refs: inputs and outputs.
     """
-    refs, (saved_ref, g_ref, *outs, dy_ref) = Refs.split(all_refs)
+    refs, (saved_ref, g_ref, *rest, dy_ref) = Refs.split(all_refs)
+    # The sum of the cotangent passes through.
+    outs = rest[1:] if s.biased else rest
     part = pl.program_id(1)
     count = refs.alpha.shape[0]
     index, slot = lanes_of(s, refs, count, s.config.backward.across)
@@ -93,6 +95,8 @@ def backward_kernel(s: TritonStatic, total: int, span: int, *all_refs: Any) -> N
         sums = loop(0, span // p.shape[0], body, _no_sums(p))
         sums = jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
         _write_sums(p, sums, outs)
+        if s.biased:
+            _write_pulled_back(p, w, sums, outs[6])
 
 
 def _no_sums(p: _Backward) -> _Sums:
@@ -156,10 +160,25 @@ def _saved(p: _Backward, tile: LaneTile) -> list[Array]:
     ]
 
 
+def _write_pulled_back(p: _Backward, w: LaneWeights, sums: _Sums, ref: Any) -> None:
+    """Leaves the program's part of ``alpha * J_y(r)^T g``, summed over its rows.
+
+    ``J_y(r)^T`` multiplies by weights which are the same for all rows once the slopes
+    of the hidden units are in. So it takes sums over the rows instead of the rows.
+    """
+    part = jnp.full_like(p.index, p.part)
+    for i in range(p.s.width):
+        out = w.scale[i] * sums.b2[i]
+        for unit in range(p.s.hidden):
+            out = out + w.w1[i][unit] * sums.b1[unit]
+        place = (part, p.index, jnp.full_like(p.index, i))
+        write(ref, place, p.slot.alpha * out, p.slot.living)
+
+
 def _write_sums(p: _Backward, sums: _Sums, outs: list[Any]) -> None:
     """Leaves the program's gradients of the parameters and of alpha."""
     s, slot, index = p.s, p.slot, p.index
-    dw1_ref, db1_ref, dw2_ref, db2_ref, dscale_ref, dalpha_ref = outs
+    dw1_ref, db1_ref, dw2_ref, db2_ref, dscale_ref, dalpha_ref = outs[:6]
     factor = slot.beta
     if s.incubation == "reconstruction":
         elements = f32(jnp.asarray(slot.size)) * float(p.total)

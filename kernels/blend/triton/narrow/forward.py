@@ -11,6 +11,7 @@ from esper_jax.kernels.blend.triton.narrow.lanes import (
     LaneTile,
     correction,
     hidden_layer,
+    lane_bias,
     lane_tile,
     lane_weights,
     lanes_of,
@@ -39,7 +40,8 @@ class _Forward:
     index: Array
     """Index of each lane's slot."""
     slot: Slot
-    y: Any
+    y: tuple[Any, ...]
+    """The activation; and its bias, if that comes apart."""
     out: Any
     saved: Any
     """Where the living chunks go; None if they are not saved."""
@@ -58,7 +60,9 @@ def forward_kernel(
       all_refs: inputs and outputs. The sums of columns are among both if statistics are
         taken; the kernel does not touch them.
     """
-    refs, (y_ref, *rest) = Refs.split(all_refs)
+    refs, own = Refs.split(all_refs)
+    first = 2 if s.biased else 1
+    y, rest = own[:first], own[first:]
     takes_statistics = s.statistics_rows != 0
     out_ref, means_ref = rest[1:3] if takes_statistics else rest[:2]
     saved_ref = rest[-1] if save else None
@@ -68,7 +72,7 @@ def forward_kernel(
     index, slot = lanes_of(s, refs, count, lanes)
     exists = index < count
     any_living = jnp.max(jnp.where(slot.living, 1, 0)) > 0
-    p = _Forward(s, total, span, index, slot, y_ref, out_ref, saved_ref)
+    p = _Forward(s, total, span, index, slot, y, out_ref, saved_ref)
 
     @pl.when(jnp.logical_not(any_living))
     def _dead() -> None:
@@ -88,18 +92,24 @@ def _blend(p: _Forward, refs: Refs, part: Any) -> Array:
     s, slot = p.s, p.slot
     rows = s.config.forward.rows
     shape = (rows, s.config.forward.across)
-    w = rounded(lane_weights(s, refs, p.index, slot), p.y.dtype)
+    y_ref, *bias_refs = p.y
+    w = rounded(lane_weights(s, refs, p.index, slot), y_ref.dtype)
+    bias = lane_bias(s, slot, bias_refs[0]) if bias_refs else None
     alpha = jnp.broadcast_to(slot.alpha[None, :], shape)
 
     def body(i: Any, squares: Array) -> Array:
         tile = lane_tile(s, slot, part * p.span + i * rows, rows, p.total)
-        y = [f32(read(p.y, tile.place[i], tile.valid[i])) for i in range(s.width)]
+        given = [f32(read(y_ref, tile.place[i], tile.valid[i])) for i in range(s.width)]
+        y = given
+        if bias:
+            sums = [a + b[None, :] for a, b in zip(given, bias, strict=True)]
+            y = [f32(x.astype(y_ref.dtype)) for x in sums]
         h, _ = hidden_layer(s, slot, w, y)
-        h = [f32(x.astype(p.y.dtype)) for x in h]
+        h = [f32(x.astype(y_ref.dtype)) for x in h]
         r = correction(s, w, y, h, tile.valid)
         for i in range(s.width):
             changed = tile.valid[i] & (alpha != 0.0)
-            write(p.out, tile.place[i], y[i] + alpha * r[i], changed)
+            write(p.out, tile.place[i], given[i] + alpha * r[i], changed)
             squares = squares + r[i] * r[i]
             if p.saved is not None:
                 _save(p, tile, i, y[i])

@@ -21,6 +21,7 @@ __all__ = [
     "LaneWeights",
     "correction",
     "hidden_layer",
+    "lane_bias",
     "lane_tile",
     "lane_weights",
     "lanes_of",
@@ -113,6 +114,16 @@ class LaneTile(NamedTuple):
     """Whether the row exists, and the slot lives and has the feature."""
     inside: Array
     """Whether the row exists."""
+
+
+def lane_bias(s: TritonStatic, slot: Slot, bias_ref: Any) -> list[Array]:
+    """The bias of each feature of the chunks, float32, with an entry for each lane."""
+    bias = []
+    for i in range(s.width):
+        lane = slot.living & (i < slot.size)
+        column = jnp.where(lane, slot.start + i, s.layout.features)
+        bias.append(f32(read(bias_ref, (column,), lane)))
+    return bias
 
 
 def lane_tile(

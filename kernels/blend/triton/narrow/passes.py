@@ -28,14 +28,23 @@ _LEAVES = ("w1", "b1", "w2", "b2", "scale")
 
 
 def forward_pass(
-    s: TritonStatic, save: bool, y: Array, bank: Bank, slots: Slots
+    s: TritonStatic,
+    save: bool,
+    y: Array,
+    bias: Array | None,
+    bank: Bank,
+    slots: Slots,
 ) -> tuple[Array, Statistics, Array, Any]:
-    """Output, statistics, reconstruction, and the living chunks if ``save``."""
+    """Output, statistics, reconstruction, and the living chunks if ``save``.
+
+    With a bias, the output lacks it, as ``y`` does.
+    """
+    both = [y] if bias is None else [y, bias]
     rows, count = y.shape[0], slots.alpha.shape[0]
     blocks = s.config.forward
     # These pass through the forward kernel, which does not touch them: so XLA knows
     # that y is read before it is overwritten, and need not copy it.
-    column_sums = [_column_sums(s, y)] if s.statistics_rows != 0 else []
+    column_sums = [_column_sums(s, both)] if s.statistics_rows != 0 else []
     side = pl.cdiv(count, blocks.across)
     span = span_of(rows, blocks, side)
     parts = pl.cdiv(rows, span)
@@ -49,25 +58,25 @@ def forward_pass(
             *(struct(x.shape) for x in column_sums),
             *([struct((rows, count, s.width), y.dtype)] if save else ()),
         ],
-        aliases={FIRST: 0} | ({FIRST + 1: 2} if column_sums else {}),
+        aliases={FIRST: 0} | ({FIRST + len(both): 2} if column_sums else {}),
     )
     kernel = functools.partial(forward_kernel, s, rows, span, save)
-    inputs = [*shared(s, blocks, bank, slots), y, *column_sums]
+    inputs = [*shared(s, blocks, bank, slots), *both, *column_sums]
     out, partial, *rest = launch(s, kernel, how, inputs)
     statistics = _statistics(s, rows, rest[0] if column_sums else None)
     return out, statistics, jnp.sum(partial, axis=0), rest[-1] if save else None
 
 
-def _column_sums(s: TritonStatic, y: Array) -> Array:
-    """Each program's sums of columns, (parts, 3, F)."""
-    cut = column_tiles(s, y.shape[0])
+def _column_sums(s: TritonStatic, y: list[Array]) -> Array:
+    """Each program's sums of columns, (parts, 3, F); ``y`` may have its bias apart."""
+    cut = column_tiles(s, y[0].shape[0])
     how = Launch(
         name="blend_statistics",
         grid=(cut.tiles, cut.parts),
         blocks=s.config.statistics,
         outputs=[struct((cut.parts, 3, s.layout.features))],
     )
-    (sums,) = launch(s, functools.partial(column_sums_kernel, s, cut), how, (y,))
+    (sums,) = launch(s, functools.partial(column_sums_kernel, s, cut), how, y)
     return sums
 
 
@@ -96,28 +105,38 @@ def _by_chunk(sums: Array, layout: ChunkLayout) -> Array:
 
 
 def backward_pass(
-    s: TritonStatic, g: Array, saved: Array, bank: Bank, slots: Slots
-) -> tuple[Array, dict[str, Array], Array]:
-    """Gradients of y, of each parameter and of alpha."""
+    s: TritonStatic,
+    g: Array,
+    total: Array | None,
+    saved: Array,
+    bank: Bank,
+    slots: Slots,
+) -> tuple[Array, Array | None, dict[str, Array], Array]:
+    """Gradients of y, of its bias, of each parameter and of alpha."""
     rows, count = g.shape[0], slots.alpha.shape[0]
     blocks = s.config.backward
     tiles = pl.cdiv(count, blocks.across)
     span = span_of(rows, blocks, tiles)
     parts = pl.cdiv(rows, span)
+    totals = [] if total is None else [total]
+    outputs = [
+        *(struct((parts, *getattr(bank, name).shape)) for name in _LEAVES),
+        struct((parts, 1, count)),
+        *(struct((parts, count, s.width)) for _ in totals),
+        # Passes through: so XLA knows that it is taken before g is overwritten.
+        *(struct(x.shape, x.dtype) for x in totals),
+        struct(g.shape, g.dtype),
+    ]
     how = Launch(
         name="blend_backward",
         grid=(tiles, parts),
         blocks=blocks,
-        outputs=[
-            *(struct((parts, *getattr(bank, name).shape)) for name in _LEAVES),
-            struct((parts, 1, count)),
-            struct(g.shape, g.dtype),
-        ],
-        aliases={FIRST + 1: 6},
+        outputs=outputs,
+        aliases={FIRST + 1: len(outputs) - 1} | ({FIRST + 2: 7} if totals else {}),
     )
     kernel = functools.partial(backward_kernel, s, rows, span)
-    inputs = [*shared(s, blocks, bank, slots), saved, g]
-    *partial, gain, dy = launch(s, kernel, how, inputs)
+    inputs = [*shared(s, blocks, bank, slots), saved, g, *totals]
+    *sums, dy = launch(s, kernel, how, inputs)
     living = (slots.seed_of_slot >= 0) & ((slots.alpha != 0) | (slots.beta != 0))
     learning = living & (slots.beta != 0)
 
@@ -126,5 +145,14 @@ def backward_pass(
         keep = learning.reshape(count, *(1,) * (x.ndim - 2))
         return jnp.where(keep, jnp.sum(x, axis=0), 0.0)
 
-    leaves = {name: finish(x) for name, x in zip(_LEAVES, partial, strict=True)}
-    return dy, leaves, jnp.where(living, jnp.sum(gain, axis=(0, 1)), 0.0)
+    leaves = {name: finish(x) for name, x in zip(_LEAVES, sums[:5], strict=True)}
+    d_alpha = jnp.where(living, jnp.sum(sums[5], axis=(0, 1)), 0.0)
+    d_bias = _add_to_bias(s, slots, sums[7], sums[6]) if totals else None
+    return dy, d_bias, leaves, d_alpha
+
+
+def _add_to_bias(s: TritonStatic, slots: Slots, total: Array, sums: Array) -> Array:
+    """Adds the slots' sums, (parts, K, C), to their chunks of the bias's gradient."""
+    owner = jnp.where(slots.alpha != 0, slots.seed_of_slot, -1)
+    more = s.layout.gather(total, owner).astype(jnp.float32) + jnp.sum(sums, axis=0)
+    return s.layout.scatter(total, owner, more.astype(total.dtype))
