@@ -39,8 +39,8 @@ def kernels_of(program: Callable[[], Any]) -> dict[str, tuple[int, float]]:
             threads[event["pid"], event["tid"]] = event["args"]["name"]
     found: dict[str, tuple[int, float]] = {}
     for event in events:
-        thread = threads.get((event["pid"], event.get("tid")), "")
-        on_device = "GPU" in processes.get(event["pid"], "") and "Stream" in thread
+        thread = threads.get((event.get("pid"), event.get("tid")), "")
+        on_device = "GPU" in processes.get(event.get("pid"), "") and "Stream" in thread
         if event.get("ph") == "X" and on_device:
             kind = event["name"].rstrip("0123456789").rstrip("_.")
             count, total = found.get(kind, (0, 0.0))
