@@ -56,25 +56,40 @@ def pack(state: SeedState, old: SeedState | None = None) -> dict[str, Any]:
     for name, places in _places().items():
         if all(leaves[i] is before[i] for i in places):
             continue
-        fields = [leaves[i] for i in places]
-        host = all(isinstance(field, np.ndarray) for field in fields)
-        stack = np.stack if host else jnp.stack
-        packed[name] = fields[0] if len(fields) == 1 else stack(fields, axis=-2)
+        packed[name] = _stacked([leaves[i] for i in places])
     return packed
 
 
 def unpack(packed: Mapping[str, Any]) -> SeedState:
     """Inverse of `pack`. Takes shapes (`jax.ShapeDtypeStruct`) as well."""
-    leaves = {}
+    leaves: dict[int, Any] = {}
     for name, places in _places().items():
-        array = packed[name]
-        for row, index in enumerate(places):
-            leaves[index] = array if len(places) == 1 else _row(array, row)
+        rows = _rows(packed[name]) if len(places) > 1 else [packed[name]]
+        leaves |= zip(places, rows, strict=True)
     return jax.tree.unflatten(_TREE, [leaves[i] for i in range(len(leaves))])
 
 
-def _row(array: Any, row: int) -> Any:
+def _stacked(fields: list[Any]) -> Any:
+    if len(fields) == 1:
+        return fields[0]
+    if any(isinstance(field, jax.core.Tracer) for field in fields):
+        return jnp.stack(fields, axis=-2)
+    array = np.stack([np.asarray(field) for field in fields], axis=-2)
+    host = all(isinstance(field, np.ndarray) for field in fields)
+    return array if host else _on_device(array)
+
+
+def _rows(array: Any) -> list[Any]:
+    """The fields that an array holds."""
     if isinstance(array, jax.ShapeDtypeStruct):
         shape = (*array.shape[:-2], array.shape[-1])
-        return jax.ShapeDtypeStruct(shape, array.dtype)
-    return array[..., row, :]
+        return [jax.ShapeDtypeStruct(shape, array.dtype)] * array.shape[-2]
+    if isinstance(array, jax.core.Tracer):
+        return [array[..., row, :] for row in range(array.shape[-2])]
+    rows = [np.asarray(array)[..., row, :] for row in range(array.shape[-2])]
+    return rows if isinstance(array, np.ndarray) else [_on_device(row) for row in rows]
+
+
+def _on_device(array: np.ndarray) -> jax.Array:
+    with jax.debug_nans(False):  # NaN is "not measured" here
+        return jnp.asarray(array)

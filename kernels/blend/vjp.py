@@ -59,8 +59,14 @@ def blend(
         ) from error
 
 
-def _once(backend: Backend, f: Callable[..., Any]) -> Callable[..., Any]:
-    """``f``, with an error that explains itself where it is differentiated again."""
+@functools.cache
+def _once(backend: Backend, rule: str, *static: Any) -> Callable[..., Any]:
+    """A backend's ``forward`` or ``backward`` with its static arguments.
+
+    One that cannot be differentiated says so where it is, and is one function for all
+    calls of the same shapes, which JAX traces and lowers once for a whole model.
+    """
+    f = functools.partial(getattr(backend, rule), *static)
     if backend.differentiable:
         return f
 
@@ -72,14 +78,14 @@ def _once(backend: Backend, f: Callable[..., Any]) -> Callable[..., Any]:
 
     once = jax.custom_vjp(f)
     once.defvjp(refuse, refuse)
-    return once
+    return jax.jit(once)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _blend(
     backend: Backend, s: Static, y: Array, bias: Any, bank: Bank, slots: Slots
 ) -> Results:
-    forward = _once(backend, functools.partial(backend.forward, s, False))
+    forward = _once(backend, "forward", s, False)
     out, statistics, reconstruction, _ = forward(y, bias, bank, slots)
     return _biased(out, bias), statistics, reconstruction
 
@@ -95,7 +101,7 @@ def _forward(
     if backend.differentiable:
         # By the same rule, so that a second derivative knows alpha and beta too.
         return _blend(backend, s, y, bias, bank, slots), (y, bank, slots)
-    forward = _once(backend, functools.partial(backend.forward, s, True))
+    forward = _once(backend, "forward", s, True)
     out, statistics, reconstruction, saved = forward(y, bias, bank, slots)
     results = _biased(out, bias), statistics, reconstruction
     return results, (saved, bank, slots)
@@ -109,7 +115,7 @@ def _backward(
     if s.biased:
         # As JAX differentiates a bias that is added: the same bits while seeds sleep.
         total = jax.lax.reduce_sum(g, (0,))
-    backward = _once(backend, functools.partial(backend.backward, s))
+    backward = _once(backend, "backward", s)
     dy, d_bias, d_bank, d_alpha = backward(g, total, saved, bank, slots)
     # beta has no gradient; None stands for those of integers.
     none: Any = None
