@@ -172,10 +172,13 @@ def test_gradients_that_are_not_finite_teach_nothing() -> None:
     jax.tree.map(
         np.testing.assert_array_equal, growth.state.get_value().moments, before[1]
     )
-    assert int(bed.seeds.get_value().errors[slot]) == 1
+    errors = growth.state.get_value().sums.errors
+    assert int(errors["a"][0, slot]) == 1
     growth.update(model, gradients(model, growth))
     assert any(
         np.any(a[slot] != b[slot])
         for a, b in zip(before[0], numbers(bed.bank), strict=True)
     )
-    assert int(bed.seeds.get_value().errors[slot]) == 1
+    report = growth.tick(model, lambda model: pair_loss(model, BATCH))
+    assert float(report.layers["a"].signals.error_rate[owner]) == 0.5
+    assert int(bed.seeds.get_value().error_count[owner]) == 1

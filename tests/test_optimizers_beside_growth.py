@@ -84,13 +84,13 @@ def check_run(host: Any, bank: Any) -> None:
     start = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     learned = False
     for _ in range(5):
-        seeds, before = arrays(model, "seeds"), arrays(model, "bank")
+        seeds, before = model.a.bed.seeds.get_value(), arrays(model, "bank")
         for _ in range(4):
             loss = step(model, optimizer, growth, (X, Y))
             assert np.isfinite(loss)
         after = arrays(model, "bank")
-        owners = seeds["seed_of_slot"]
-        busy = np.where(owners >= 0, seeds["stage"][owners], 0) >= 2
+        owners = np.asarray(seeds.seed_of_slot)
+        busy = np.where(owners >= 0, np.asarray(seeds.stage)[owners], 0) >= 2
         for name, old in before.items():
             # Bits, so that 0.0 and -0.0 differ.
             same = (old.view(np.uint32) == after[name].view(np.uint32)).reshape(

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key, UInt
 
 from esper_jax.groups import flat_slots
 from esper_jax.growth.births import births, born_in
@@ -35,7 +35,7 @@ from esper_jax.policy.config import ControllerConfig
 from esper_jax.policy.heuristic import policy_of
 from esper_jax.policy.interface import Policy, PolicyFactory
 
-__all__ = ["MEASURE_EVERY", "Growth", "GrowthVariable", "Remembered"]
+__all__ = ["MEASURE_EVERY", "Growth", "GrowthVariable", "Remembered", "Sums"]
 
 MEASURE_EVERY = 8
 """Default number of steps of which one measures the host's gradients."""
@@ -45,14 +45,28 @@ class GrowthVariable(nnx.Variable):
     """An array of what growth `Remembered`."""
 
 
+class Sums(NamedTuple):
+    """Sums over the steps since the last tick, by group.
+
+    They are in few arrays here and not in the layers' seeds, which take them over at
+    the next tick.
+    """
+
+    calls: dict[str, Int[Array, " L"]]
+    """Calls of each layer that ``update`` knows of."""
+    gains: dict[str, Float[Array, "L K"]]
+    """See `SeedState.gain`."""
+    errors: dict[str, UInt[Array, "L K"]]
+    """See `SeedState.errors`."""
+
+
 class Remembered(NamedTuple):
     """What growth remembers beside the model, which holds seeds, banks and probes."""
 
     growth: GrowthState
     moments: dict[str, Any]
     """State of the bank's optimizer, by group: of its ``L * K`` slots."""
-    calls: dict[str, Int[Array, " L"]]
-    """Calls of each layer since the last tick that ``update`` knows of, by group."""
+    sums: Sums
 
 
 Evaluate = Callable[[Any], Any]
@@ -173,26 +187,19 @@ class Growth(nnx.Module):
                 f"loss must be a single number, got shape {jnp.shape(loss)}; take the "
                 "mean over the rows"
             )
-        recipe, (state, moments, calls) = self.recipe, self.state.get_value()
+        recipe, (state, moments, sums) = self.recipe, self.state.get_value()
         parts = recipe.parts
         values, given = self._values(model), self._gradients(grads)
         seeds = parts.take_beds(values, "seeds")
+        banks = parts.take_beds(values, "bank")
         bank_grads = parts.take_beds(given, "bank")
-        now = parts.groups.join({path: s.steps for path, s in seeds.items()})
+        calls = parts.groups.join({path: s.steps for path, s in seeds.items()})
+        new_calls = {key: calls[key] - before for key, before in sums.calls.items()}
         learned = update_banks(
             recipe,
             seeds,
-            Learned(
-                banks=parts.take_beds(values, "bank"),
-                gains={path: s.gain for path, s in seeds.items()},
-                errors={path: s.errors for path, s in seeds.items()},
-                moments=moments,
-            ),
-            BankGradients(
-                bank_grads,
-                parts.take_beds(given, "probe"),
-                {key: now[key] - before for key, before in calls.items()},
-            ),
+            Learned(banks, sums.gains, sums.errors, moments),
+            BankGradients(bank_grads, parts.take_beds(given, "probe"), new_calls),
             step=state.step,
             value=jnp.float32(jnp.nan) if loss is None else loss,
         )
@@ -200,15 +207,9 @@ class Growth(nnx.Module):
         of_step = StepGradients(host, bank_grads, seeds)
         monitor = watch(recipe, state.monitor, of_step, loss)
         state = dataclasses.replace(state, step=state.step + 1, monitor=monitor)
-        self.state.set_value(Remembered(state, learned.moments, now))
-        new = {
-            path: dataclasses.replace(
-                s, gain=learned.gains[path], errors=learned.errors[path]
-            )
-            for path, s in seeds.items()
-        }
-        new_seeds = parts.put_beds("seeds", new, seeds)
-        self._put(model, new_seeds | parts.put_beds("bank", learned.banks))
+        sums = Sums(calls, learned.gains, learned.errors)
+        self.state.set_value(Remembered(state, learned.moments, sums))
+        self._put(model, parts.put_beds("bank", learned.banks))
 
     def tick(self, model: nnx.Module, evaluate: Evaluate) -> TickReport:
         """Measures, decides and carries out what was decided, for all layers.
@@ -230,41 +231,53 @@ class Growth(nnx.Module):
           ValueError: if ``evaluate`` does not return one or two single numbers, the
             model is another than growth was made for, or this is being traced.
         """
-        recipe, (state, moments, calls) = self.recipe, self.state.get_value()
-        parts, groups = recipe.parts, recipe.parts.groups
         values = self._values(model)
         if any(isinstance(value, jax.core.Tracer) for value in values.values()):
             raise ValueError(
                 "tick must be called between steps, outside of jax.jit and nnx.jit, "
                 "since evaluate may be any function; got a model that is being traced"
             )
-        seeds = parts.take_beds(values, "seeds")
+        seeds = self.recipe.parts.take_beds(values, "seeds")
         loss, score = _measured(evaluate, model)
         worth = {
             path: self._worth(model, evaluate, path, layers, loss)
             for path, layers in seeds.items()
         }
-        before = groups.join(jax.device_get(seeds))
         seen = Seen(
             jnp.float32(loss),
             jnp.float32(score),
-            groups.join(worth),
+            self.recipe.parts.groups.join(worth),
             jnp.ones((), bool),
         )
-        host = {name: values[name] for name in parts.host_params()}
-        host = host if recipe.wants("drift") else {}
+        new, report = self._advance(values, seen)
+        self._put(model, _placed(new, values))
+        return report
+
+    def _advance(self, values: Arrays, seen: Seen) -> tuple[Arrays, TickReport]:
+        """Decides and carries out what was decided; the model's new values.
+
+        Groups are put together and taken apart on the host: on a device, that would
+        compile for each layer.
+        """
+        recipe, (state, moments, sums) = self.recipe, self.state.get_value()
+        parts, groups = recipe.parts, recipe.parts.groups
+        seeds, sums = jax.device_get((parts.take_beds(values, "seeds"), sums))
+        before = {
+            key: dataclasses.replace(s, gain=sums.gains[key], errors=sums.errors[key])
+            for key, s in groups.join(seeds).items()
+        }
+        drifts = parts.host_params() if recipe.wants("drift") else ()
+        host = {name: values[name] for name in drifts}
         state, after, birth, report = _advance(recipe, state, before, host, seen)
         after, report = jax.device_get((after, report))
-        # On the host: taking groups apart on a device would compile for each layer.
         new = parts.put_beds("seeds", groups.part(after))
         if any(np.any(born_in(before[key], after[key])) for key in before):
             banks = groups.join(jax.device_get(parts.take_beds(values, "bank")))
             banks, moments = _births(recipe, (before, after), banks, moments, birth)
             new |= parts.put_beds("bank", groups.part(jax.device_get(banks)))
-        calls = jax.tree.map(jnp.zeros_like, calls)
-        self.state.set_value(Remembered(state, moments, calls))
-        self._put(model, _placed(new, values))
-        return report.replace(layers=groups.split(report.layers))
+        zeros = jax.tree.map(jnp.zeros_like, sums)
+        self.state.set_value(Remembered(state, moments, zeros))
+        return new, report.replace(layers=groups.split(report.layers))
 
     def _start(self, values: Arrays, key: Key[Array, ""]) -> Remembered:
         recipe, parts = self.recipe, self.recipe.parts
@@ -282,9 +295,13 @@ class Growth(nnx.Module):
             name: recipe.bank_optimizer.init(flat_slots(bank))
             for name, bank in banks.items()
         }
-        of = parts.groups.of
-        calls = {key: jnp.zeros(len(of[key].layers), jnp.int32) for key in of}
-        return Remembered(state, moments, calls)
+        seeds = parts.groups.join(parts.take_beds(values, "seeds"))
+        sums = Sums(
+            calls={key: jnp.zeros_like(s.steps) for key, s in seeds.items()},
+            gains={key: jnp.zeros_like(s.gain) for key, s in seeds.items()},
+            errors={key: jnp.zeros_like(s.errors) for key, s in seeds.items()},
+        )
+        return Remembered(state, moments, sums)
 
     def _values(self, model: nnx.Module) -> Arrays:
         """The values of the model's variables, which are those that are known."""

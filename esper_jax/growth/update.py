@@ -33,10 +33,10 @@ class Learned(NamedTuple):
 
     banks: dict[str, Bank]
     """By bed."""
-    gains: dict[str, Float[Array, "*stack K"]]
-    """Sums of the tick, by bed."""
-    errors: dict[str, UInt[Array, "*stack K"]]
-    """Steps of the tick with gradients that were not finite, by bed."""
+    gains: dict[str, Float[Array, "L K"]]
+    """Sums of the tick, by group."""
+    errors: dict[str, UInt[Array, "L K"]]
+    """Steps of the tick with gradients that were not finite, by group."""
     moments: dict[str, Any]
     """Of the optimizer, for the ``L * K`` slots of each group."""
 
@@ -102,13 +102,11 @@ def _learn(
         banks[key], moments[key] = jax.lax.cond(
             jnp.any(learning), update, lambda key=key: (banks[key], moments[key])
         )
-    errors = groups.part(wrong)
     return Learned(
         banks=groups.part(banks),
-        gains=jax.tree.map(jnp.add, learned.gains, grads.gains),
+        gains={key: old + joined[1][key] for key, old in learned.gains.items()},
         errors={
-            path: saturating_add(old, errors[path])
-            for path, old in learned.errors.items()
+            key: saturating_add(old, wrong[key]) for key, old in learned.errors.items()
         },
         moments=moments,
     )

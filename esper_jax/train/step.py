@@ -41,9 +41,8 @@ def train_step(
         learned.params, state.opt_state, state.params, value=learned.loss
     )
     parts, groups = recipe.parts, recipe.parts.groups
-    seeds = parts.by_bed(
-        {name: _counted(s, learned.seeds[name]) for name, s in state.seeds.items()}
-    )
+    counted = {n: _counted(s, learned.seeds[n]) for n, s in state.seeds.items()}
+    seeds = parts.by_bed(state.seeds)
     grads = BankGradients(
         parts.by_bed(learned.banks),
         parts.by_bed(learned.gains),
@@ -54,28 +53,25 @@ def train_step(
         seeds,
         Learned(
             banks=parts.by_bed(state.banks),
-            gains={path: s.gain for path, s in seeds.items()},
-            errors={path: s.errors for path, s in seeds.items()},
+            gains=groups.stack({name: s.gain for name, s in state.seeds.items()}),
+            errors=groups.stack({name: s.errors for name, s in state.seeds.items()}),
             moments=flat_slots(groups.stack(state.bank_opt)),
         ),
         grads,
         step=state.step,
         value=learned.loss,
     )
-    of_step = StepGradients(learned.params, grads.banks, parts.by_bed(state.seeds))
+    of_step = StepGradients(learned.params, grads.banks, seeds)
+    gains, errors = groups.split(new.gains), groups.split(new.errors)
     state = dataclasses.replace(
         state,
         step=state.step + 1,
         params=optax.apply_updates(state.params, updates),
         opt_state=opt_state,
-        seeds=parts.by_layer(
-            {
-                path: dataclasses.replace(
-                    s, gain=new.gains[path], errors=new.errors[path]
-                )
-                for path, s in seeds.items()
-            }
-        ),
+        seeds={
+            name: dataclasses.replace(s, gain=gains[name], errors=errors[name])
+            for name, s in counted.items()
+        },
         banks=parts.by_layer(new.banks),
         bank_opt=groups.split(
             {
