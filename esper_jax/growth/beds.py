@@ -56,19 +56,15 @@ class Bed:
             return unpack(dict(zip(NAMES, arrays, strict=True)))
         return jax.tree.unflatten(self.bank[1], arrays)
 
-    def write(self, name: str, tree: Any, old: Any = None) -> dict[str, Any]:
+    def write(self, name: str, tree: Any) -> dict[str, Any]:
         """Values of the variables by name: inverse of `read`.
 
         Args:
           name: ``bank``, ``seeds`` or ``probe``.
           tree: its new value.
-          old: seeds that the new ones were made from. Variables that are still the same
-            are left out then.
         """
-        if name == "seeds":
-            arrays = pack(tree, old)
-            return {f"{self.path}/seeds/{key}": array for key, array in arrays.items()}
-        return dict(zip(self.variables(name), jax.tree.leaves(tree), strict=True))
+        arrays = pack(tree).values() if name == "seeds" else jax.tree.leaves(tree)
+        return dict(zip(self.variables(name), arrays, strict=True))
 
 
 def name_of(path: tuple[Any, ...]) -> str:

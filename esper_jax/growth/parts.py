@@ -131,24 +131,17 @@ class ModelParts:
         beds = {bed.path: bed for bed in self.beds.values()}
         return {path: bed.read(values, name) for path, bed in beds.items()}
 
-    def put_beds(
-        self,
-        name: str,
-        by_bed: Mapping[str, Any],
-        old: Mapping[str, Any] | None = None,
-    ) -> Arrays:
+    def put_beds(self, name: str, by_bed: Mapping[str, Any]) -> Arrays:
         """The variables of banks, seeds or probes: inverse of `take_beds`.
 
         Args:
           name: ``bank``, ``seeds`` or ``probe``.
           by_bed: of some of the beds, by path.
-          old: seeds that the new ones were made from. Variables that are still the same
-            are left out then.
         """
         beds = {bed.path: bed for bed in self.beds.values()}
         values: Arrays = {}
         for path, tree in by_bed.items():
-            values |= beds[path].write(name, tree, None if old is None else old[path])
+            values |= beds[path].write(name, tree)
         return values
 
     def shapes(self) -> dict[str, LayerShape]:

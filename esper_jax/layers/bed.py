@@ -25,7 +25,7 @@ from esper_jax.layers.variables import (
 )
 from esper_jax.lifecycle.grafting import Strategy
 from esper_jax.lifecycle.stages import Incubation
-from esper_jax.lifecycle.state import init_seeds, record, slot_coefficients
+from esper_jax.lifecycle.state import init_seeds, slot_coefficients
 from esper_jax.parallel import collectives
 
 __all__ = [
@@ -166,7 +166,7 @@ class SeedBed(nnx.Module):
         if records:
             statistics = collectives.total(statistics, self.axis_name)
             reconstruction = collectives.mean(reconstruction, self.axis_name)
-            self.seeds.set_value(record(seeds, statistics, reconstruction), seeds)
+            self.seeds.record(seeds, statistics, reconstruction)
         return out
 
     def set_view(self, deterministic: bool | None = None) -> None:

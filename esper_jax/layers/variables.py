@@ -1,12 +1,16 @@
 """The variables that a layer which can grow adds to a Flax NNX model."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float
 
 from esper_jax.lifecycle.packing import pack, unpack
+from esper_jax.lifecycle.signals import Statistics
 from esper_jax.lifecycle.state import SeedState
 
 __all__ = [
@@ -105,16 +109,35 @@ class SeedTree(VariableTree):
         """The seeds."""
         return unpack(self.get_arrays())
 
-    def set_value(self, tree: SeedState, old: SeedState | None = None) -> None:
-        """Sets the seeds.
+    def set_value(self, tree: SeedState) -> None:
+        """Sets the seeds."""
+        self.set_arrays(pack(tree))
+
+    def record(
+        self,
+        seeds: SeedState,
+        statistics: Statistics,
+        reconstruction: Float[Array, " K"],
+    ) -> None:
+        """Adds one forward pass's statistics to the tick's sums.
+
+        Each array is added to as a whole, which XLA does in place.
 
         Args:
-          tree: the new ones.
-          old: what `get_value` returned, if ``tree`` was made from it. Variables that
-            are still the same are not written then.
+          seeds: what `get_value` returned.
+          statistics: of each chunk.
+          reconstruction: of each slot.
         """
-        for name, array in pack(tree, old).items():
-            getattr(self, name).set_value(array)
+        more = dataclasses.replace(
+            seeds,
+            statistics=statistics,
+            reconstruction=reconstruction,
+            gain=jnp.zeros_like(seeds.gain),
+            steps=jnp.ones_like(seeds.steps),
+        )
+        for name, array in pack(more, seeds).items():
+            variable = getattr(self, name)
+            variable.set_value(variable.get_value() + array)
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
