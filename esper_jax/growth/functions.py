@@ -1,0 +1,314 @@
+"""Growth as pure functions of arrays by name.
+
+`Growth` is their face for Flax NNX, `growth.dictionaries` the one for pure JAX and Flax
+Linen. Names are those of `ModelParts`: ``layer/bed/seeds/steps``.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Collection
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int, Key, UInt
+
+from esper_jax.groups import flat_slots
+from esper_jax.growth.births import births, born_in
+from esper_jax.growth.measure import asked_for_worth
+from esper_jax.growth.parts import ModelParts
+from esper_jax.growth.recipe import Recipe, check_measured, policy_for, what_is_read
+from esper_jax.growth.reports import TickReport
+from esper_jax.growth.state import Arrays, GrowthState
+from esper_jax.growth.tick import Seen, advance
+from esper_jax.growth.update import BankGradients, Learned, update_banks
+from esper_jax.growth.watch import StepGradients, start_monitor, watch
+from esper_jax.lifecycle.rules import LifecycleConfig
+from esper_jax.lifecycle.state import SeedState, slot_coefficients
+from esper_jax.optim import PerSlot, per_slot
+from esper_jax.policy.interface import Policy, PolicyFactory
+
+__all__ = [
+    "MEASURE_EVERY",
+    "Measure",
+    "Remembered",
+    "Sums",
+    "check_loss",
+    "read_measured",
+    "recipe_for",
+    "start",
+    "tick",
+    "update",
+]
+
+MEASURE_EVERY = 8
+"""Default number of steps of which one measures the host's gradients."""
+
+Measure = Callable[..., tuple[float, float]]
+"""``measure()``: held-out loss and score; ``measure(bed, probe)``: with the array
+``probe`` added to the alphas of the bed of that path."""
+
+
+class Sums(NamedTuple):
+    """Sums over the steps since the last tick, by group.
+
+    They are in few arrays here and not in the layers' seeds, which take them over at
+    the next tick.
+    """
+
+    calls: dict[str, Int[Array, " L"]]
+    """Calls of each layer that ``update`` knows of."""
+    gains: dict[str, Float[Array, "L K"]]
+    """See `SeedState.gain`."""
+    errors: dict[str, UInt[Array, "L K"]]
+    """See `SeedState.errors`."""
+
+
+class Remembered(NamedTuple):
+    """What growth remembers beside the model, which holds seeds, banks and probes."""
+
+    growth: GrowthState
+    moments: dict[str, Any]
+    """State of the bank's optimizer, by group: of its ``L * K`` slots."""
+    sums: Sums
+
+
+def recipe_for(
+    parts: ModelParts,
+    values: Arrays,
+    optimizer: optax.GradientTransformation | PerSlot,
+    gates: LifecycleConfig | None,
+    policy: Policy | PolicyFactory,
+    measuring: tuple[Collection[str] | None, int],
+) -> Recipe:
+    """What a model is grown by.
+
+    Args:
+      parts: the model.
+      values: of its variables, by name.
+      optimizer: for the banks.
+      gates: minimum ages and gates; None for the defaults.
+      policy: a policy, or what makes one.
+      measuring: which costly signals are measured, None for those that are read, and at
+        how many steps.
+
+    Raises:
+      TypeError, ValueError: as `Growth` says.
+    """
+    if not isinstance(optimizer, PerSlot | optax.GradientTransformation):
+        raise TypeError(
+            "optimizer must be an optax optimizer for the blueprints, or a PerSlot; "
+            f"got {optimizer!r}"
+        )
+    gates = gates or LifecycleConfig()
+    chosen = policy_for(parts, gates, policy)
+    read = what_is_read(chosen, parts.strategies(values))
+    return Recipe(
+        parts=parts,
+        bank_optimizer=(
+            optimizer if isinstance(optimizer, PerSlot) else per_slot(optimizer)
+        ),
+        gates=gates,
+        policy=chosen,
+        measured=check_measured(*measuring, read),
+        measure_every=measuring[1],
+    )
+
+
+def start(recipe: Recipe, values: Arrays, key: Key[Array, ""]) -> Remembered:
+    """What growth remembers before the first step.
+
+    Args:
+      recipe: what the model is grown by.
+      values: of its variables, by name.
+      key: draws newborn blueprints and the policy's choices.
+    """
+    parts = recipe.parts
+    params = {name: values[name] for name in parts.host_params()}
+    policy, newborn = jax.random.split(key)
+    banks = parts.groups.join(parts.take_beds(values, "bank"))
+    seeds = parts.groups.join(parts.take_beds(values, "seeds"))
+    state = GrowthState(
+        step=jnp.zeros((), jnp.int32),
+        ticks=jnp.zeros((), jnp.int32),
+        rng=newborn,
+        memory=recipe.policy.init(parts.shapes(), policy),
+        monitor=start_monitor(recipe, params),
+    )
+    moments = {
+        name: recipe.bank_optimizer.init(flat_slots(bank))
+        for name, bank in banks.items()
+    }
+    sums = Sums(
+        calls={key: jnp.zeros_like(s.steps) for key, s in seeds.items()},
+        gains={key: jnp.zeros_like(s.gain) for key, s in seeds.items()},
+        errors={key: jnp.zeros_like(s.errors) for key, s in seeds.items()},
+    )
+    return Remembered(state, moments, sums)
+
+
+def check_loss(loss: Any) -> None:
+    """Refuses a training loss that is no single number.
+
+    Raises:
+      ValueError: naming its shape.
+    """
+    if loss is not None and jnp.shape(loss) != ():
+        raise ValueError(
+            f"loss must be a single number, got shape {jnp.shape(loss)}; take the mean "
+            "over the rows"
+        )
+
+
+def update(
+    recipe: Recipe,
+    remembered: Remembered,
+    values: Arrays,
+    given: Arrays,
+    loss: Float[Array, ""] | None,
+) -> tuple[Remembered, Arrays]:
+    """Lets the blueprints learn from one step's gradients.
+
+    Args:
+      recipe: what the model is grown by.
+      remembered: before the step.
+      values: of the model's variables after the forward pass.
+      given: gradients of banks, probes, and of the host's parameters as far as known.
+      loss: of the step, or None.
+
+    Returns:
+      What is remembered now, and the new values of the banks.
+    """
+    state, moments, sums = remembered
+    parts = recipe.parts
+    seeds = parts.take_beds(values, "seeds")
+    banks, bank_grads = (parts.take_beds(x, "bank") for x in (values, given))
+    calls = parts.groups.join({path: s.steps for path, s in seeds.items()})
+    new_calls = {key: calls[key] - before for key, before in sums.calls.items()}
+    learned = update_banks(
+        recipe,
+        seeds,
+        Learned(banks, sums.gains, sums.errors, moments),
+        BankGradients(bank_grads, parts.take_beds(given, "probe"), new_calls),
+        step=state.step,
+        value=jnp.float32(jnp.nan) if loss is None else loss,
+    )
+    host = {name: given[name] for name in parts.host_params() if name in given}
+    monitor = watch(recipe, state.monitor, StepGradients(host, bank_grads, seeds), loss)
+    state = dataclasses.replace(state, step=state.step + 1, monitor=monitor)
+    sums = Sums(calls, learned.gains, learned.errors)
+    new = Remembered(state, learned.moments, sums)
+    return new, parts.put_beds("bank", learned.banks)
+
+
+def tick(
+    recipe: Recipe, remembered: Remembered, values: Arrays, measure: Measure
+) -> tuple[Remembered, Arrays, TickReport]:
+    """Measures, decides and carries out what was decided. Runs on the host.
+
+    Groups are put together and taken apart on the host, too: on a device, that would
+    compile for each layer.
+
+    Args:
+      recipe: what the model is grown by.
+      remembered: after the steps since the last tick.
+      values: of the model's variables.
+      measure: called once, and once more for each seed on probation.
+
+    Returns:
+      What is remembered now, the values of the variables that changed, and the report
+      as host arrays.
+    """
+    parts, groups = recipe.parts, recipe.parts.groups
+    loss, score = measure()
+    seeds, sums = jax.device_get((parts.take_beds(values, "seeds"), remembered.sums))
+    worth = {
+        path: _worth(recipe, path, layers, measure, loss)
+        for path, layers in seeds.items()
+    }
+    seen = Seen(
+        jnp.float32(loss), jnp.float32(score), groups.join(worth), jnp.ones((), bool)
+    )
+    before = {
+        key: dataclasses.replace(s, gain=sums.gains[key], errors=sums.errors[key])
+        for key, s in groups.join(seeds).items()
+    }
+    drifts = parts.host_params() if recipe.wants("drift") else ()
+    host = {name: values[name] for name in drifts}
+    state, after, birth, report = _advance(
+        recipe, remembered.growth, before, host, seen
+    )
+    after, report = jax.device_get((after, report))
+    new, moments = parts.put_beds("seeds", groups.part(after)), remembered.moments
+    if any(np.any(born_in(before[key], after[key])) for key in before):
+        banks = groups.join(jax.device_get(parts.take_beds(values, "bank")))
+        banks, moments = _births(recipe, (before, after), banks, moments, birth)
+        new |= parts.put_beds("bank", groups.part(jax.device_get(banks)))
+    zeros = jax.tree.map(jnp.zeros_like, remembered.sums)
+    report = report.replace(layers=groups.split(report.layers))
+    return Remembered(state, moments, zeros), _placed(new, values), report
+
+
+_advance = jax.jit(advance, static_argnums=0)
+_births = jax.jit(births, static_argnums=0)
+
+
+def _placed(new: Arrays, old: Arrays) -> Arrays:
+    """Arrays of the host on the devices of those that they replace."""
+
+    def place(array: Any, like: Any) -> Array:
+        if getattr(like, "committed", False):
+            return jax.device_put(array, like.sharding)
+        return jnp.asarray(array)
+
+    return {name: place(array, old[name]) for name, array in new.items()}
+
+
+def _worth(
+    recipe: Recipe, path: str, seeds: SeedState, measure: Measure, loss: float
+) -> Float[np.ndarray, "*stack K"]:
+    """Worth of the seed in each slot of a bed; NaN where none is asked for."""
+    asked = functools.partial(asked_for_worth, gates=recipe.gates)
+    coefficients = slot_coefficients
+    for _ in range(seeds.seed_of_slot.ndim - 1):
+        asked, coefficients = jax.vmap(asked), jax.vmap(coefficients)
+    on_device = jax.tree.map(jnp.asarray, seeds)
+    alpha = np.asarray(coefficients(on_device)[0])
+    worth = np.full(alpha.shape, np.nan, np.float32)
+    for slot in zip(*np.nonzero(np.asarray(asked(on_device))), strict=True):
+        probe = np.zeros_like(alpha)
+        probe[slot] = -alpha[slot]
+        worth[slot] = measure(path, probe)[0] - loss
+    return worth
+
+
+def read_measured(result: Any) -> tuple[float, float]:
+    """Held-out loss and score, NaN for none, of what ``evaluate`` returned.
+
+    Raises:
+      ValueError: if it is not one or two single numbers.
+    """
+    pair = result if isinstance(result, tuple) else (result, np.nan)
+    if len(pair) != 2 or not all(map(_is_number, pair)):
+        count = f"{len(pair)} values: " if isinstance(result, tuple) else ""
+        raise ValueError(
+            "evaluate must return the held-out loss, or (loss, score), each a single "
+            f"number; got {count}{', '.join(map(_kind, pair))}. Take means over the "
+            "rows, and leave anything else out"
+        )
+    return float(pair[0]), float(pair[1])
+
+
+def _is_number(x: Any) -> bool:
+    return (
+        not isinstance(x, str | bytes)
+        and np.ndim(x) == 0
+        and np.issubdtype(np.asarray(x).dtype, np.number)
+    )
+
+
+def _kind(x: Any) -> str:
+    shape = getattr(x, "shape", None)
+    return type(x).__name__ if shape is None else f"an array of shape {shape}"
