@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from quick_lives import options
 
 import esper_jax as ej
 from esper_jax.data import digits
@@ -12,16 +13,6 @@ data, rngs = digits(), nnx.Rngs(0)
 first, last = nnx.Linear(64, 24, rngs=rngs), nnx.Linear(24, 10, rngs=rngs)
 model = nnx.Sequential(first, nnx.relu, nnx.Dropout(0.1, rngs=rngs), last)
 ej.make_growable(model, "layers/0", num_seeds=4, rngs=rngs)  # +
-quick = ej.LifecycleConfig(  # so that lives end within this example
-    min_epochs=(0, 0, 2, 2, 1, 1, 1, 0, 1, 0, 1),
-    reconstruction_threshold=1e9,
-    min_improvement=0.0,
-    min_stability=0.0,
-    min_final_stability=0.0,
-    grafting=ej.GraftConfig(ramp_duration=2),
-)
-policy = ej.ControllerConfig(when="period", period=2, max_training=2)
-options = {"lifecycle_config": quick, "controller_config": policy}
 growth = ej.Growth(model, optax.adam(1e-2), **options)  # +
 optimizer = nnx.Optimizer(model, optax.adamw(3e-3), wrt=nnx.Param)
 

@@ -8,6 +8,11 @@ import pytest
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
+@pytest.fixture(autouse=True)
+def _beside_each_other(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+
+
 def run(name, capsys):
     runpy.run_path(str(EXAMPLES / name), run_name="__main__")
     return capsys.readouterr().out.splitlines()
@@ -20,13 +25,17 @@ def test_growth_without_flax(capsys):
     assert after < before / 4
 
 
-@pytest.mark.parametrize("name", ["own_loop.py", "frozen_host.py", "pure.py"])
+LOOPS = ["own_loop.py", "pure_jax.py", "linen_loop.py"]
+
+
+@pytest.mark.parametrize("name", [*LOOPS, "frozen_host.py", "pure.py"])
 def test_examples_of_own_loops_are_short(name):
     assert len((EXAMPLES / name).read_text().splitlines()) <= 60
 
 
-def test_growth_beside_a_loop_of_ones_own(capsys):
-    seeds, accuracy = run("own_loop.py", capsys)
+@pytest.mark.parametrize("name", LOOPS)
+def test_growth_beside_a_loop_of_ones_own(name, capsys):
+    seeds, accuracy = run(name, capsys)
     assert "FOSSILIZED" in seeds
     assert float(accuracy.split()[-1]) > 0.9
 

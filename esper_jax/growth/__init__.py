@@ -3,6 +3,11 @@
 `Growth` is its face for a loop of one's own in Flax NNX. The rest are the pure parts.
 """
 
+from esper_jax.growth.dictionaries import (
+    GrowthFunctions,
+    growth_functions,
+    linen_growth,
+)
 from esper_jax.growth.recipe import Recipe
 from esper_jax.growth.reports import LayerReport, SeedMoves, TickReport
 from esper_jax.growth.state import (
@@ -16,6 +21,7 @@ from esper_jax.growth.transformation import Growth, GrowthVariable
 __all__ = [
     "GovernorMemory",
     "Growth",
+    "GrowthFunctions",
     "GrowthState",
     "GrowthVariable",
     "LayerReport",
@@ -24,4 +30,6 @@ __all__ = [
     "SeedMoves",
     "TickReport",
     "TrainState",
+    "growth_functions",
+    "linen_growth",
 ]

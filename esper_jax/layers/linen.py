@@ -1,5 +1,6 @@
 """Layers that can grow, for Flax Linen."""
 
+import contextvars
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -8,13 +9,14 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import nnx
+from flax.traverse_util import flatten_dict
 
 from esper_jax.layers.bed import SeedBed
 from esper_jax.layers.output import Output, check_output, find_output, with_output
 from esper_jax.lifecycle.packing import pack, unpack
 from esper_jax.lifecycle.state import SeedState
 
-__all__ = ["ChunkedLayer", "Growable", "read_seeds", "write_seeds"]
+__all__ = ["ChunkedLayer", "Growable", "beds_in", "read_seeds", "write_seeds"]
 
 
 class ChunkedLayer(nn.Module):
@@ -170,6 +172,50 @@ def write_seeds(seeds: SeedState) -> dict[str, Any]:
     return pack(seeds)
 
 
+_FOUND: contextvars.ContextVar[dict[str, Any] | None] = contextvars.ContextVar(
+    "found", default=None
+)
+"""Where `beds_in` collects what makes the beds that are called, by path."""
+
+
+def beds_in(
+    call: Callable[[dict[str, Any]], Any], variables: Mapping[str, Any]
+) -> dict[str, SeedBed]:
+    """The beds that a Linen model calls, by path, with their values.
+
+    Args:
+      call: runs the model on the variables; only traced.
+      variables: as ``init`` returned them.
+
+    Raises:
+      ValueError: if the model calls none.
+    """
+    found: dict[str, Callable[..., SeedBed]] = {}
+    token = _FOUND.set(found)
+    try:
+        jax.eval_shape(call, dict(variables))
+    finally:
+        _FOUND.reset(token)
+    if not found:
+        raise ValueError(
+            "call must run a model with layers that can grow, such as linen.Growable; "
+            "it met none"
+        )
+    flat = flatten_dict({name: variables[name] for name in ("bank", "seeds")})
+    beds = {}
+    for path, make in found.items():
+        place = tuple(path.split("/"))
+        bed = beds[path] = make(rngs=nnx.Rngs(0))
+        for name in ("bank", "seeds"):
+            tree = getattr(bed, name)
+            arrays = {leaf: flat[name, *place, name, leaf] for leaf in tree.names}
+            tree.set_arrays(jax.tree.map(jnp.asarray, arrays))
+        stack = bed.seeds.get_value().stage.shape[:-1]
+        slots = bed.seeds.get_value().capacity
+        bed.probe.set_value(jnp.zeros((*stack, slots), jnp.float32))
+    return beds
+
+
 class _Bed(nn.Module):
     """`SeedBed` with its variables in Linen's collections."""
 
@@ -182,6 +228,8 @@ class _Bed(nn.Module):
         self._check_collections(starting)
         features, options = y.shape[-1], dict(self.options or {})
         make = functools.partial(SeedBed, features, self.num_seeds, **options)
+        if (found := _FOUND.get()) is not None:
+            found["/".join(self.path)] = make
         held = [self.has_variable(name, name) for name in ("bank", "seeds")]
         if starting and not all(held):
             bed = make(rngs=nnx.Rngs(params=self.make_rng("params")))

@@ -1,0 +1,308 @@
+"""Growth on dictionaries of arrays: for pure JAX and for Flax Linen.
+
+As optax is a pair of functions over a state, growth is `GrowthFunctions` over the
+collections ``bank``, ``seeds``, ``probe`` and ``growth``, nested as Flax Linen nests
+them: ``variables["bank"]["hidden"]["bank"]["w1"]``.
+"""
+
+import functools
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Array, Float, Key
+
+from esper_jax.growth.functions import (
+    MEASURE_EVERY,
+    Remembered,
+    check_loss,
+    read_measured,
+    recipe_for,
+    start,
+    tick,
+    update,
+)
+from esper_jax.growth.parts import split_model, values_of
+from esper_jax.growth.recipe import Recipe
+from esper_jax.growth.reports import TickReport
+from esper_jax.growth.state import Arrays
+from esper_jax.layers.bed import SeedBed
+from esper_jax.layers.harvest import harvest
+from esper_jax.layers.linen import beds_in
+from esper_jax.layers.variables import named_leaves
+from esper_jax.lifecycle.rules import LifecycleConfig
+from esper_jax.optim import PerSlot
+from esper_jax.policy.config import ControllerConfig
+from esper_jax.policy.heuristic import policy_of
+from esper_jax.policy.interface import Policy, PolicyFactory
+
+__all__ = ["GrowthFunctions", "Variables", "growth_functions", "linen_growth"]
+
+Variables = dict[str, Any]
+"""The collections ``bank``, ``seeds``, ``probe`` and ``growth``; others are kept."""
+
+Evaluate = Callable[[Variables], Any]
+"""``evaluate(variables)``: the held-out loss, or ``(loss, score)``."""
+
+_COLLECTIONS = ("bank", "seeds", "probe")
+
+
+class GrowthFunctions(NamedTuple):
+    """Growth over `Variables`. All but ``tick`` and ``harvest`` are pure and jittable.
+
+    Attributes:
+      init: ``init(key) -> variables``: what growth needs, before the first step. For
+        Linen, ``bank``, ``seeds`` and ``probe`` are those of the model.
+      apply: ``apply(variables, layer, y, train=True) -> y, seeds``: the output ``y`` of
+        a layer with its seeds blended in, and the collection ``seeds`` with what was
+        measured. Thread it from layer to layer, and return it from the loss. Flax Linen
+        does this by itself.
+      update: ``update(variables, grads, loss=None) -> variables``: lets the blueprints
+        learn. ``grads`` holds the gradients of the collections ``bank`` and ``probe``;
+        ``variables`` the ``seeds`` after the forward pass.
+      tick: ``tick(variables, evaluate) -> variables, report``: runs on the host,
+        between steps. ``evaluate(variables)`` returns the held-out loss, or ``(loss,
+        score)``; it is called once more for each seed on probation, with other probes.
+      harvest: ``harvest(variables) -> layers``: for each layer the Flax NNX module that
+        adds what has grown, with ordinary parameters: ``layers["hidden"](y)``.
+    """
+
+    init: Callable[[Key[Array, ""]], Variables]
+    apply: Callable[..., tuple[Array, dict[str, Any]]]
+    update: Callable[..., Variables]
+    tick: Callable[
+        [Variables, Callable[[Variables], Any]], tuple[Variables, TickReport]
+    ]
+    harvest: Callable[[Variables], dict[str, nnx.Module]]
+
+
+def growth_functions(
+    layers: Mapping[str, Mapping[str, Any]],
+    optimizer: optax.GradientTransformation | PerSlot,
+    **options: Any,
+) -> GrowthFunctions:
+    """Growth for functions of one's own.
+
+    Args:
+      layers: arguments of `SeedBed` for each layer that can grow, by name:
+        ``{"hidden": {"features": 64, "num_seeds": 4}}``.
+      optimizer: for the blueprints; runs in each slot.
+      **options: ``lifecycle_config``, ``controller_config``, ``policy``, ``measure``,
+        ``measure_every``, as for `Growth`. The host's own gradients and weights are not
+        known here, so signals of them are NaN.
+
+    Raises:
+      TypeError, ValueError: if an argument does not fit a layer, whose name the message
+        has, or as `Growth` does.
+    """
+    if not isinstance(layers, Mapping) or not layers:
+        raise ValueError(
+            "layers must name at least one layer that can grow, as in {'hidden': "
+            f"{{'features': 64, 'num_seeds': 4}}}}; got {layers!r}"
+        )
+
+    def make(key: Key[Array, ""]) -> dict[str, SeedBed]:
+        rngs, beds = nnx.Rngs(key), {}
+        for name, arguments in layers.items():
+            try:
+                beds[name] = SeedBed(**arguments, rngs=rngs)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"layer {name!r}: {error}") from None
+        return beds
+
+    return _functions(make, optimizer, **options)
+
+
+def linen_growth(
+    call: Callable[[Variables], Any],
+    variables: Mapping[str, Any],
+    optimizer: optax.GradientTransformation | PerSlot,
+    **options: Any,
+) -> GrowthFunctions:
+    """Growth for a Flax Linen model of `layers.linen`.
+
+    Args:
+      call: runs the model on the variables, ``lambda v: model.apply(v, x)``; traced
+        once, to find the layers that can grow.
+      variables: of the model, as ``init`` returned them.
+      optimizer: for the blueprints; runs in each slot.
+      **options: as for `growth_functions`.
+
+    Raises:
+      ValueError: if the model holds nothing that can grow, or as `Growth` does.
+    """
+    beds = beds_in(call, variables)
+    return _functions(lambda key: beds, optimizer, **options)
+
+
+def _functions(
+    make: Callable[[Key[Array, ""]], dict[str, SeedBed]],
+    optimizer: optax.GradientTransformation | PerSlot,
+    *,
+    lifecycle_config: LifecycleConfig | None = None,
+    controller_config: ControllerConfig | None = None,
+    policy: Policy | PolicyFactory | None = None,
+    measure: Collection[str] | None = None,
+    measure_every: int = MEASURE_EVERY,
+) -> GrowthFunctions:
+    model = _model(make(jax.random.key(0)))
+    values = values_of(model)
+    recipe = recipe_for(
+        split_model(model, wrt=None),
+        values,
+        optimizer,
+        lifecycle_config,
+        policy_of(policy, controller_config, None),
+        (measure, measure_every),
+    )
+    like = start(recipe, values, jax.random.key(0))
+
+    def init(key: Key[Array, ""]) -> Variables:
+        banks, policy = jax.random.split(key)
+        values = values_of(_model(make(banks)))
+        new = start(recipe, values, policy)
+        return _nested(recipe, values) | {"growth": named_leaves(new)}
+
+    return GrowthFunctions(
+        init=init,
+        apply=functools.partial(_apply, recipe),
+        update=functools.partial(_update, recipe, like),
+        tick=functools.partial(_tick, recipe, like),
+        harvest=functools.partial(_harvest, recipe),
+    )
+
+
+def _remembered(like: Remembered, variables: Variables) -> Remembered:
+    """What growth remembers, from the collection ``growth``."""
+    given = variables.get("growth", {})
+    names = list(named_leaves(like))
+    missing = [name for name in names if name not in given]
+    if missing:
+        raise ValueError(
+            "variables must hold the collection growth, as init returns it; there is "
+            f"no {missing[0]!r} in it"
+        )
+    return jax.tree.unflatten(jax.tree.structure(like), [given[n] for n in names])
+
+
+def _update(
+    recipe: Recipe,
+    like: Remembered,
+    variables: Variables,
+    grads: Mapping[str, Any],
+    loss: Any = None,
+) -> Variables:
+    check_loss(loss)
+    values = _flat("variables", recipe, variables, _COLLECTIONS)
+    given = _flat("grads", recipe, grads, ("bank", "probe"))
+    old = _remembered(like, variables)
+    new, banks = update(recipe, old, values, given, loss)
+    bank = _nested(recipe, values | banks)["bank"]
+    return {**variables, "bank": bank, "growth": named_leaves(new)}
+
+
+def _tick(
+    recipe: Recipe, like: Remembered, variables: Variables, evaluate: Evaluate
+) -> tuple[Variables, TickReport]:
+    values = _flat("variables", recipe, variables, _COLLECTIONS)
+
+    def measured(bed: str = "", probe: Any = None) -> tuple[float, float]:
+        changed = {} if probe is None else {f"{bed}/probe": jnp.asarray(probe)}
+        probes = _nested(recipe, values | changed)["probe"]
+        return read_measured(evaluate({**variables, "probe": probes}))
+
+    old = _remembered(like, variables)
+    new, changed, report = tick(recipe, old, values, measured)
+    nested = _nested(recipe, values | changed)
+    return {**variables, **nested, "growth": named_leaves(new)}, report
+
+
+def _model(beds: Mapping[str, SeedBed]) -> nnx.Module:
+    """A model of nothing but the beds, each at its path."""
+    root = nnx.Module()
+    for path, bed in beds.items():
+        *around, last = path.split("/")
+        place = root
+        for name in around:
+            if not hasattr(place, name):
+                setattr(place, name, nnx.Module())
+            place = getattr(place, name)
+        setattr(place, last, bed)
+    return root
+
+
+def _flat(
+    argument: str,
+    recipe: Recipe,
+    nested: Mapping[str, Any],
+    collections: tuple[str, ...],
+) -> Arrays:
+    """The arrays of some collections by name.
+
+    Raises:
+      ValueError: if one is missing, naming the argument.
+    """
+    found: Arrays = {}
+    for collection in collections:
+        found |= flatten_dict(nested.get(collection, {}), sep="/")
+    for bed in recipe.parts.beds.values():
+        for collection in collections:
+            for name in bed.variables(collection):
+                if name not in found:
+                    raise ValueError(
+                        f"{argument} must hold the collection {collection}, with "
+                        f"{name!r} for one; got {', '.join(nested) or 'nothing'}"
+                    )
+    return found
+
+
+def _nested(recipe: Recipe, values: Arrays) -> Variables:
+    """The collections from arrays by name: inverse of `_flat`."""
+    beds = recipe.parts.beds.values()
+    return {
+        collection: unflatten_dict(
+            {name: values[name] for bed in beds for name in bed.variables(collection)},
+            sep="/",
+        )
+        for collection in _COLLECTIONS
+    }
+
+
+def _filled(recipe: Recipe, variables: Variables) -> nnx.Module:
+    """The model of beds with the variables' values."""
+    values = _flat("variables", recipe, variables, _COLLECTIONS)
+    return recipe.parts.merge(values, train=True)
+
+
+def _apply(
+    recipe: Recipe,
+    variables: Variables,
+    layer: str,
+    y: Float[Array, "*B F"],
+    train: bool = True,
+) -> tuple[Float[Array, "*B F"], dict[str, Any]]:
+    if layer not in recipe.parts.beds:
+        known = ", ".join(map(repr, recipe.parts.beds))
+        raise ValueError(f"layer must be one of {known}, got {layer!r}")
+    filled = _filled(recipe, variables)
+    bed: Any = filled
+    for name in recipe.parts.beds[layer].path.split("/"):
+        bed = getattr(bed, name)
+    bed.deterministic = bed.deterministic or not train
+    out = bed(y)
+    return out, _nested(recipe, values_of(filled))["seeds"]
+
+
+def _harvest(recipe: Recipe, variables: Variables) -> dict[str, nnx.Module]:
+    plain: Any = harvest(_filled(recipe, variables))
+    grown = {}
+    for layer, bed in recipe.parts.beds.items():
+        place = plain
+        for name in bed.path.split("/"):
+            place = getattr(place, name)
+        grown[layer] = place
+    return grown
