@@ -2,22 +2,36 @@
 
 import contextlib
 import dataclasses
+import io
 import itertools
 import json
 import logging
+import os
+import signal
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
+from esper_jax import _early
+
 __all__ = ["Checkpoint", "Evaluate", "Export", "Train", "main"]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Any:
+    """What every command takes."""
+
+    traceback: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """After an error, also print where in the program it came from."""
+
+
 @dataclasses.dataclass(frozen=True)
-class Train:
+class Train(_Any):
     """Train a growing model as a config file describes."""
 
     config: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")]
@@ -25,7 +39,15 @@ class Train:
     out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Folder for the run. Default: runs/CONFIG-TIME."""
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Continue the run in --out from its newest sound checkpoint."""
+    """Continue the run in --out from its newest sound checkpoint; start it if there is
+    none yet."""
+    allow_change: Annotated[
+        tuple[str, ...],
+        tyro.conf.arg(metavar="KEY"),
+        tyro.conf.UseAppendAction,
+    ] = ()
+    """With --resume: this key or table of the config may differ from the run's, for
+    example train.learning_rate. May be repeated."""
     set: Annotated[
         tuple[tuple[str, ...], ...],
         tyro.conf.arg(metavar="KEY=VALUE ..."),
@@ -35,7 +57,7 @@ class Train:
 
 
 @dataclasses.dataclass(frozen=True)
-class Evaluate:
+class Evaluate(_Any):
     """Evaluate the newest sound checkpoint of a run on its test data.
 
     The last line of the output is one JSON object with step, accuracy and loss.
@@ -46,7 +68,7 @@ class Evaluate:
 
 
 @dataclasses.dataclass(frozen=True)
-class Export:
+class Export(_Any):
     """Write the model of a run, without seeds and slots, for use elsewhere.
 
     Takes the newest sound checkpoint. The last line of the output is one JSON object
@@ -65,7 +87,7 @@ class Export:
 
 
 @dataclasses.dataclass(frozen=True)
-class Checkpoint:
+class Checkpoint(_Any):
     """List, verify or migrate the checkpoints of a run.
 
     verify reads every byte, prints one line per step and exits with status 1 if any
@@ -78,11 +100,24 @@ class Checkpoint:
     """Folder of the run, or of its checkpoints."""
 
 
+_CLOSED_PIPE = 128 + signal.SIGPIPE
+"""What a shell reports of a program that nobody reads from any more."""
+
+_UNFORESEEN = 70
+"""EX_SOFTWARE of sysexits.h."""
+
+
 def main() -> None:
     """Runs the command line.
 
-    Exits with status 2 for input that cannot be used, and with 130 when interrupted.
+    Exits with status 2 for input that cannot be used, with 128 and the number of the
+    signal when it was stopped by one, with 141 when its output is closed, and with 70
+    after an error that is not foreseen.
     """
+    _early.end()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # in place of UnicodeEncodeError
+            stream.reconfigure(errors="backslashreplace")
     command = tyro.extras.subcommand_cli_from_dict(
         {
             "train": Train,
@@ -93,32 +128,116 @@ def main() -> None:
         prog="esper-jax",
         description="Grow neural networks while they train.",
     )
-    try:
-        _run(command)
-    except KeyboardInterrupt as stop:
-        print(f"esper-jax: {str(stop) or 'stopped'}", file=sys.stderr)
-        raise SystemExit(130) from None
+    status = _guarded(command)
+    if status:
+        raise SystemExit(status)
 
 
-def _run(command: Train | Evaluate | Export | Checkpoint) -> None:
+def _guarded(command: "_Command") -> int:
+    """Runs a command and turns what it raises into a line and an exit status."""
     # Imported late, so that --help and mistyped options answer at once.
+    from esper_jax.train.stop import Stop
+
+    with Stop(*_early.SIGNALS, again=_leave_at_once) as stop, _log_on_stderr():
+        try:
+            _check_backend()
+            status = _run(command, stop)
+            sys.stdout.flush()
+            return status
+        except KeyboardInterrupt as stopped:
+            number = stop.number or signal.SIGINT
+            by = f"stopped by {signal.Signals(number).name}"
+            return _said(f"{by}{str(stopped) and f'; {stopped}'}", 128 + number)
+        except BrokenPipeError:
+            _read_no_more()
+            return _CLOSED_PIPE
+        except Exception as error:
+            if command.traceback:
+                traceback.print_exc()
+            return _said(*_in_words(error))
+
+
+def _said(text: str, status: int) -> int:
+    """Says why the command ends, if anyone still reads it."""
+    with contextlib.suppress(OSError):
+        print(f"esper-jax: {text}", file=sys.stderr, flush=True)
+    return status
+
+
+def _in_words(error: Exception) -> tuple[str, int]:
+    """One line about an error, and the exit status."""
+    import jax
+
     from esper_jax.checkpoint import CheckpointError
     from esper_jax.run.config import ConfigError
     from esper_jax.run.folder import RunError
 
+    if isinstance(error, CheckpointError | ConfigError | RunError | OSError):
+        return str(error), 2
+    first = (str(error).splitlines() or [""])[0][:300]
+    exhausted = isinstance(error, jax.errors.JaxRuntimeError) and (
+        "RESOURCE_EXHAUSTED" in str(error)
+    )
+    if exhausted or isinstance(error, MemoryError):
+        return (
+            "the memory does not hold this: expected a smaller model.hidden or "
+            f"train.batch_size ({first or type(error).__name__})"
+        ), 2
+    return (
+        f"an error that is not foreseen: {type(error).__name__}: {first} (--traceback "
+        "shows where)"
+    ), _UNFORESEEN
+
+
+def _check_backend() -> None:
+    """Refuses to go on without a device.
+
+    Raises:
+      RunError: naming what was asked for.
+    """
+    import jax
+
+    from esper_jax.run.folder import RunError
+
     try:
-        with _log_on_stderr():
-            if isinstance(command, Train):
-                _train(command)
-            elif isinstance(command, Evaluate):
-                _evaluate(command)
-            elif isinstance(command, Export):
-                _export(command)
-            else:
-                _checkpoint(command)
-    except (CheckpointError, ConfigError, RunError, OSError) as error:
-        print(f"esper-jax: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        jax.devices()
+    except Exception as error:
+        asked = os.environ.get("JAX_PLATFORMS", "")
+        first = (str(error).splitlines() or [""])[0][:200]
+        raise RunError(
+            f"JAX has no device for JAX_PLATFORMS={asked!r}: expected a platform of "
+            f"this machine, such as cpu, or the variable unset "
+            f"({first or type(error).__name__})"
+        ) from error
+
+
+def _leave_at_once(number: int) -> None:
+    """Ends the process without a further word from Python; all steps are sound."""
+    with contextlib.suppress(OSError):
+        os.write(2, b"esper-jax: stopped at once\n")
+    os._exit(128 + number)
+
+
+def _read_no_more() -> None:
+    """Sends what is still printed nowhere, so that nothing fails over it."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _run(command: "_Command", stop: Any) -> int:
+    """Runs a command; returns the exit status."""
+    if isinstance(command, Train):
+        _train(command, stop)
+    elif isinstance(command, Evaluate):
+        _evaluate(command)
+    elif isinstance(command, Export):
+        _export(command)
+    else:
+        return _checkpoint(command)
+    return 0
+
+
+_Command = Train | Evaluate | Export | Checkpoint
 
 
 @contextlib.contextmanager
@@ -136,7 +255,7 @@ def _log_on_stderr() -> Iterator[None]:
         logger.propagate = True
 
 
-def _train(command: Train) -> None:
+def _train(command: Train, stop: Any) -> None:
     from esper_jax.run.config import ConfigError, load_config
     from esper_jax.run.folder import RunFolder
     from esper_jax.run.run import train_run
@@ -144,31 +263,66 @@ def _train(command: Train) -> None:
     config = load_config(command.config, list(itertools.chain(*command.set)))
     if command.resume and command.out is None:
         raise ConfigError("--resume: expected --out DIR with the run to go on with")
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    out = command.out or Path("runs") / f"{command.config.stem}-{stamp}"
+    if command.allow_change and not command.resume:
+        raise ConfigError("--allow-change: expected --resume with it")
+    with _folder_for(command) as out:
+        try:
+            summary = train_run(
+                config,
+                out,
+                resume=command.resume,
+                allow_change=command.allow_change,
+                stop=stop,
+            )
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(_how_to_go_on(out)) from None
     try:
-        summary = train_run(config, out, resume=command.resume)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(_how_to_go_on(out)) from None
-    _print_summary(summary)
-    if config.compare.plot:
-        print(f"plot: {RunFolder(out).picture}")
-    print(f"run: {out}")
+        _print_summary(summary)
+        if config.compare.plot:
+            print(f"plot: {RunFolder(out).picture}")
+        print(f"run: {out}", flush=True)
+    except OSError:  # the run is whole, whether or not anyone reads of it
+        _read_no_more()
+
+
+@contextlib.contextmanager
+def _folder_for(command: Train) -> Iterator[Path]:
+    """The folder of a run; a new one of its own by default.
+
+    It is made at once, so that no other process takes the name, and removed if nothing
+    comes into it.
+    """
+    if command.out is not None:
+        yield command.out
+        return
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    for number in itertools.count(1):
+        more = f"-{number}" if number > 1 else ""
+        out = Path("runs") / f"{command.config.stem}-{stamp}{more}"
+        with contextlib.suppress(FileExistsError):
+            out.mkdir(parents=True)
+            break
+    try:
+        yield out
+    finally:
+        with contextlib.suppress(OSError):
+            out.rmdir()
+            out.parent.rmdir()
 
 
 def _how_to_go_on(out: Path) -> str:
-    """What to tell a user who has interrupted the training into ``out``."""
+    """What to tell a user who has stopped the training into ``out``."""
     from esper_jax.checkpoint.checkpointer import Checkpointer
     from esper_jax.run.folder import RunFolder
 
     folder = RunFolder(out)
     if not folder.config.exists():
-        return "stopped before the run began: there is nothing to resume"
+        return "the run had not begun, and there is nothing to resume"
     again = f"--resume --out {out}"
     steps = Checkpointer(folder.checkpoints).steps()
     if not steps:
-        return f"stopped before the first checkpoint; {again} begins again"
-    return f"stopped; {again} goes on from step {steps[-1]}"
+        return f"nothing was saved yet, and {again} begins again"
+    return f"{again} goes on from step {steps[-1]}"
 
 
 def _print_summary(summary: dict[str, Any]) -> None:
@@ -199,7 +353,7 @@ def _export(command: Export) -> None:
     print(json.dumps(written))
 
 
-def _checkpoint(command: Checkpoint) -> None:
+def _checkpoint(command: Checkpoint) -> int:
     from esper_jax.checkpoint import CheckpointError
     from esper_jax.checkpoint.checkpointer import Checkpointer
     from esper_jax.run.folder import RunFolder
@@ -212,11 +366,10 @@ def _checkpoint(command: Checkpoint) -> None:
         if command.action == "list":
             for step in steps:
                 print(checkpoints.describe(step))
-            return
+            return 0
         migrate = command.action == "migrate"
         sound = [_verify(checkpoints, step, migrate) for step in steps]
-    if not all(sound):
-        raise SystemExit(1)
+    return 0 if all(sound) else 1
 
 
 def _verify(checkpoints: Any, step: int, migrate: bool) -> bool:

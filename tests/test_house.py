@@ -17,7 +17,7 @@ import esper_jax
 
 ROOT = pathlib.Path(__file__).parents[1]
 FLOORS = (
-    ("chunks", "trees", "optim", "data"),
+    ("_early", "chunks", "trees", "optim", "data"),
     ("lifecycle",),
     ("blueprints",),
     ("parallel",),

@@ -4,61 +4,44 @@
 the run ends.
 """
 
-import dataclasses
 import logging
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from rich.console import Console
 
-from esper_jax.blueprints import living_parameters, param_counts
 from esper_jax.checkpoint import Retention
 from esper_jax.checkpoint.checkpointer import Checkpointer, Restored
 from esper_jax.data import Dataset
 from esper_jax.growth.reports import TickReport
 from esper_jax.growth.state import TrainState
-from esper_jax.lifecycle.state import coefficients
-from esper_jax.monitor import plot
 from esper_jax.monitor.live import LiveView
 from esper_jax.monitor.words import why
 from esper_jax.policy.memory import Reason
 from esper_jax.run.build import build_run, load_data
-from esper_jax.run.compare import train_static
-from esper_jax.run.config import ConfigError, RunConfig, check_resumable, to_dict
+from esper_jax.run.config import RunConfig
 from esper_jax.run.folder import (
     RunError,
     RunFolder,
-    finite_or_none,
     read_config,
-    read_lines,
-    write_json,
 )
-from esper_jax.run.logs import EventLog, Metrics
+from esper_jax.run.logs import History
+from esper_jax.run.opening import check_data, check_memory, check_ticks, examine
+from esper_jax.run.record import check_seal, newest_seal, read_record, seal_of
+from esper_jax.run.session import Session, Start, begin, restored
+from esper_jax.run.summary import conclude, test_result
 from esper_jax.train.governor import Governor
 from esper_jax.train.loop import fit
 from esper_jax.train.program import Program
 from esper_jax.train.retreat import Rollback, TrainingStopped
-from esper_jax.trees import state_hash
+from esper_jax.train.stop import Interrupted, Stop
 
 __all__ = ["evaluate_run", "restore_run", "train_run"]
 
 _log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Session:
-    """Everything that a run works with while it trains, except its state."""
-
-    config: RunConfig
-    data: Dataset
-    program: Program
-    folder: RunFolder
-    checkpoints: Checkpointer
-    log: EventLog
-    metrics: Metrics
 
 
 def train_run(
@@ -66,17 +49,25 @@ def train_run(
     out: Path,
     *,
     resume: bool = False,
+    allow_change: Sequence[str] = (),
     console: Console | None = None,
+    stop: Stop | None = None,
 ) -> dict[str, Any]:
     """Trains into the folder ``out`` and returns what ``summary.json`` holds.
+
+    A signal ends training after the step in hand; the state is saved then.
 
     Args:
       config: of the run.
       out: folder of the run; must be empty or absent, unless ``resume``.
-      resume: go on from the newest sound checkpoint of the run in ``out``, or start
-        over if there is no checkpoint yet. `check_resumable` says what may differ from
-        the run's config. A smaller ``growth.capacity`` must hold all living seeds.
+      resume: go on from the newest sound checkpoint of the run in ``out``. Starts over
+        if there is no checkpoint yet, and starts a run if there is none.
+        `check_resumable` says what may differ from the run's config. A smaller
+        ``growth.capacity`` must hold all living seeds.
+      allow_change: keys, or tables of keys, that may differ from the run's config, too.
+        Each change is written down as an event.
       console: where the live view prints; standard output by default.
+      stop: signals to end for; SIGINT by default, and only while steps are done.
 
     Raises:
       RunError: if ``out`` cannot be used, or the governor stopped the run. A stopped
@@ -85,36 +76,29 @@ def train_run(
         saved, or if another process is training into ``out``.
       ConfigError: if the config does not fit the data or the run to resume. Nothing
         has been written then.
+      Interrupted: if a signal ended training, with all that is done saved.
     """
-    data = load_data(config)
-    _check_batch_size(config, data)
     folder = RunFolder(out)
-    if resume:
-        check_resumable(config, read_config(folder))
-    else:
-        _check_empty(out)
+    examine(folder, config, resume=resume, allowed=allow_change, warn=False)
+    data = load_data(config)
+    check_data(config, data)
+    check_memory(config, data)
     program = build_run(config, data)
     state = program.init(jax.random.key(config.seed))
     _make(out)
     with Checkpointer(folder.checkpoints, retention=_retention(config)) as checkpoints:
         checkpoints.acquire()
-        if resume:
-            state = _restored(checkpoints, state)
-        _check_ticks(config, state)
-        write_json(folder.config, to_dict(config))
-        folder.summary.unlink(missing_ok=True)
-        ticks = int(state.ticks)
-        session = _Session(
-            config=config,
-            data=data,
-            program=program,
-            folder=folder,
-            checkpoints=checkpoints,
-            log=EventLog(folder, program.gates, ticks, int(state.governor.rollbacks)),
-            metrics=Metrics(folder, ticks),
+        # Once more: another process may have trained into the folder since.
+        opening = examine(folder, config, resume=resume, allowed=allow_change)
+        history = History()
+        if not opening.fresh:
+            state, history = restored(folder, opening, checkpoints, state)
+        check_ticks(config, state)
+        session = begin(
+            Start(config, data, program, folder, checkpoints), opening, state, history
         )
-        state = _train(session, state, console)
-    return _conclude(session, state)
+        state = _train(session, state, console, stop)
+    return conclude(session, state)
 
 
 def evaluate_run(out: Path) -> dict[str, Any]:
@@ -127,7 +111,7 @@ def evaluate_run(out: Path) -> dict[str, Any]:
       CheckpointError: if there is no sound checkpoint.
     """
     program, data, found = restore_run(RunFolder(out))
-    loss, accuracy = _test(program, found.state, data)
+    loss, accuracy = test_result(program, found.state, data)
     return {"step": int(found.state.step), "accuracy": accuracy, "loss": loss}
 
 
@@ -138,27 +122,18 @@ def restore_run(folder: RunFolder) -> tuple[Program, Dataset, Restored]:
       RunError: if the folder holds no run.
       CheckpointError: if there is no sound checkpoint.
     """
-    config = read_config(folder)
+    config, record = read_config(folder), read_record(folder)
+    newest = newest_seal(folder)
+    if newest is not None:
+        check_seal(folder, config, record, newest)
     data = load_data(config)
+    check_data(config, data)
+    check_memory(config, data)
     program = build_run(config, data)
     like = program.init(jax.random.key(config.seed))
-    return program, data, Checkpointer(folder.checkpoints).restore(like)
-
-
-def _check_batch_size(config: RunConfig, data: Dataset) -> None:
-    rows = len(data.train[0])
-    if config.train.batch_size > rows:
-        raise ConfigError(
-            f"train.batch_size: expected at most the {rows} training rows of "
-            f"{config.data.name}, got {config.train.batch_size}"
-        )
-
-
-def _check_empty(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise RunError(f"{out} is no folder: choose another --out")
-    if out.exists() and any(out.iterdir()):
-        raise RunError(f"{out} is not empty: choose another --out, or --resume the run")
+    found = Checkpointer(folder.checkpoints).restore(like)
+    check_seal(folder, config, record, seal_of(found.manifest))
+    return program, data, found
 
 
 def _make(out: Path) -> None:
@@ -181,32 +156,9 @@ def _retention(config: RunConfig) -> Retention:
     )
 
 
-def _restored(checkpoints: Checkpointer, state: TrainState) -> TrainState:
-    """The newest sound checkpoint, or ``state`` if there is no checkpoint yet."""
-    if not checkpoints.steps():
-        _log.warning("%s holds no checkpoint: starts anew", checkpoints.directory)
-        return state
-    found = checkpoints.restore(state)
-    for name, (before, after) in found.resized.items():
-        _log.warning(
-            "layer %s of step %d goes on with capacity %d instead of %d",
-            name,
-            found.step,
-            after,
-            before,
-        )
-    return found.state
-
-
-def _check_ticks(config: RunConfig, state: TrainState) -> None:
-    if config.train.ticks < int(state.ticks):
-        raise ConfigError(
-            f"train.ticks: expected at least {int(state.ticks)}, which the run to "
-            f"resume has done; got {config.train.ticks}"
-        )
-
-
-def _train(session: _Session, state: TrainState, console: Console | None) -> TrainState:
+def _train(
+    session: Session, state: TrainState, console: Console | None, stop: Stop | None
+) -> TrainState:
     """Trains to the last tick, with live view, logs, checkpoints and governor."""
     config, data = session.config, session.data
     with LiveView(config.train.ticks, console) as view:
@@ -222,16 +174,19 @@ def _train(session: _Session, state: TrainState, console: Console | None) -> Tra
                 seed=config.seed,
                 on_tick=reporter.on_tick,
                 governor=_governor(session, reporter),
+                stop=stop,
             )
-        except TrainingStopped as stop:
-            step = int(stop.state.step)
-            checkpoints = session.checkpoints
-            checkpoints.save(step, stop.state, config=to_dict(config))
-            checkpoints.wait()  # the message below claims that it is saved
+        except Interrupted as stopped:
+            reporter.save_at_once(stopped.state)
+            raise
+        except TrainingStopped as stopped:
+            session.save(stopped.state, math.nan, math.nan)
+            session.checkpoints.wait()  # the message below claims that it is saved
             raise RunError(
-                f"{stop}. The last good state is saved as step {step} in "
-                f"{checkpoints.directory}; once the cause is gone, --resume goes on "
-                "from it"
+                f"{stopped}. The last good state is saved as step "
+                f"{int(stopped.state.step)} in {session.checkpoints.directory}; mend "
+                "the cause, then go on with --resume. --allow-change KEY lets a key of "
+                "the config be another, such as train.learning_rate"
             ) from None
 
 
@@ -241,10 +196,11 @@ class _Reporter:
     Remembers which reason for not germinating it has shown, to show each once in a row.
     """
 
-    def __init__(self, session: _Session, view: LiveView) -> None:
+    def __init__(self, session: Session, view: LiveView) -> None:
         self._session = session
         self._view = view
         self._shown = Reason.NOT_YET
+        self._saved = -1  # the last step
 
     def on_tick(self, state: TrainState, report: TickReport) -> None:
         self._view.update(report, self._session.log.add(report))
@@ -255,23 +211,22 @@ class _Reporter:
             self._shown = reason
         config = self._session.config
         last = report.tick == config.train.ticks
-        if last or report.tick % config.checkpoint.every == 0:
-            self._save(state, report)
+        if last or int(report.tick) % config.checkpoint.every == 0:
+            self._session.save(state, float(report.loss), float(report.accuracy))
+            self._saved = int(state.step)
+
+    def save_at_once(self, state: TrainState) -> None:
+        """Saves a state that is not saved yet, and waits for it."""
+        if int(state.step) not in (0, self._saved):
+            self._session.save(state, math.nan, math.nan)
+        self._session.checkpoints.wait()
 
     def on_rollback(self, rollback: Rollback) -> None:
         for line in self._session.log.add_rollback(rollback):
             self._view.note(line)
 
-    def _save(self, state: TrainState, report: TickReport) -> None:
-        self._session.checkpoints.save(
-            int(report.step),
-            state,
-            metrics={"loss": float(report.loss), "accuracy": float(report.accuracy)},
-            config=to_dict(self._session.config),
-        )
 
-
-def _governor(session: _Session, reporter: _Reporter) -> Governor | None:
+def _governor(session: Session, reporter: _Reporter) -> Governor | None:
     if not session.config.governor.enabled:
         return None
     return Governor(
@@ -280,56 +235,3 @@ def _governor(session: _Session, reporter: _Reporter) -> Governor | None:
         num_classes=session.data.num_classes,
         on_rollback=reporter.on_rollback,
     )
-
-
-def _conclude(session: _Session, state: TrainState) -> dict[str, Any]:
-    """Writes the summary, and beside it what ``compare`` asks for."""
-    compare, folder = session.config.compare, session.folder
-    summary = _summary(session, state)
-    if compare.static:
-        parameters = summary["host_params"] + summary["grown_params"]
-        summary["static"] = train_static(session.config, session.data, parameters)
-    if compare.plot:
-        plot.accuracy(
-            folder.picture,
-            read_lines(folder.ticks),
-            summary["events"],
-            summary.get("static"),
-        )
-    write_json(folder.summary, summary)
-    return summary
-
-
-def _summary(session: _Session, state: TrainState) -> dict[str, Any]:
-    program, log = session.program, session.log
-    loss, accuracy = _test(program, state, session.data)
-    return {
-        "final_accuracy": accuracy,
-        "final_loss": loss,
-        "state_hash": state_hash(state),
-        "host_params": sum(int(np.size(p)) for p in state.params.values()),
-        "grown_params": _grown_params(program, state),
-        "recompiles": program.recompiles(),
-        "rollbacks": log.rollbacks,
-        "controller": why(int(state.memory.reason)),
-        "events": log.events,
-    }
-
-
-def _test(
-    program: Program, state: TrainState, data: Dataset
-) -> tuple[float | None, float | None]:
-    """Loss and accuracy on the test data, as JSON can hold them."""
-    loss, accuracy = program.evaluate(state, jax.tree.map(jnp.asarray, data.test))
-    return finite_or_none(loss), finite_or_none(accuracy)
-
-
-def _grown_params(program: Program, state: TrainState) -> int:
-    """Parameters of the blueprints that count in the output."""
-    total = 0
-    for name, seeds in state.seeds.items():
-        costs = param_counts(program.kinds[name], program.layouts[name].sizes)
-        alpha, _ = coefficients(seeds)
-        own = living_parameters(costs, seeds.blueprint, alpha != 0)
-        total += int(np.asarray(own).sum())
-    return total
