@@ -122,15 +122,18 @@ class Journal:
     """A file of one JSON object a line, which only grows.
 
     Args:
-      path: of the file; replaced by ``entries``, if there are any or it is there.
-      entries: to begin with.
+      path: of the file.
+      entries: to begin with; they replace what is in the file.
+      empty: whether to make a file for no entries.
     """
 
-    def __init__(self, path: Path, entries: Sequence[Mapping[str, Any]]) -> None:
+    def __init__(
+        self, path: Path, entries: Sequence[Mapping[str, Any]], empty: bool = True
+    ) -> None:
         self.path = path
         self._count = len(entries)
         self._digest = hashlib.sha256(lines_of(entries).encode())
-        if entries or path.exists():
+        if entries or empty or path.exists():
             write_lines(path, entries)
 
     def append(self, entries: Sequence[Mapping[str, Any]]) -> None:
@@ -203,7 +206,7 @@ class EventLog:
         self.events = list(history.events)
         self.journals = {
             "events": Journal(folder.events, self.events),
-            "rollbacks": Journal(folder.rollbacks, self.rollbacks),
+            "rollbacks": Journal(folder.rollbacks, self.rollbacks, empty=False),
         }
         self._last = dict(map(_seed_and_move, self.events))
 
