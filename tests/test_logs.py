@@ -250,6 +250,11 @@ def test_lines_that_are_lost_are_told_of(folder, harm):
         old = read_history(folder, 4, 2).missing
         gone = harm is remove and name == "ticks"  # the first runs wrote none
         assert len(old) == (name in counted and not gone)
+        write_json(folder.summary, {name: log.events if name == "events" else log.rollbacks})  # fmt: skip  # noqa: E501
+        found = read_history(folder, 4, 2, seals)
+        assert len(found.missing) == (name == "ticks")  # no summary holds those
+        assert len(getattr(found, name)) == seals[name][0] or name == "ticks"
+        folder.summary.unlink()
         journal.path.write_bytes(whole)
     # A file that was written twice holds all that there was.
     folder.events.write_bytes(folder.events.read_bytes() * 2)

@@ -69,15 +69,17 @@ def test_a_stopped_fit_carries_its_state_and_goes_on_from_it(program, governed):
         return Governor(program, num_classes=CLASSES) if governed else None
 
     whole = run(program, governor=governor())
-    broken, calls = signalled(program, at=STEPS + 2)
-    with pytest.raises(Interrupted, match="by SIGINT after step 6") as stopped:
-        run(broken, governor=governor())
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert calls == list(range(6))  # the step in hand was finished, and no more
-    assert stopped.value.number == signal.SIGINT
-    state = stopped.value.state
-    assert (int(state.step), int(state.ticks)) == (6, 1)
-    assert state_hash(run(program, state, governor=governor())) == state_hash(whole)
+    for at, ticks in ((STEPS + 2, 1), (2 * STEPS, 2)):  # in a tick, and at its end
+        broken, calls = signalled(program, at)
+        said = f"by SIGINT after step {at}"
+        with pytest.raises(Interrupted, match=said) as stopped:
+            run(broken, governor=governor())
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert calls == list(range(at))  # the step in hand was finished, and no more
+        assert stopped.value.number == signal.SIGINT
+        state = stopped.value.state
+        assert (int(state.step), int(state.ticks)) == (at, ticks)
+        assert state_hash(run(program, state, governor=governor())) == state_hash(whole)
 
 
 def test_a_signal_in_the_last_tick_or_between_batches_is_heard_too(program):
@@ -99,6 +101,9 @@ def test_a_signal_in_the_last_tick_or_between_batches_is_heard_too(program):
     with pytest.raises(Interrupted) as stopped:
         run(program, data=two, ticks=2)
     assert (int(stopped.value.state.step), int(stopped.value.state.ticks)) == (2, 0)
+    with pytest.raises(Interrupted) as stopped:  # at the end of a tick it is taken
+        run(program, data=two, ticks=2, steps_per_tick=2)
+    assert (int(stopped.value.state.step), int(stopped.value.state.ticks)) == (2, 1)
 
 
 def test_a_second_signal_ends_at_once(program):

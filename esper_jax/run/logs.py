@@ -15,10 +15,12 @@ from esper_jax.lifecycle.signals import Signals
 from esper_jax.lifecycle.stages import Outcome, Stage
 from esper_jax.monitor.words import Event, drain
 from esper_jax.run.folder import (
+    RunError,
     RunFolder,
     append_lines,
     finite_or_none,
     lines_of,
+    read_json,
     read_lines,
     sync,
     write_lines,
@@ -68,6 +70,8 @@ def read_history(
 ) -> History:
     """Reads the logs, without what came after a state. Changes nothing.
 
+    Lines that a log has lost come from ``summary.json``, if they are there.
+
     Args:
       folder: of the run.
       ticks: of the state; later ones are left out.
@@ -91,12 +95,16 @@ def read_history(
         "rollbacks": [r for r in read["rollbacks"] if r["number"] <= rollbacks],
         "ticks": [t for t in read["ticks"] if t["tick"] <= ticks],
     }
-    missing, due = [], {"rollbacks": rollbacks, "ticks": ticks}
+    spare, missing = _in_summary(folder), []
+    due = {"rollbacks": rollbacks, "ticks": ticks}
     for name, entries in kept.items():
         if sealed and name in sealed:
             due[name], digest = sealed[name]
             kept[name] = entries = entries[: due[name]]
+            copy = spare.get(name, [])[: due[name]]
             whole = Journal.digest_of(entries) == digest
+            if not whole and Journal.digest_of(copy) == digest:
+                kept[name], whole = copy, True
         else:
             whole = name == "events" or _in_order(name, entries, due[name])
         if not whole:
@@ -106,6 +114,16 @@ def read_history(
                 f"were written up to tick {ticks}"
             )
     return History(**kept, missing=tuple(missing))
+
+
+def _in_summary(folder: RunFolder) -> Mapping[str, Any]:
+    """The events and rollbacks of a run that had ended; what is no JSON counts not."""
+    try:
+        found = read_json(folder.summary)
+    except RunError:
+        return {}
+    named = found if isinstance(found, dict) else {}
+    return {k: v for k, v in named.items() if k in _FIELDS and isinstance(v, list)}
 
 
 def _in_order(name: str, entries: Sequence[Mapping[str, Any]], due: int) -> bool:

@@ -161,7 +161,7 @@ def _epochs(
     if is_iterable(data):
         if steps_per_tick is not None and steps_per_tick < 1:
             raise ValueError(f"steps_per_tick must be at least 1, got {steps_per_tick}")
-        return _from_batches(program, Feed(data, steps_per_tick), batch_size)
+        return _from_batches(program, data, steps_per_tick, batch_size)
     if steps_per_tick is not None:
         raise ValueError(
             "steps_per_tick is for an iterable of batches; arrays have one tick an "
@@ -186,15 +186,20 @@ def _from_arrays(program: Program, data: Any, batch_size: int, seed: int) -> _Ep
         order = _jitted_order(key, number, rollbacks, rows)
         order = program.place("order", order, False)
         for _ in range(per_epoch - int(state.step) % per_epoch):
+            # Not after the last: a state that waits for its tick looks as if it began
+            # an epoch.
             check(state)
             state = program.step_from(state, data, order, batch_size)
-        check(state)
         return state
 
     return epoch
 
 
-def _from_batches(program: Program, feed: Feed, batch_size: int | None) -> _Epoch:
+def _from_batches(
+    program: Program, data: Any, steps_per_tick: int | None, batch_size: int | None
+) -> _Epoch:
+    feed = Feed(data, steps_per_tick)
+
     def epoch(state: TrainState, check: _Check) -> TrainState:
         check(state)
         for batch in feed.tick(int(state.step)):
@@ -206,7 +211,8 @@ def _from_batches(program: Program, feed: Feed, batch_size: int | None) -> _Epoc
                     f"data, got {batch_size}. Leave it out: batches have their own size"
                 )
             state = program.step(state, program.place("a batch of data", batch, True))
-            check(state)
+            if steps_per_tick is None or int(state.step) % steps_per_tick:
+                check(state)
         return state
 
     return epoch
