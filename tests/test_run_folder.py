@@ -189,9 +189,8 @@ def test_a_finished_run_that_goes_on_has_its_summary_all_the_time(copy, finished
 
 def test_what_is_changed_on_purpose_is_an_event(copy):
     change = ["train.learning_rate", "governor"]
-    summary = train(
-        copy, ticks=8, learning_rate=0.002, resume=True, allow_change=change
-    )
+    options = {"ticks": 8, "learning_rate": 0.002, "resume": True}
+    summary = train(copy, **options, allow_change=change)
     [event] = [e for e in summary["events"] if "change" in e]
     said = "config: train.learning_rate is 0.002 from here on, and was 0.001"
     assert (event["tick"], event["text"]) == (6, said)
