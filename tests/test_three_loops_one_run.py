@@ -20,6 +20,7 @@ from test_own_loops import POLICY, QUICK, products, rows
 from esper_jax import Growth, Stage, build, fit
 from esper_jax.growth.parts import values_of
 from esper_jax.hosts import MLP
+from esper_jax.policy.interface import SAMPLED
 from esper_jax.train.loop import epoch_order
 
 ROWS, BATCH, TICKS = 32, 8, 8
@@ -34,7 +35,12 @@ def make_model() -> MLP:
 
 def make_growth(model: Any) -> Growth:
     return Growth(
-        model, optax.adam(2e-2), lifecycle_config=QUICK, controller_config=POLICY
+        model,
+        optax.adam(2e-2),
+        lifecycle_config=QUICK,
+        controller_config=POLICY,
+        measure=SAMPLED,  # as `build` does
+        measure_every=1,
     )
 
 
