@@ -3,7 +3,7 @@
 `Growth` grows a model beside your own loop; `build` and `fit` are a loop of ours.
 """
 
-from esper_jax import _old_paths, lifecycle
+from esper_jax import _early, _old_paths, lifecycle  # noqa: F401
 from esper_jax.chunks import ChunkLayout
 from esper_jax.growth.transformation import Growth
 from esper_jax.kernels.blend import blend

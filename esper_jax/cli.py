@@ -1,100 +1,45 @@
 """The command line: ``esper-jax train``, ``evaluate``, ``export``, ``checkpoint``."""
 
 import contextlib
-import dataclasses
+import io
 import itertools
 import json
 import logging
+import os
+import signal
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import tyro
 
-__all__ = ["Checkpoint", "Evaluate", "Export", "Train", "main"]
+from esper_jax import _early
+from esper_jax.commands import Checkpoint, Command, Evaluate, Export, Train
+
+__all__ = ["main"]
 
 
-@dataclasses.dataclass(frozen=True)
-class Train:
-    """Train a growing model as a config file describes."""
+_CLOSED_PIPE = 128 + signal.SIGPIPE
+"""What a shell reports of a program that nobody reads from any more."""
 
-    config: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")]
-    """TOML file of the run."""
-    out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
-    """Folder for the run. Default: runs/CONFIG-TIME."""
-    resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Continue the run in --out from its newest sound checkpoint."""
-    devices: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    """Devices of each process to train on, which must divide the rows. Default: all,
-    or as many as do; one on CPUs."""
-    distributed: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Train as one of several processes. Slurm, Open MPI and Kubernetes tell the rest;
-    elsewhere give the next three options."""
-    coordinator: Annotated[str | None, tyro.conf.arg(metavar="HOST:PORT")] = None
-    """Where process 0 listens."""
-    num_processes: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    """How many processes there are."""
-    process_id: Annotated[int | None, tyro.conf.arg(metavar="I")] = None
-    """Which one this is, from 0."""
-    set: Annotated[
-        tuple[tuple[str, ...], ...],
-        tyro.conf.arg(metavar="KEY=VALUE ..."),
-        tyro.conf.UseAppendAction,
-    ] = ()
-    """Override config values, for example train.ticks=100 model.hidden=[32,32]."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Evaluate:
-    """Evaluate the newest sound checkpoint of a run on its test data.
-
-    The last line of the output is one JSON object with step, accuracy and loss.
-    """
-
-    dir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
-    """Folder of the run."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Export:
-    """Write the model of a run, without seeds and slots, for use elsewhere.
-
-    Takes the newest sound checkpoint. The last line of the output is one JSON object
-    with path, format, step and the number of parameters.
-    """
-
-    dir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
-    """Folder of the run."""
-    format: Literal["safetensors", "stablehlo", "orbax"]
-    """safetensors: named arrays. stablehlo: a program that jax.export.deserialize
-    reads, for any number of rows on cpu, cuda and tpu. orbax: a folder."""
-    out: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
-    """What to write; must not exist. Default: DIR.FORMAT, beside the run."""
-    parts: Literal["fossils", "counting"] = "fossils"
-    """What to keep: fossils, or whatever counts in the output at the checkpoint."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Checkpoint:
-    """List, verify or migrate the checkpoints of a run.
-
-    verify reads every byte, prints one line per step and exits with status 1 if any
-    step is damaged. migrate rewrites checkpoints of an older schema in today's schema.
-    """
-
-    action: Annotated[Literal["list", "verify", "migrate"], tyro.conf.Positional]
-    """What to do."""
-    dir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
-    """Folder of the run, or of its checkpoints."""
+_UNFORESEEN = 70
+"""EX_SOFTWARE of sysexits.h."""
 
 
 def main() -> None:
     """Runs the command line.
 
-    Exits with status 2 for input that cannot be used, and with 130 when interrupted.
+    Exits with status 2 for input that cannot be used, with 128 and the number of the
+    signal when it was stopped by one, with 141 when its output is closed, and with 70
+    after an error that is not foreseen.
     """
+    _early.end()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # in place of UnicodeEncodeError
+            stream.reconfigure(errors="backslashreplace")
     command = tyro.extras.subcommand_cli_from_dict(
         {
             "train": Train,
@@ -105,32 +50,129 @@ def main() -> None:
         prog="esper-jax",
         description="Grow neural networks while they train.",
     )
-    try:
-        _run(command)
-    except KeyboardInterrupt as stop:
-        print(f"esper-jax: {str(stop) or 'stopped'}", file=sys.stderr)
-        raise SystemExit(130) from None
+    status = _guarded(command)
+    if status:
+        raise SystemExit(status)
 
 
-def _run(command: Train | Evaluate | Export | Checkpoint) -> None:
+def _guarded(command: Command) -> int:
+    """Runs a command and turns what it raises into a line and an exit status."""
     # Imported late, so that --help and mistyped options answer at once.
+    from esper_jax.train.stop import Stop
+
+    with Stop(*_early.SIGNALS, again=_leave_at_once) as stop, _log_on_stderr():
+        try:
+            if isinstance(command, Train):
+                _join(command)  # before JAX looks for its devices
+            _check_backend()
+            status = _run(command, stop)
+            sys.stdout.flush()
+            return status
+        except KeyboardInterrupt as stopped:
+            number = stop.number or signal.SIGINT
+            by = f"stopped by {signal.Signals(number).name}"
+            return _said(f"{by}{str(stopped) and f'; {stopped}'}", 128 + number)
+        except BrokenPipeError:
+            _read_no_more()
+            return _CLOSED_PIPE
+        except Exception as error:
+            if command.traceback:
+                traceback.print_exc()
+            return _said(*_in_words(error))
+
+
+def _said(text: str, status: int) -> int:
+    """Says why the command ends, if anyone still reads it."""
+    with contextlib.suppress(OSError):
+        print(f"esper-jax: {text}", file=sys.stderr, flush=True)
+    return status
+
+
+def _in_words(error: Exception) -> tuple[str, int]:
+    """One line about an error, and the exit status."""
+    import jax
+
     from esper_jax.checkpoint import CheckpointError
     from esper_jax.run.config import ConfigError
     from esper_jax.run.folder import RunError
 
+    if isinstance(error, CheckpointError | ConfigError | RunError | OSError):
+        return str(error), 2
+    first = (str(error).splitlines() or [""])[0][:300]
+    exhausted = isinstance(error, jax.errors.JaxRuntimeError) and (
+        "RESOURCE_EXHAUSTED" in str(error)
+    )
+    if exhausted or isinstance(error, MemoryError):
+        return (
+            "the memory does not hold this: expected a smaller model.hidden or "
+            f"train.batch_size ({first or type(error).__name__})"
+        ), 2
+    return (
+        f"an error that is not foreseen: {type(error).__name__}: {first} (--traceback "
+        "shows where)"
+    ), _UNFORESEEN
+
+
+def _join(command: Train) -> None:
+    """Joins the processes of a run, if it has several."""
+    from esper_jax.run.config import ConfigError
+    from esper_jax.run.devices import join
+
+    named = (command.coordinator, command.num_processes, command.process_id)
+    if command.distributed:
+        join(*named)
+    elif any(value is not None for value in named):
+        raise ConfigError(
+            "--coordinator, --num-processes, --process-id: expected with --distributed"
+        )
+
+
+def _check_backend() -> None:
+    """Refuses to go on without a device.
+
+    Raises:
+      RunError: naming what was asked for.
+    """
+    import jax
+
+    from esper_jax.run.folder import RunError
+
     try:
-        with _log_on_stderr():
-            if isinstance(command, Train):
-                _train(command)
-            elif isinstance(command, Evaluate):
-                _evaluate(command)
-            elif isinstance(command, Export):
-                _export(command)
-            else:
-                _checkpoint(command)
-    except (CheckpointError, ConfigError, RunError, OSError) as error:
-        print(f"esper-jax: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        jax.devices()
+    except Exception as error:
+        asked = os.environ.get("JAX_PLATFORMS", "")
+        first = (str(error).splitlines() or [""])[0][:200]
+        raise RunError(
+            f"JAX has no device for JAX_PLATFORMS={asked!r}: expected a platform of "
+            f"this machine, such as cpu, or the variable unset "
+            f"({first or type(error).__name__})"
+        ) from error
+
+
+def _leave_at_once(number: int) -> None:
+    """Ends the process without a further word from Python; all steps are sound."""
+    with contextlib.suppress(OSError):
+        os.write(2, b"esper-jax: stopped at once\n")
+    os._exit(128 + number)
+
+
+def _read_no_more() -> None:
+    """Sends what is still printed nowhere, so that nothing fails over it."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _run(command: Command, stop: Any) -> int:
+    """Runs a command; returns the exit status."""
+    if isinstance(command, Train):
+        _train(command, stop)
+    elif isinstance(command, Evaluate):
+        _evaluate(command)
+    elif isinstance(command, Export):
+        _export(command)
+    else:
+        return _checkpoint(command)
+    return 0
 
 
 @contextlib.contextmanager
@@ -148,52 +190,97 @@ def _log_on_stderr() -> Iterator[None]:
         logger.propagate = True
 
 
-def _train(command: Train) -> None:
+def _train(command: Train, stop: Any) -> None:
     import jax
 
-    from esper_jax.parallel.processes import exchange
+    from esper_jax.parallel.processes import together
     from esper_jax.run.config import ConfigError, load_config
-    from esper_jax.run.devices import join
     from esper_jax.run.folder import RunFolder
     from esper_jax.run.run import train_run
 
-    named = (command.coordinator, command.num_processes, command.process_id)
-    if command.distributed:
-        join(*named)
-    elif any(value is not None for value in named):
-        raise ConfigError(
-            "--coordinator, --num-processes, --process-id: expected with --distributed"
-        )
-    config = load_config(command.config, list(itertools.chain(*command.set)))
+    if jax.process_index():  # process 0 warns for all; errors are told by each
+        logging.getLogger("esper_jax").setLevel(logging.ERROR)
+    overrides = list(itertools.chain(*command.set))
+    config = together(lambda: load_config(command.config, overrides), ConfigError)
     if command.resume and command.out is None:
         raise ConfigError("--resume: expected --out DIR with the run to go on with")
-    stamp = exchange(time.strftime("%Y%m%d-%H%M%S"))[0]  # of process 0
-    out = command.out or Path("runs") / f"{command.config.stem}-{stamp}"
-    try:
-        summary = train_run(config, out, resume=command.resume, devices=command.devices)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(_how_to_go_on(out)) from None
+    if command.allow_change and not command.resume:
+        raise ConfigError("--allow-change: expected --resume with it")
+    with _folder_for(command) as out:
+        try:
+            summary = train_run(
+                config,
+                out,
+                resume=command.resume,
+                allow_change=command.allow_change,
+                devices=command.devices,
+                stop=stop,
+            )
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(_how_to_go_on(out)) from None
     if jax.process_index():
         return  # process 0 says it
-    _print_summary(summary)
-    if config.compare.plot:
-        print(f"plot: {RunFolder(out).picture}")
-    print(f"run: {out}")
+    try:
+        _print_summary(summary)
+        if config.compare.plot:
+            print(f"plot: {RunFolder(out).picture}")
+        print(f"run: {out}", flush=True)
+    except OSError:  # the run is whole, whether or not anyone reads of it
+        _read_no_more()
+
+
+@contextlib.contextmanager
+def _folder_for(command: Train) -> Iterator[Path]:
+    """The folder of a run; a new one of its own by default.
+
+    Process 0 makes it at once, so that no other run takes the name, and removes it if
+    nothing comes into it.
+    """
+    import jax
+
+    from esper_jax.parallel.processes import exchange, together
+    from esper_jax.run.folder import RunError
+
+    if command.out is not None:
+        yield command.out
+        return
+    makes, stem = not jax.process_index(), command.config.stem
+    made = together(lambda: _new_folder(stem) if makes else Path(), RunError)
+    out = Path(exchange(str(made))[0])
+    try:
+        yield out
+    finally:
+        if makes:
+            with contextlib.suppress(OSError):
+                out.rmdir()
+                out.parent.rmdir()
+
+
+def _new_folder(stem: str) -> Path:
+    """Makes a folder for a run, named after its config and the time."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    for number in itertools.count(1):
+        more = f"-{number}" if number > 1 else ""
+        out = Path("runs") / f"{stem}-{stamp}{more}"
+        with contextlib.suppress(FileExistsError):
+            out.mkdir(parents=True)
+            break
+    return out
 
 
 def _how_to_go_on(out: Path) -> str:
-    """What to tell a user who has interrupted the training into ``out``."""
-    from esper_jax.checkpoint.checkpointer import Checkpointer
+    """What to tell a user who has stopped the training into ``out``."""
     from esper_jax.run.folder import RunFolder
+    from esper_jax.run.record import newest_step
 
     folder = RunFolder(out)
     if not folder.config.exists():
-        return "stopped before the run began: there is nothing to resume"
+        return "the run had not begun, and there is nothing to resume"
     again = f"--resume --out {out}"
-    steps = Checkpointer(folder.checkpoints).steps()
-    if not steps:
-        return f"stopped before the first checkpoint; {again} begins again"
-    return f"stopped; {again} goes on from step {steps[-1]}"
+    step = newest_step(folder)
+    if step is None:
+        return f"nothing was saved yet, and {again} begins again"
+    return f"{again} goes on from step {step}"
 
 
 def _print_summary(summary: dict[str, Any]) -> None:
@@ -224,7 +311,7 @@ def _export(command: Export) -> None:
     print(json.dumps(written))
 
 
-def _checkpoint(command: Checkpoint) -> None:
+def _checkpoint(command: Checkpoint) -> int:
     from esper_jax.checkpoint import CheckpointError
     from esper_jax.checkpoint.checkpointer import Checkpointer
     from esper_jax.run.folder import RunFolder
@@ -237,11 +324,10 @@ def _checkpoint(command: Checkpoint) -> None:
         if command.action == "list":
             for step in steps:
                 print(checkpoints.describe(step))
-            return
+            return 0
         migrate = command.action == "migrate"
         sound = [_verify(checkpoints, step, migrate) for step in steps]
-    if not all(sound):
-        raise SystemExit(1)
+    return 0 if all(sound) else 1
 
 
 def _verify(checkpoints: Any, step: int, migrate: bool) -> bool:
@@ -258,7 +344,7 @@ def _verify(checkpoints: Any, step: int, migrate: bool) -> bool:
     verdict = checkpoints.verify(step)
     if verdict.manifest is None or not migrate:
         print(verdict)
-        return verdict.damage is None
+        return verdict.manifest is not None
     notes = checkpoints.migrate(step)
     after = checkpoints.verify(step)
     changed = after.manifest != verdict.manifest

@@ -1,5 +1,9 @@
 """What the configs of test_own_things.py name, as a user's module in their folder."""
 
+import signal
+from pathlib import Path
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -53,16 +57,26 @@ def two_parts():
 
 
 class Loader:
-    """An iterator with a position."""
+    """An iterator with a position.
 
-    def __init__(self):
-        self.at = 0
+    Args:
+      stop: batch before which the last process gets SIGTERM; 0 for none.
+      full: batch before which process 0 can no longer write a log; 0 for none.
+    """
+
+    def __init__(self, stop=0, full=0):
+        self.at, self.stop, self.full = 0, stop, full
 
     def __iter__(self):
         return self
 
     def __next__(self):
         self.at += 1
+        if self.at == self.stop and jax.process_index() == jax.process_count() - 1:
+            signal.raise_signal(signal.SIGTERM)
+        if self.at == self.full and not jax.process_index():
+            Path("run/ticks.jsonl").unlink()
+            Path("run/ticks.jsonl").mkdir()
         return BATCHES[self.at * 5 % 8]
 
     def get_state(self):
@@ -76,9 +90,14 @@ def generator():
     yield from BATCHES * 100
 
 
-def batches(kind):
-    train = {"loader": Loader, "list": lambda: BATCHES, "generator": generator}[kind]()
+def batches(kind, **more):
+    kinds = {"loader": Loader, "list": lambda: BATCHES, "generator": generator}
+    train = kinds[kind](**more)
     return Dataset(train, BATCHES[:2], iter(BATCHES[2:4]))
+
+
+def lists():
+    return batches("list")
 
 
 def objective(model, batch):

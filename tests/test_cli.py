@@ -1,5 +1,6 @@
 """The command line: wrong input, and what it says when it is interrupted."""
 
+import json
 import signal
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 
 from esper_jax.cli import main
 from esper_jax.data import DATASETS
+from esper_jax.run.config import load_config, to_dict
 
 SMOKE = Path(__file__).parents[1] / "configs" / "smoke.toml"
 
@@ -42,7 +44,21 @@ def run(tmp_path, monkeypatch, capsys):
         ),
         (["train", "{smoke}", "--out", "{smoke}"], "smoke.toml is no folder"),
         (["train", "{smoke}", "--out", "{smoke}/x"], "smoke.toml/x cannot be written"),
-        (["train", "{smoke}", "--resume", "--out", "new"], "new holds no run"),
+        (["train", "{smoke}", "--allow-change", "seed"], "--allow-change: expected"),
+        (["train", "{smoke}", "--set", "train.ticks=" + "9" * 4301], "train.ticks: ex"),
+        (["train", "{smoke}", "--set", "train.ticks=" + "[" * 1000], "train.ticks: ex"),
+        (
+            ["train", "{smoke}", "--set", f"train.weight_decay=1{'0' * 400}"],
+            "of 1329 b",
+        ),
+        (["train", "{smoke}", "--set", "checkpoint.every=3000000000"], "below 2**31"),
+        (["train", "{smoke}", "--set", "train.ticks=300000000"], "steps are counted"),
+        (["train", "{smoke}", "--set", "model.hidden=[1000000000]"], "GiB to train"),
+        (
+            ["train", "{smoke}", "--set", f"model.hidden=[1{'0' * 20}]"],
+            "model.hidden[0]",
+        ),
+        (["train", "{deep}"], "deep.toml: is nested too deeply"),
         (["train"], "CONFIG"),
         (["train", "{smoke}", "--quick"], "--quick"),
         (["evaluate", "nowhere"], "nowhere holds no run"),
@@ -55,9 +71,11 @@ def run(tmp_path, monkeypatch, capsys):
     ],
 )
 def test_wrong_input_is_refused_before_anything_is_written(
-    arguments, message, run, tmp_path
+    arguments, message, run, tmp_path, tmp_path_factory
 ):
-    code, errors = run(*(a.format(smoke=SMOKE) for a in arguments))
+    deep = tmp_path_factory.mktemp("config") / "deep.toml"
+    deep.write_text("seed = " + "[" * 2000 + "]" * 2000)
+    code, errors = run(*(a.format(smoke=SMOKE, deep=deep) for a in arguments))
     assert code == 2
     assert message in errors
     assert "Traceback" not in errors
@@ -95,24 +113,25 @@ def interrupted(monkeypatch):
         (
             ["train", SMOKE, "--out", "r"],
             [],
-            "stopped before the run began: there is nothing to resume",
+            "stopped by SIGINT; the run had not begun, and there is nothing to resume",
         ),
         (
             ["train", SMOKE, "--out", "r", "--resume"],
             ["config.json"],
-            "stopped before the first checkpoint; --resume --out r begins again",
+            "stopped by SIGINT; nothing was saved yet, and --resume --out r begins "
+            "again",
         ),
         (
             ["train", SMOKE, "--out", "r", "--resume"],
-            ["config.json", "checkpoints/80/manifest.json", "checkpoints/160/x"],
-            "stopped; --resume --out r goes on from step 160",
+            ["config.json", "checkpoints/80/x", "checkpoints/160/x"],
+            "stopped by SIGINT; --resume --out r goes on from step 160",
         ),
-        (["evaluate", "r"], ["config.json"], "stopped"),
+        (["evaluate", "r"], ["config.json"], "stopped by SIGINT"),
     ],
 )
 def test_what_is_said_when_interrupted_is_true(arguments, files, said, run, tmp_path):
     for file in files:
         path = tmp_path / "r" / file
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("{}")
+        path.write_text(json.dumps(to_dict(load_config(SMOKE))))
     assert run(*arguments) == (130, f"esper-jax: {said}\n")

@@ -464,7 +464,7 @@ def broken_run(monkeypatch):
     """Runs on disk whose batches are NaN where a function of the state says so."""
     original, rule, programs = programs_of_runs.build_run, {}, []
 
-    def build_run(config, data):
+    def build_run(config, data, axis_name=None):
         # The runs of one test differ in their length alone.
         programs[:] = programs or [original(config, data)]
         [program] = programs
@@ -515,7 +515,7 @@ def test_a_run_on_disk_tells_of_rollbacks_and_resumes(broken_run, tmp_path, caps
 def test_a_run_that_cannot_go_on_saves_its_state(broken_run, tmp_path):
     broken_run["when"] = lambda step, rollbacks: step >= 50
     console, out = Console(quiet=True), tmp_path / "run"
-    message = r"training stopped in tick 7: .*saved as step 48 in .*--resume goes on"
+    message = r"training stopped in tick 7: .*saved as step 48 in .*go on with --resume"
     with pytest.raises(run.RunError, match=message):
         run.train_run(smoke(9), out, console=console)
     assert not (out / "summary.json").exists()

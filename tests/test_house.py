@@ -17,7 +17,7 @@ import esper_jax
 
 ROOT = pathlib.Path(__file__).parents[1]
 FLOORS = (
-    ("chunks", "groups", "trees", "optim", "data"),
+    ("_early", "chunks", "groups", "trees", "optim", "data"),
     ("lifecycle",),
     ("blueprints",),
     ("parallel",),
@@ -30,7 +30,7 @@ FLOORS = (
     ("checkpoint",),
     ("monitor",),
     ("run",),
-    ("cli",),
+    ("commands", "cli"),
     # The package's own names, its command, and the import paths of version 0.1.
     ("__init__", "__main__", "_old_paths"),
 )

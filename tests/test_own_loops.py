@@ -26,6 +26,7 @@ from esper_jax import (
     make_growable,
 )
 from esper_jax.blueprints import Custom
+from esper_jax.policy.interface import SAMPLED
 
 QUICK = LifecycleConfig(
     min_epochs=(0, 0, 1, 1, 1, 1, 1, 0, 1, 0, 1),
@@ -557,7 +558,7 @@ def test_own_variables_are_measured_as_parameters_are() -> None:
     kind = own_variables()
     model = kind.model
     make_growable(model, "a", SEEDS, rngs=nnx.Rngs(5), **kind.options)
-    growth = Growth(model, optax.adam(2e-2), wrt=Weight)
+    growth = Growth(model, optax.adam(2e-2), wrt=Weight, measure=SAMPLED)
     for _ in range(2):
         grads = nnx.grad(kind.loss, argnums=growth.argnums)(model, kind.batch)
         growth.update(model, grads)

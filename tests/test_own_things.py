@@ -1,8 +1,10 @@
 """Configs that name a model, data and a loss of one's own."""
 
+import dataclasses
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -15,11 +17,14 @@ import pytest
 from esper_jax.checkpoint.checkpointer import Checkpointer
 from esper_jax.cli import main
 from esper_jax.run import devices
+from esper_jax.run import run as run_module
 from esper_jax.run.build import load_data
 from esper_jax.run.config import ConfigError, parse_config, to_dict
 from esper_jax.run.devices import mesh_of
-from esper_jax.run.folder import RunFolder, read_config, read_lines
+from esper_jax.run.export import export_run
+from esper_jax.run.folder import RunError, RunFolder, read_config, read_lines
 from esper_jax.run.run import evaluate_run, train_run
+from esper_jax.train import Interrupted, Stop
 
 HERE = Path(__file__).parent
 EXAMPLES = HERE.parent / "examples"
@@ -189,6 +194,82 @@ def test_batches_of_ones_own_resume_where_they_were(kind, steps, tmp_path, caplo
     assert evaluate_run(tmp_path / "parts")["loss"] == parts["final_loss"]
 
 
+@pytest.fixture
+def one_program(monkeypatch):
+    """Runs of one kind share a compiled program; gives a place to put a signal."""
+    build, fit, made, signals = run_module.build_run, run_module.fit, {}, []
+
+    def build_run(config, data, axis_name=None):
+        key = config.train.objective, config.train.loss
+        if key not in made:
+            made[key] = build(config, data, axis_name)
+        return made[key]
+
+    def fitted(program, *arguments, **options):
+        def step(state, batch):
+            if signals and int(state.step) == signals[0] - 1:
+                signal.raise_signal(signal.SIGUSR1)
+            return program.step(state, batch)
+
+        return fit(program._replace(step=step), *arguments, **options)
+
+    monkeypatch.setattr(run_module, "build_run", build_run)
+    monkeypatch.setattr(run_module, "fit", fitted)
+    return signals
+
+
+@pytest.mark.parametrize(("kind", "steps"), [("loader", 3), ("list", 3), ("list", 0)])
+def test_a_signal_among_ones_own_batches(kind, steps, one_program, tmp_path):
+    """The position that is saved is that of the step, in a tick and at its end."""
+    own = batches(kind, 3, steps_per_tick=steps)
+    whole = train_run(own, tmp_path / "whole")
+    per_tick = steps or 8
+    for at in (per_tick + 2, 2 * per_tick, 2 * per_tick + 1):
+        one_program[:] = [at]
+        with Stop(signal.SIGUSR1) as stop, pytest.raises(Interrupted) as stopped:
+            train_run(own, tmp_path / "parts", resume=True, stop=stop)
+        state = stopped.value.state
+        assert int(state.step) == at
+        saved = Checkpointer(tmp_path / "parts/checkpoints").steps()
+        assert saved[-1] == at
+    one_program.clear()
+    parts = train_run(own, tmp_path / "parts", resume=True)
+    assert parts == whole
+
+
+def test_what_is_sealed_and_changed_on_purpose(one_program, tmp_path, caplog):
+    out = tmp_path / "run"
+    train_run(batches("loader", 2, steps_per_tick=3), out)
+    text = RunFolder(out).config.read_text()
+    # Another config than the checkpoints': found before the user's code is called.
+    assert '"kind": "loader"' in text
+    RunFolder(out).config.write_text(text.replace('"loader"', '"nothing"'))
+    said = "data.kind = 'nothing', but step 6 was saved with 'loader'"
+    for attempt in (evaluate_run, lambda out: export_run(out, "orbax")):
+        with pytest.raises(RunError, match=said):
+            attempt(out)
+    RunFolder(out).config.write_text(text)
+    longer = batches("list", 3, steps_per_tick=3)
+    with pytest.raises(ConfigError, match=r"data.kind: .*--allow-change data.kind"):
+        train_run(longer, out, resume=True)
+    for name in ("model.width", "growth.layers", "model"):
+        with pytest.raises(ConfigError, match=f"{name}: .*start a new run"):
+            train_run(longer, out, resume=True, allow_change=[name])
+    # Data that cannot go to the old position begin anew, and it is told.
+    assert not caplog.records
+    summary = train_run(longer, out, resume=True, allow_change=["data.kind"])
+    [record] = caplog.records
+    assert "cannot go to the position that was saved: they begin anew" in record.message
+    [change] = [e for e in summary["events"] if "change" in e]
+    assert (change["tick"], change["from"], change["to"]) == (2, '"loader"', '"list"')
+    evaluate_run(out)
+    # A key that is gone is a change, too.
+    gone = config(**{**to_dict(longer), "data": {"factory": "own_module:lists"}})
+    gone = dataclasses.replace(gone, train=dataclasses.replace(gone.train, ticks=4))
+    allowed = ["data.kind", "data.factory"]
+    assert train_run(gone, out, resume=True, allow_change=allowed)["final_loss"]
+
+
 def test_the_example_of_ones_own_things_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(EXAMPLES)
     monkeypatch.setattr(sys, "path", list(sys.path))
@@ -241,6 +322,21 @@ def test_several_devices_come_to_the_same(tmp_path):
     assert train_run(longer, tmp_path / "four", resume=True)["recompiles"] == 0
 
 
+def both(folder, *more):
+    """Statuses, outputs and errors of two processes that train ``c.toml``."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    sides = [side(i, port, folder, *more) for i in (0, 1)]
+    try:
+        said = [process.communicate(timeout=240) for process in sides]
+    finally:
+        for process in sides:
+            process.kill()
+            process.wait()
+    return [process.returncode for process in sides], *zip(*said, strict=True)
+
+
 def side(index, port, folder, *more):
     flags = os.environ["XLA_FLAGS"].replace("device_count=4", "device_count=1")
     address = ("--coordinator", f"localhost:{port}", "--num-processes", "2")
@@ -277,19 +373,10 @@ batch_size = {TRAIN["batch_size"]}
 loss = "own_module:loss"
 """
     )
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    sides = [side(i, port, tmp_path) for i in (0, 1)]
-    try:
-        said = [process.communicate(timeout=240) for process in sides]
-    finally:
-        for process in sides:
-            process.kill()
-            process.wait()
-    assert [process.returncode for process in sides] == [0, 0], said
-    assert "recompiles: 0" in said[0][0]
-    assert not [x for x in said[1][0].splitlines() if not x.startswith("[Gloo]")]
+    statuses, out, errors = both(tmp_path)
+    assert statuses == [0, 0], errors
+    assert "recompiles: 0" in out[0]
+    assert not [x for x in out[1].splitlines() if not x.startswith("[Gloo]")]
     [run] = (tmp_path / "runs").iterdir()
     folder = RunFolder(run)
     alone = train_run(read_config(folder), tmp_path / "alone")
@@ -300,6 +387,62 @@ loss = "own_module:loss"
     assert len(read_lines(folder.events)) == len(summary["events"])
     assert Checkpointer(folder.checkpoints).steps() == [12]
     assert evaluate_run(run)["loss"] == pytest.approx(summary["final_loss"], rel=1e-5)
+
+
+def test_two_processes_stop_and_fail_together(tmp_path):
+    shutil.copy(HERE / "own_module.py", tmp_path)
+    (tmp_path / "c.toml").write_text(
+        """
+[model]
+factory = "own_module:model"
+width = 8
+[data]
+factory = "own_module:batches"
+kind = "loader"
+stop = 5
+full = 0
+[growth]
+layers = ["a"]
+num_seeds = 2
+capacity = 2
+[controller]
+when = "period"
+period = 1
+[train]
+ticks = 4
+steps_per_tick = 3
+objective = "own_module:objective"
+"""
+    )
+    run = ("--out", "run", "--resume")
+    # SIGTERM comes to process 1 alone, in the second of the three steps of tick 2.
+    statuses, _, errors = both(tmp_path, *run)
+    assert statuses == [143, 143], errors
+    said = "esper-jax: stopped by SIGTERM; --resume --out run goes on from step 6"
+    assert [error.splitlines()[-1] for error in errors] == [said] * 2
+    assert "starts one" in errors[0]
+    assert "starts one" not in errors[1]
+    folder = RunFolder(tmp_path / "run")
+    assert len(read_lines(folder.ticks)) == 2
+    # Process 0 cannot write a log at the end of tick 3; the other does not wait for it.
+    changed = ("--set", "data.stop=0", "data.full=8")
+    allowed = ("--allow-change", "data.stop", "--allow-change", "data.full")
+    statuses, _, errors = both(tmp_path, *run, *changed, *allowed)
+    assert statuses == [2, 2], errors
+    assert "ticks.jsonl cannot be written: Is a directory" in errors[0]
+    assert "process 0: run/ticks.jsonl cannot be written" in errors[1]
+    folder.ticks.rmdir()
+    changes = {e["text"] for e in read_lines(folder.events) if "change" in e}
+    assert len(changes) == 2
+    # One process goes on with what they have left, on the batches that are due.
+    tables = to_dict(read_config(folder))
+    own = parse_config({**tables, "data": {**tables["data"], "full": 0}})
+    parts = train_run(own, folder.path, resume=True, allow_change=["data.full"])
+    whole = train_run(own, tmp_path / "whole")
+    assert parts["incomplete"] == [
+        "ticks.jsonl holds 0 of the 2 lines that were written up to tick 2"
+    ]
+    np.testing.assert_allclose(parts["final_loss"], whole["final_loss"], rtol=1e-4)
 
 
 @pytest.mark.parametrize(

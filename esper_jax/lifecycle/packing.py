@@ -17,12 +17,17 @@ from esper_jax.lifecycle.state import SeedState, init_seeds
 __all__ = ["NAMES", "pack", "unpack"]
 
 
+def _shapes(seeds: int, slots: int) -> Any:
+    """Without arrays, which would make JAX look for its devices during the import."""
+    return jax.eval_shape(functools.partial(init_seeds, seeds, slots))
+
+
 @functools.cache
 def _places() -> dict[str, list[int]]:
     """Name of each array, and the indices of the leaves that it holds, in order."""
     seeds, slots = 3, 2
     together: dict[str, dict[str, int]] = {}
-    leaves = jax.tree_util.tree_leaves_with_path(init_seeds(seeds, slots))
+    leaves = jax.tree_util.tree_leaves_with_path(_shapes(seeds, slots))
     for index, (path, leaf) in enumerate(leaves):
         kind = {(seeds,): "seed", (slots,): "slot", (): "layer"}[leaf.shape]
         field = path[0].name
@@ -37,7 +42,7 @@ def _places() -> dict[str, list[int]]:
 NAMES = tuple(_places())
 """Names of the arrays."""
 
-_TREE = jax.tree.structure(init_seeds(1, 1))
+_TREE = jax.tree.structure(_shapes(1, 1))
 
 
 def pack(state: SeedState, old: SeedState | None = None) -> dict[str, Any]:

@@ -1,6 +1,9 @@
 """The live view of a run: a panel on a terminal, plain lines elsewhere."""
 
-from collections.abc import Iterable, Mapping
+import contextlib
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -26,11 +29,21 @@ _STYLES = {
 }
 
 
+class _Console(Console):
+    """Where nobody reads any more, goes on in silence."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 class LiveView:
     """Shows progress, losses, accuracy, and each layer's seeds counted by stage.
 
     Redraws one panel on a terminal, and prints plain lines elsewhere. A context
-    manager; call `update` after each tick.
+    manager; call `update` after each tick. Training is worth more than what is said of
+    it: if the output cannot be written, the view falls silent.
 
     Args:
       ticks: number of the last tick.
@@ -41,7 +54,7 @@ class LiveView:
     def __init__(
         self, ticks: int, console: Console | None = None, every: int = 25
     ) -> None:
-        self.console = console or Console()
+        self.console = console or _Console()
         self._ticks = ticks
         self._every = every
         self._recent: list[str] = []
@@ -60,8 +73,9 @@ class LiveView:
         if self._live is None:
             self._print(waiting)
         else:
-            self._live.update(Text(waiting, style="dim"))
-            self._live.start()
+            with self._showing():
+                self._live.update(Text(waiting, style="dim"))
+                self._live.start()
         return self
 
     def __exit__(
@@ -71,7 +85,8 @@ class LiveView:
         trace: TracebackType | None,
     ) -> None:
         if self._live is not None:
-            self._live.stop()
+            with self._showing():
+                self._live.stop()
 
     def update(self, report: TickReport, events: Iterable[Mapping[str, Any]]) -> None:
         """Shows a tick.
@@ -83,7 +98,8 @@ class LiveView:
         for event in events:
             self.note(f"tick {event['tick']}: {event['layer']} {event['text']}")
         if self._live is not None:
-            self._redraw(self._live, report)
+            with self._showing():
+                self._redraw(self._live, report)
         elif report.tick % self._every == 0 or report.tick == self._ticks:
             self._print(_metrics(report, self._ticks))
             for name, layer in report.layers.items():
@@ -112,7 +128,15 @@ class LiveView:
 
     def _print(self, line: str) -> None:
         # No wrapping and no colours, because programs read these lines too.
-        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        with self._showing():
+            self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    @contextlib.contextmanager
+    def _showing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:  # a terminal that is gone, a disk that is full
+            self.console.quiet = True
 
 
 def _metrics(report: TickReport, ticks: int) -> str:

@@ -24,6 +24,7 @@ def accuracy(
     ticks: Sequence[Mapping[str, Any]],
     events: Sequence[Mapping[str, Any]],
     static: Mapping[str, Any] | None = None,
+    note: str = "",
 ) -> None:
     """Draws held-out accuracy over the ticks into an image file.
 
@@ -33,12 +34,15 @@ def accuracy(
       events: as `EventLog.events` holds them; transitions that happened are marked.
       static: the static twin, if there is one, with ``history`` (accuracy after each
         tick) and ``parameters``.
+      note: what is wrong with the records; stands above the curves.
     """
     from matplotlib.figure import Figure  # slow to import
 
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes, strip = figure.subplots(2, 1, sharex=True, height_ratios=(5, 1))
     _draw_accuracy(axes, ticks, static)
+    if note:
+        axes.set_title(f"incomplete: {note}", color="tab:red", fontsize="small")
     _draw_events(strip, {t["tick"] for t in ticks}, events, axes)
     strip.set_xlabel("tick (epoch)")
     figure.savefig(path, dpi=120)

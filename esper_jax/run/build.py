@@ -1,5 +1,10 @@
 """From a config to what runs: its data and its program."""
 
+import itertools
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import jax
 import numpy as np
 import optax
@@ -41,7 +46,8 @@ def build_run(
       axis_name: of the devices that the rows are divided among; see `build`.
 
     Raises:
-      ConfigError: if the model or the loss cannot be used.
+      ConfigError: if the model or the loss cannot be used, or the built-in model does
+        not fit on the device.
     """
     train = config.train
     model = own_model(config) if config.model.factory else _perceptron(config, data)
@@ -78,6 +84,7 @@ def _perceptron(config: RunConfig, data: Dataset) -> MLP:
             "your own in model.factory for other data"
         )
     inputs, classes = train[0].shape[-1], data.num_classes
+    _check_memory([inputs, *config.model.hidden, classes])
 
     @jax.debug_nans(False)  # NaN is what no seed has measured yet
     @nnx.jit  # one program instead of one for each operation
@@ -96,3 +103,27 @@ def _perceptron(config: RunConfig, data: Dataset) -> MLP:
         )
 
     return make()
+
+
+def _check_memory(sizes: Sequence[int]) -> None:
+    """Refuses a perceptron that cannot fit on the device.
+
+    Counts parameters, their gradients and their two moments, and nothing else.
+
+    Raises:
+      ConfigError: saying how much it would need.
+    """
+    parameters = sum((a + 1) * b for a, b in itertools.pairwise(sizes))
+    known: Mapping[str, Any] = jax.local_devices()[0].memory_stats() or {}
+    room = known.get("bytes_limit") or _memory()
+    if 16 * parameters > room:
+        raise ConfigError(
+            f"model.hidden: a host of {parameters:.3g} parameters needs at least "
+            f"{16 * parameters / 2**30:.3g} GiB to train, and the device has "
+            f"{room / 2**30:.3g} GiB; expected smaller widths"
+        )
+
+
+def _memory() -> int:
+    """Bytes of memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

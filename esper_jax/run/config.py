@@ -17,7 +17,13 @@ from esper_jax.lifecycle.rules import LifecycleConfig
 from esper_jax.lifecycle.stages import Incubation, Stage
 from esper_jax.policy.config import ControllerConfig
 from esper_jax.run.overrides import set_key
-from esper_jax.run.references import ConfigError, check_reference, own_table, written
+from esper_jax.run.references import (
+    ConfigError,
+    check_reference,
+    own_table,
+    shown,
+    written,
+)
 from esper_jax.train.faults import GovernorConfig
 
 __all__ = [
@@ -29,7 +35,6 @@ __all__ = [
     "ModelConfig",
     "RunConfig",
     "TrainConfig",
-    "check_resumable",
     "load_config",
     "parse_config",
     "to_dict",
@@ -148,9 +153,9 @@ class TrainConfig:
     blueprint_weight_decay: float = 1e-2
 
     def __post_init__(self) -> None:
-        _at_least("ticks", self.ticks, 1)
-        _at_least("batch_size", self.batch_size, 1)
-        _at_least("steps_per_tick", self.steps_per_tick, 0)
+        _counts("ticks", self.ticks)
+        _counts("batch_size", self.batch_size)
+        _counts("steps_per_tick", self.steps_per_tick, 0)
         check_reference("loss", self.loss)
         check_reference("objective", self.objective)
         if self.loss and self.objective:
@@ -187,8 +192,8 @@ class CheckpointConfig:
     pinned: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        _at_least("every", self.every, 1)
-        _at_least("keep", self.keep, 1)
+        _counts("every", self.every)
+        _counts("keep", self.keep)
         _one_of("keep_best", self.keep_best, ("", "loss", "accuracy"))
         _at_least("keep_every", self.keep_every, 0)
 
@@ -276,7 +281,9 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise ConfigError(f"{path}: is nested too deeply") from None
+    except ValueError as error:  # of TOML, of UTF-8, or of too many digits
         raise ConfigError(f"{path}: is not TOML: {error}") from None
     for override in overrides:
         set_key(table, override)
@@ -303,41 +310,10 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
     return tables
 
 
-def check_resumable(config: RunConfig, saved: RunConfig) -> None:
-    """Checks that a run that was started with ``saved`` can go on with ``config``.
-
-    ``train.ticks``, ``growth.capacity`` and the tables ``governor``, ``checkpoint`` and
-    ``compare`` may differ.
-
-    Raises:
-      ConfigError: naming the first key that differs and may not.
-    """
-    new, old = _flat(to_dict(config)), _flat(to_dict(saved))
-    for key in sorted(set(new) | set(old)):
-        free = key in ("train.ticks", "growth.capacity")
-        free |= key.startswith(("governor.", "checkpoint.", "compare."))
-        if not free and new.get(key) != old.get(key):
-            raise ConfigError(
-                f"{key}: expected {old.get(key)!r}, as the run to resume has it; "
-                f"got {new.get(key)!r}"
-            )
-
-
-def _flat(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Values by dotted key."""
-    flat: dict[str, Any] = {}
-    for key, value in tables.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
-
-
 def _build(cls: type, table: Any, where: str) -> Any:
     """A config dataclass from its table, which stands at the key ``where``."""
     if not isinstance(table, Mapping):
-        raise ConfigError(f"{where or 'config'}: expected a table, got {table!r}")
+        raise ConfigError(f"{where or 'config'}: expected a table, got {shown(table)}")
     prefix = f"{where}." if where else ""
     kinds = typing.get_type_hints(cls)
     if kinds.pop("options", None) and "factory" in table:
@@ -345,7 +321,7 @@ def _build(cls: type, table: Any, where: str) -> Any:
     unknown = [key for key in table if key not in kinds]
     if unknown:
         raise ConfigError(
-            f"{prefix}{unknown[0]}: unknown key; expected one of {', '.join(kinds)}"
+            f"{prefix}{unknown[0]:.80}: unknown key; expected one of {', '.join(kinds)}"
         )
     values = {
         key: _value(kinds[key], value, prefix + key) for key, value in table.items()
@@ -366,24 +342,38 @@ def _value(kind: Any, value: Any, where: str) -> Any:
         (element, _) = typing.get_args(kind)
         if not isinstance(value, (list, tuple)):
             raise ConfigError(
-                f"{where}: expected a list of {element.__name__}, got {value!r}"
+                f"{where}: expected a list of {element.__name__}, got {shown(value)}"
             )
         return tuple(_value(element, v, f"{where}[{i}]") for i, v in enumerate(value))
     if isinstance(kind, types.UnionType):
         raise TypeError(f"{where}: unions are not supported")
     is_number = isinstance(value, int) and not isinstance(value, bool)
+    if is_number and not -(2**63) <= value < 2**63:
+        raise ConfigError(
+            f"{where}: expected {kind.__name__} of at most 64 bits, got one of "
+            f"{value.bit_length()} bits"
+        )
     if kind is float and is_number:
-        return float(value)
+        value = float(value)
     if (kind is int and not is_number) or not isinstance(value, kind):
-        raise ConfigError(f"{where}: expected {kind.__name__}, got {value!r}")
+        raise ConfigError(f"{where}: expected {kind.__name__}, got {shown(value)}")
+    if kind is float and _LARGEST < abs(value) < math.inf:
+        raise ConfigError(
+            f"{where}: expected a number that float32 can hold, at most "
+            f"{_LARGEST:.3g}, got {value!r}"
+        )
     return value
+
+
+_LARGEST = 2.0**128 - 2.0**104
+"""The largest finite float32."""
 
 
 def _min_epochs(value: Any, where: str) -> tuple[int, ...]:
     """Epochs by stage code, from a table of stage names."""
     names = [stage.name for stage in Stage]
     if not isinstance(value, Mapping):
-        raise ConfigError(f"{where}: expected a table of stages, got {value!r}")
+        raise ConfigError(f"{where}: expected a table of stages, got {shown(value)}")
     epochs = list(LifecycleConfig().min_epochs)
     for name, number in value.items():
         if name not in names:
@@ -399,6 +389,15 @@ def _at_least(name: str, value: float, least: float) -> None:
         raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
+def _counts(name: str, value: int, least: int = 1) -> None:
+    """Checks what is counted in, or compared with, an int32."""
+    _at_least(name, value, least)
+    if value >= 2**31:
+        raise ValueError(f"{name} must be below 2**31, got {value}")
+
+
 def _one_of(name: str, value: str, choices: Any) -> None:
     if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
+        raise ValueError(
+            f"{name} must be one of {', '.join(choices)}; got {shown(value)}"
+        )

@@ -1,6 +1,7 @@
 """The devices that a run trains on, and the processes that hold them."""
 
 import logging
+import signal
 
 import jax
 import numpy as np
@@ -23,7 +24,9 @@ _log = logging.getLogger(__name__)
 def join(
     coordinator: str | None, num_processes: int | None, process_id: int | None
 ) -> None:
-    """Joins the processes of one run; before anything is computed.
+    """Joins the processes of one run; before anything is computed, in the main thread.
+
+    The handler of SIGTERM stays what it was.
 
     Args:
       coordinator: ``host:port`` of process 0. Without it, JAX asks Slurm, Open MPI or
@@ -40,8 +43,12 @@ def join(
             "--distributed: expected --coordinator, --num-processes and --process-id "
             "together, or none of them under Slurm, Open MPI or Kubernetes"
         )
+    number = signal.SIGTERM
+    handler = signal.getsignal(number)
     try:
         jax.distributed.initialize(coordinator, num_processes, process_id)
+        # JAX has taken it for its preemption service, unseen by Python.
+        signal.signal(number, handler)
     except (ValueError, RuntimeError) as error:
         raise ConfigError(
             f"--distributed: the processes could not be joined: {error}. Outside of "

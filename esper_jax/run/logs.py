@@ -1,6 +1,10 @@
 """What a run writes down while it trains: events, rollbacks and ticks."""
 
-from collections.abc import Iterator
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,15 +15,166 @@ from esper_jax.lifecycle.signals import Signals
 from esper_jax.lifecycle.stages import Outcome, Stage
 from esper_jax.monitor.words import Event, drain
 from esper_jax.run.folder import (
+    RunError,
     RunFolder,
     append_lines,
     finite_or_none,
+    lines_of,
+    read_json,
     read_lines,
+    sync,
     write_lines,
 )
 from esper_jax.train.retreat import Rollback
 
-__all__ = ["EventLog", "Metrics"]
+__all__ = ["EventLog", "History", "Journal", "Metrics", "read_history"]
+
+
+_FIELDS: dict[str, dict[str, type]] = {
+    "events": {
+        "tick": int,
+        "layer": str,
+        "seed": int,
+        "from": str,
+        "to": str,
+        "outcome": str,
+    },
+    "rollbacks": {"number": int, "tick": int},
+    "ticks": {"tick": int},
+}
+"""What each line of a log must hold."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class History:
+    """What the logs of a run hold from before the state that it goes on from.
+
+    Args:
+      events: of the seeds, and changes of the config.
+      rollbacks: of the governor.
+      ticks: losses and accuracy.
+      missing: what the logs have lost, in words.
+    """
+
+    events: Sequence[dict[str, Any]] = ()
+    rollbacks: Sequence[dict[str, Any]] = ()
+    ticks: Sequence[dict[str, Any]] = ()
+    missing: tuple[str, ...] = ()
+
+
+def read_history(
+    folder: RunFolder,
+    ticks: int,
+    rollbacks: int,
+    sealed: Mapping[str, Any] | None = None,
+) -> History:
+    """Reads the logs, without what came after a state. Changes nothing.
+
+    Lines that a log has lost come from ``summary.json``, if they are there.
+
+    Args:
+      folder: of the run.
+      ticks: of the state; later ones are left out.
+      rollbacks: of the state; later ones, and their events, are left out.
+      sealed: what `Journal.seal` gave for each log when the state was saved; empty if
+        that was not kept.
+
+    Raises:
+      RunError: if a file is damaged.
+    """
+    read = {
+        name: read_lines(getattr(folder, name), fields)
+        for name, fields in _FIELDS.items()
+    }
+    kept = {
+        "events": [
+            e
+            for e in read["events"]
+            if e["tick"] <= ticks and e.get("rollback", 0) <= rollbacks
+        ],
+        "rollbacks": [r for r in read["rollbacks"] if r["number"] <= rollbacks],
+        "ticks": [t for t in read["ticks"] if t["tick"] <= ticks],
+    }
+    spare, missing = _in_summary(folder), []
+    due = {"rollbacks": rollbacks, "ticks": ticks}
+    for name, entries in kept.items():
+        if sealed and name in sealed:
+            due[name], digest = sealed[name]
+            kept[name] = entries = entries[: due[name]]
+            copy = spare.get(name, [])[: due[name]]
+            whole = Journal.digest_of(entries) == digest
+            if not whole and Journal.digest_of(copy) == digest:
+                kept[name], whole = copy, True
+        else:
+            whole = name == "events" or _in_order(name, entries, due[name])
+        if not whole:
+            some = "other than" if len(entries) == due[name] else f"{len(entries)} of"
+            missing.append(
+                f"{getattr(folder, name).name} holds {some} the {due[name]} lines that "
+                f"were written up to tick {ticks}"
+            )
+    return History(**kept, missing=tuple(missing))
+
+
+def _in_summary(folder: RunFolder) -> Mapping[str, Any]:
+    """The events and rollbacks of a run that had ended; what is no JSON counts not."""
+    try:
+        found = read_json(folder.summary)
+    except RunError:
+        return {}
+    named = found if isinstance(found, dict) else {}
+    return {k: v for k, v in named.items() if k in _FIELDS and isinstance(v, list)}
+
+
+def _in_order(name: str, entries: Sequence[Mapping[str, Any]], due: int) -> bool:
+    """Whether a log with numbered lines lacks none; for runs that sealed nothing.
+
+    The first runs wrote no ticks.
+    """
+    key = "tick" if name == "ticks" else "number"
+    first = name == "ticks" and not entries
+    return first or [entry[key] for entry in entries] == [*range(1, due + 1)]
+
+
+class Journal:
+    """A file of one JSON object a line, which only grows.
+
+    Args:
+      path: of the file.
+      entries: to begin with; they replace what is in the file.
+      empty: whether to make a file for no entries.
+    """
+
+    def __init__(
+        self, path: Path, entries: Sequence[Mapping[str, Any]], empty: bool = True
+    ) -> None:
+        self.path = path
+        self._count = len(entries)
+        self._digest = hashlib.sha256(lines_of(entries).encode())
+        if entries or empty or path.exists():
+            write_lines(path, entries)
+
+    def append(self, entries: Sequence[Mapping[str, Any]]) -> None:
+        """Adds lines.
+
+        Raises:
+          RunError: naming the file, if that fails.
+        """
+        if entries:
+            text = lines_of(entries)
+            append_lines(self.path, text)
+            self._count += len(entries)
+            self._digest.update(text.encode())
+
+    def seal(self) -> list[Any]:
+        """Number and SHA-256 of the lines, which are on the disk when it returns."""
+        sync(self.path)
+        return [self._count, self._digest.hexdigest()]
+
+    @staticmethod
+    def digest_of(entries: Sequence[Mapping[str, Any]]) -> str:
+        """SHA-256 of lines that were read."""
+        return hashlib.sha256(lines_of(entries).encode()).hexdigest()
 
 
 class Metrics:
@@ -27,13 +182,11 @@ class Metrics:
 
     Args:
       folder: of the run.
-      keep_until: later ticks are dropped from the file.
+      history: what to go on from.
     """
 
-    def __init__(self, folder: RunFolder, keep_until: int) -> None:
-        self._path = folder.ticks
-        kept = [t for t in read_lines(self._path) if t["tick"] <= keep_until]
-        write_lines(self._path, kept)
+    def __init__(self, folder: RunFolder, history: History) -> None:
+        self.journal = Journal(folder.ticks, history.ticks)
 
     def add(self, report: TickReport) -> None:
         """Appends a tick, given its report with host values."""
@@ -43,7 +196,7 @@ class Metrics:
             "loss": finite_or_none(report.loss),
             "accuracy": finite_or_none(report.accuracy),
         }
-        append_lines(self._path, [line])
+        self.journal.append([line])
 
 
 class EventLog:
@@ -55,34 +208,52 @@ class EventLog:
     Args:
       folder: of the run.
       lifecycle: minima and gates in force; the words of the events quote them.
-      keep_until: events of later ticks are dropped from the files.
-      rollbacks: later rollbacks than this many, and their events, are dropped.
+      history: what to go on from.
 
     Attributes:
       events: as dictionaries, oldest first.
       rollbacks: as dictionaries, oldest first.
+      journals: the two files.
     """
 
     def __init__(
-        self,
-        folder: RunFolder,
-        lifecycle: LifecycleConfig,
-        keep_until: int,
-        rollbacks: int = 0,
+        self, folder: RunFolder, lifecycle: LifecycleConfig, history: History
     ) -> None:
-        self._folder = folder
         self._lifecycle = lifecycle
-        self.rollbacks = [
-            r for r in read_lines(folder.rollbacks) if r["number"] <= rollbacks
-        ]
-        self._write_rollbacks()
-        self.events = [
-            e
-            for e in read_lines(folder.events)
-            if e["tick"] <= keep_until and e.get("rollback", 0) <= rollbacks
-        ]
+        self.rollbacks = list(history.rollbacks)
+        self.events = list(history.events)
+        self.journals = {
+            "events": Journal(folder.events, self.events),
+            "rollbacks": Journal(folder.rollbacks, self.rollbacks, empty=False),
+        }
         self._last = dict(map(_seed_and_move, self.events))
-        write_lines(folder.events, self.events)
+
+    def add_changes(self, changes: Sequence[Mapping[str, Any]]) -> None:
+        """Writes changes of the config, those that are not there yet.
+
+        Args:
+          changes: all of the run; see `record.Record`.
+        """
+        known = {e["change"] for e in self.events if "change" in e}
+        self._append(
+            [
+                {
+                    "tick": change["tick"],
+                    "layer": "",
+                    "seed": -1,
+                    "slot": -1,
+                    "from": json.dumps(change["from"]),
+                    "to": json.dumps(change["to"]),
+                    "outcome": Outcome.OK.name,
+                    "measured": {},
+                    "text": f"config: {change['key']} is {change['to']!r} from here "
+                    f"on, and was {change['from']!r}",
+                    "change": number,
+                }
+                for number, change in enumerate(changes, 1)
+                if number not in known
+            ]
+        )
 
     def add(self, report: TickReport) -> list[dict[str, Any]]:
         """Writes the new events of a tick, given its report with host values.
@@ -109,16 +280,15 @@ class EventLog:
             f"rollback {rollback.number}, from tick {rollback.failed_tick} to "
             f"{rollback.tick}: {rollback.reason}"
         )
-        self.rollbacks.append(
-            {
-                "number": rollback.number,
-                "failed_tick": rollback.failed_tick,
-                "tick": rollback.tick,
-                "fault": rollback.fault.name,
-                "text": text,
-            }
-        )
-        self._write_rollbacks()
+        entry = {
+            "number": rollback.number,
+            "failed_tick": rollback.failed_tick,
+            "tick": rollback.tick,
+            "fault": rollback.fault.name,
+            "text": text,
+        }
+        self.rollbacks.append(entry)
+        self.journals["rollbacks"].append([entry])
         new = list(self._rolled_back(rollback))
         self._append(new)
         return [text, *(f"tick {e['tick']}: {e['layer']} {e['text']}" for e in new)]
@@ -136,14 +306,9 @@ class EventLog:
         return event["outcome"] == Outcome.OK.name or self._last.get(seed) != move
 
     def _append(self, events: list[dict[str, Any]]) -> None:
-        append_lines(self._folder.events, events)
+        self.journals["events"].append(events)
         self.events += events
         self._last |= map(_seed_and_move, events)
-
-    def _write_rollbacks(self) -> None:
-        # A run without rollbacks has no such file.
-        if self.rollbacks or self._folder.rollbacks.exists():
-            write_lines(self._folder.rollbacks, self.rollbacks)
 
 
 def _seed_and_move(

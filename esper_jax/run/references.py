@@ -10,6 +10,8 @@ import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from esper_jax.checkpoint.manifest import DEPTH, nested_deeper
+
 __all__ = [
     "ConfigError",
     "call",
@@ -17,12 +19,22 @@ __all__ = [
     "failure",
     "imported",
     "own_table",
+    "shown",
     "written",
 ]
 
 
 class ConfigError(ValueError):
     """A config that cannot be run; the message names the key and what was expected."""
+
+
+def shown(value: Any) -> str:
+    """A value as an error message can show it, however large or deep it is."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):
+        return f"a {type(value).__name__} too large to show"
+    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def check_reference(name: str, reference: str) -> None:
@@ -52,12 +64,17 @@ def own_table(cls: type, table: Mapping[str, Any], prefix: str) -> Any:
             json.dumps(value)
         except (TypeError, ValueError):
             raise ConfigError(
-                f"{prefix}{key}: expected a number, text, list or table, got {value!r}"
+                f"{prefix}{key}: expected a number, text, list or table, got "
+                f"{shown(value)}"
             ) from None
+        except RecursionError:
+            raise ConfigError(f"{prefix}{key}: is nested too deeply") from None
+        if nested_deeper(value, DEPTH - 3):  # a checkpoint could not hold it
+            raise ConfigError(f"{prefix}{key}: is nested too deeply")
     if not isinstance(table["factory"], str) or not table["factory"]:
         raise ConfigError(
             f'{prefix}factory: expected "package.module:function", '
-            f"got {table['factory']!r}"
+            f"got {shown(table['factory'])}"
         )
     try:
         return cls(factory=table["factory"], options=options)

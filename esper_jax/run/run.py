@@ -4,65 +4,42 @@
 the run ends.
 """
 
-import dataclasses
-import logging
+import functools
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from rich.console import Console
 
-from esper_jax.blueprints import living_parameters, param_counts
 from esper_jax.checkpoint import Retention
 from esper_jax.checkpoint.checkpointer import Checkpointer, Restored
 from esper_jax.data import Dataset
 from esper_jax.growth.reports import TickReport
 from esper_jax.growth.state import TrainState
-from esper_jax.lifecycle.state import coefficients
-from esper_jax.monitor import plot
 from esper_jax.monitor.live import LiveView
 from esper_jax.monitor.words import why
 from esper_jax.parallel.processes import together
 from esper_jax.policy.memory import Reason
 from esper_jax.run.build import build_run, load_data
-from esper_jax.run.compare import train_static
-from esper_jax.run.config import ConfigError, RunConfig, check_resumable, to_dict
+from esper_jax.run.config import ConfigError, RunConfig
 from esper_jax.run.devices import AXIS, mesh_of, over
-from esper_jax.run.folder import (
-    RunError,
-    RunFolder,
-    finite_or_none,
-    read_config,
-    read_lines,
-    write_json,
-)
-from esper_jax.run.logs import EventLog, Metrics
-from esper_jax.run.own import begins_anew, check_one_step, has_own_loss, is_own
-from esper_jax.train.batches import is_iterable, stack
+from esper_jax.run.folder import RunError, RunFolder, read_config
+from esper_jax.run.logs import History
+from esper_jax.run.opening import check_data, check_ticks, examine
+from esper_jax.run.own import check_one_step, has_own_loss, is_own
+from esper_jax.run.record import check_seal, newest_seal, read_record, seal_of
+from esper_jax.run.session import Session, Start, begin, restored
+from esper_jax.run.summary import conclude, test_result
+from esper_jax.train.batches import is_iterable
 from esper_jax.train.governor import Governor
 from esper_jax.train.loop import fit
-from esper_jax.train.losses import common_rows
 from esper_jax.train.program import Program
 from esper_jax.train.retreat import Rollback, TrainingStopped
-from esper_jax.trees import state_hash
+from esper_jax.train.stop import Interrupted, Stop
 
 __all__ = ["evaluate_run", "restore_run", "train_run"]
-
-_log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Session:
-    """Everything that a run works with while it trains, except its state."""
-
-    config: RunConfig
-    data: Dataset
-    program: Program
-    folder: RunFolder
-    checkpoints: Checkpointer
-    log: EventLog
-    metrics: Metrics
 
 
 def train_run(
@@ -70,19 +47,27 @@ def train_run(
     out: Path,
     *,
     resume: bool = False,
+    allow_change: Sequence[str] = (),
     devices: int | None = None,
     console: Console | None = None,
+    stop: Stop | None = None,
 ) -> dict[str, Any]:
     """Trains into the folder ``out`` and returns what ``summary.json`` holds.
+
+    A signal ends training after the step in hand; the state is saved then.
 
     Args:
       config: of the run.
       out: folder of the run; must be empty or absent, unless ``resume``.
-      resume: go on from the newest sound checkpoint of the run in ``out``, or start
-        over if there is no checkpoint yet. `check_resumable` says what may differ from
-        the run's config. A smaller ``growth.capacity`` must hold all living seeds.
+      resume: go on from the newest sound checkpoint of the run in ``out``. Starts over
+        if there is no checkpoint yet, and starts a run if there is none.
+        `check_resumable` says what may differ from the run's config. A smaller
+        ``growth.capacity`` must hold all living seeds.
+      allow_change: keys, or tables of keys, that may differ from the run's config, too.
+        Each change is written down as an event.
       devices: of each process, to train on; see `run.devices.mesh_of`.
       console: where the live view prints; standard output by default.
+      stop: signals to end for; SIGINT by default, and only while steps are done.
 
     Raises:
       RunError: if ``out`` cannot be used, or the governor stopped the run. A stopped
@@ -91,40 +76,31 @@ def train_run(
         saved, or if another process is training into ``out``.
       ConfigError: if the config does not fit the data or the run to resume. Nothing
         has been written then.
+      Interrupted: if a signal ended training, with all that is done saved.
     """
-    data = load_data(config)
-    _check_batch_size(config, data)
     folder = RunFolder(out)
-    # All look before process 0 writes.
-    if resume:
-        together(lambda: check_resumable(config, read_config(folder)), RunError)
-    else:
-        together(lambda: _check_empty(out), RunError)
-    mesh = mesh_of(config, data, devices)
-    program = over(build_run(config, data, AXIS if mesh else None), mesh)
+    look = functools.partial(
+        examine, folder, config, resume=resume, allowed=allow_change
+    )
+    # All processes look before one of them writes.
+    together(lambda: look(warn=False), RunError)
+    data, program = together(lambda: _built(config, devices), ConfigError)
     state = program.init(jax.random.key(config.seed))
     if is_own(config):
-        check_one_step(config, program, state, data)
-    _make(out)
+        together(lambda: check_one_step(config, program, state, data), ConfigError)
+    together(lambda: _make(out), RunError)
     with Checkpointer(folder.checkpoints, retention=_retention(config)) as checkpoints:
         checkpoints.acquire()
-        if resume:
-            state = _restored(checkpoints, state, data)
-        _check_ticks(config, state)
-        write_json(folder.config, to_dict(config))
-        folder.summary.unlink(missing_ok=True)
-        ticks = int(state.ticks)
-        session = _Session(
-            config=config,
-            data=data,
-            program=program,
-            folder=folder,
-            checkpoints=checkpoints,
-            log=EventLog(folder, program.gates, ticks, int(state.governor.rollbacks)),
-            metrics=Metrics(folder, ticks),
-        )
-        state = _train(session, state, console)
-    return _conclude(session, state)
+        # Once more: another process may have trained into the folder since.
+        opening = together(look, RunError)
+        start = Start(config, data, program, folder, checkpoints)
+        history = History()
+        if not opening.fresh:
+            state, history = restored(start, opening, state)
+        check_ticks(config, state)
+        session = begin(start, opening, state, history)
+        state = _train(session, state, console, stop)
+    return conclude(session, state)
 
 
 def evaluate_run(out: Path) -> dict[str, Any]:
@@ -137,7 +113,7 @@ def evaluate_run(out: Path) -> dict[str, Any]:
       CheckpointError: if there is no sound checkpoint.
     """
     program, data, found = restore_run(RunFolder(out))
-    loss, accuracy = _test(program, found.state, data)
+    loss, accuracy = test_result(program, found.state, data)
     return {"step": int(found.state.step), "accuracy": accuracy, "loss": loss}
 
 
@@ -148,34 +124,24 @@ def restore_run(folder: RunFolder) -> tuple[Program, Dataset, Restored]:
       RunError: if the folder holds no run.
       CheckpointError: if there is no sound checkpoint.
     """
-    config = read_config(folder)
+    config, record = read_config(folder), read_record(folder)
+    newest = newest_seal(folder)
+    if newest is not None:
+        check_seal(folder, config, record, newest)
     data = load_data(config)
+    check_data(config, data)
     program = build_run(config, data)
     like = program.init(jax.random.key(config.seed))
-    return program, data, Checkpointer(folder.checkpoints).restore(like)
+    found = Checkpointer(folder.checkpoints).restore(like)
+    check_seal(folder, config, record, seal_of(found.manifest))
+    return program, data, found
 
 
-def _check_batch_size(config: RunConfig, data: Dataset) -> None:
-    if is_iterable(data.train):
-        return
-    if config.train.steps_per_tick:
-        raise ConfigError(
-            "train.steps_per_tick: expected 0, since the training data are arrays, "
-            f"which have a tick an epoch; got {config.train.steps_per_tick}"
-        )
-    rows = common_rows(data.train) or 0
-    if config.train.batch_size > rows:
-        raise ConfigError(
-            f"train.batch_size: expected at most the {rows} training rows of "
-            f"{config.data.factory or config.data.name}, got {config.train.batch_size}"
-        )
-
-
-def _check_empty(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise RunError(f"{out} is no folder: choose another --out")
-    if out.exists() and any(out.iterdir()):
-        raise RunError(f"{out} is not empty: choose another --out, or --resume the run")
+def _built(config: RunConfig, devices: int | None) -> tuple[Dataset, Program]:
+    data = load_data(config)
+    check_data(config, data)
+    mesh = mesh_of(config, data, devices)
+    return data, over(build_run(config, data, AXIS if mesh else None), mesh)
 
 
 def _make(out: Path) -> None:
@@ -198,40 +164,9 @@ def _retention(config: RunConfig) -> Retention:
     )
 
 
-def _iterator(data: Dataset) -> Any:
-    """The training data, if they are an iterator, which has a position or lacks it."""
-    train = data.train
-    return train if is_iterable(train) and not begins_anew(train) else None
-
-
-def _restored(
-    checkpoints: Checkpointer, state: TrainState, data: Dataset
+def _train(
+    session: Session, state: TrainState, console: Console | None, stop: Stop | None
 ) -> TrainState:
-    """The newest sound checkpoint, or ``state`` if there is no checkpoint yet."""
-    if not checkpoints.steps():
-        _log.warning("%s holds no checkpoint: starts anew", checkpoints.directory)
-        return state
-    found = checkpoints.restore(state, data=_iterator(data))
-    for name, (before, after) in found.resized.items():
-        _log.warning(
-            "layer %s of step %d goes on with capacity %d instead of %d",
-            name,
-            found.step,
-            after,
-            before,
-        )
-    return found.state
-
-
-def _check_ticks(config: RunConfig, state: TrainState) -> None:
-    if config.train.ticks < int(state.ticks):
-        raise ConfigError(
-            f"train.ticks: expected at least {int(state.ticks)}, which the run to "
-            f"resume has done; got {config.train.ticks}"
-        )
-
-
-def _train(session: _Session, state: TrainState, console: Console | None) -> TrainState:
     """Trains to the last tick, with live view, logs, checkpoints and governor."""
     config, data = session.config, session.data
     batches = is_iterable(data.train)
@@ -251,18 +186,19 @@ def _train(session: _Session, state: TrainState, console: Console | None) -> Tra
                 seed=config.seed,
                 on_tick=reporter.on_tick,
                 governor=_governor(session, reporter),
+                stop=stop,
             )
-        except TrainingStopped as stop:
-            step = int(stop.state.step)
-            checkpoints = session.checkpoints
-            checkpoints.save(
-                step, stop.state, config=to_dict(config), data=_iterator(data)
-            )
-            checkpoints.wait()  # the message below claims that it is saved
+        except Interrupted as stopped:
+            reporter.save_at_once(stopped.state)
+            raise
+        except TrainingStopped as stopped:
+            session.save(stopped.state, math.nan, math.nan)
+            session.checkpoints.wait()  # the message below claims that it is saved
             raise RunError(
-                f"{stop}. The last good state is saved as step {step} in "
-                f"{checkpoints.directory}; once the cause is gone, --resume goes on "
-                "from it"
+                f"{stopped}. The last good state is saved as step "
+                f"{int(stopped.state.step)} in {session.checkpoints.directory}; mend "
+                "the cause, then go on with --resume. --allow-change KEY lets a key of "
+                "the config be another, such as train.learning_rate"
             ) from None
 
 
@@ -272,38 +208,41 @@ class _Reporter:
     Remembers which reason for not germinating it has shown, to show each once in a row.
     """
 
-    def __init__(self, session: _Session, view: LiveView) -> None:
+    def __init__(self, session: Session, view: LiveView) -> None:
         self._session = session
         self._view = view
         self._shown = Reason.NOT_YET
+        self._saved = -1  # the last step
 
     def on_tick(self, state: TrainState, report: TickReport) -> None:
-        self._view.update(report, self._session.log.add(report))
-        self._session.metrics.add(report)
+        together(lambda: self._write(report), RunError)
         reason = Reason(int(report.reason))
         if reason not in (self._shown, Reason.NOT_YET, Reason.GERMINATED):
             self._view.note(f"tick {int(report.tick)}: {why(reason)}")
             self._shown = reason
         config = self._session.config
         last = report.tick == config.train.ticks
-        if last or report.tick % config.checkpoint.every == 0:
-            self._save(state, report)
+        if last or int(report.tick) % config.checkpoint.every == 0:
+            self._session.save(state, float(report.loss), float(report.accuracy))
+            self._saved = int(state.step)
+
+    def save_at_once(self, state: TrainState) -> None:
+        """Saves a state that is not saved yet, and waits for it."""
+        if int(state.step) not in (0, self._saved):
+            self._session.save(state, math.nan, math.nan)
+        self._session.checkpoints.wait()
 
     def on_rollback(self, rollback: Rollback) -> None:
-        for line in self._session.log.add_rollback(rollback):
+        add = self._session.log.add_rollback
+        for line in together(lambda: add(rollback), RunError):
             self._view.note(line)
 
-    def _save(self, state: TrainState, report: TickReport) -> None:
-        self._session.checkpoints.save(
-            int(report.step),
-            state,
-            metrics={"loss": float(report.loss), "accuracy": float(report.accuracy)},
-            config=to_dict(self._session.config),
-            data=_iterator(self._session.data),
-        )
+    def _write(self, report: TickReport) -> None:
+        self._view.update(report, self._session.log.add(report))
+        self._session.metrics.add(report)
 
 
-def _governor(session: _Session, reporter: _Reporter) -> Governor | None:
+def _governor(session: Session, reporter: _Reporter) -> Governor | None:
     config = session.config
     if not config.governor.enabled:
         return None
@@ -313,59 +252,3 @@ def _governor(session: _Session, reporter: _Reporter) -> Governor | None:
         num_classes=None if has_own_loss(config) else session.data.num_classes,
         on_rollback=reporter.on_rollback,
     )
-
-
-def _conclude(session: _Session, state: TrainState) -> dict[str, Any]:
-    """Writes the summary, and beside it what ``compare`` asks for."""
-    compare, folder = session.config.compare, session.folder
-    summary = _summary(session, state)
-    if compare.static:
-        parameters = summary["host_params"] + summary["grown_params"]
-        summary["static"] = train_static(session.config, session.data, parameters)
-    if compare.plot and jax.process_index() == 0:
-        plot.accuracy(
-            folder.picture,
-            read_lines(folder.ticks),
-            summary["events"],
-            summary.get("static"),
-        )
-    write_json(folder.summary, summary)
-    return summary
-
-
-def _summary(session: _Session, state: TrainState) -> dict[str, Any]:
-    program, log = session.program, session.log
-    loss, accuracy = _test(program, state, session.data)
-    return {
-        "final_accuracy": accuracy,
-        "final_loss": loss,
-        "state_hash": state_hash(state),
-        "host_params": sum(int(np.size(p)) for p in state.params.values()),
-        "grown_params": _grown_params(program, state),
-        "recompiles": program.recompiles(),
-        "rollbacks": log.rollbacks,
-        "controller": why(int(state.memory.reason)),
-        "events": log.events,
-    }
-
-
-def _test(
-    program: Program, state: TrainState, data: Dataset
-) -> tuple[float | None, float | None]:
-    """Loss and accuracy on the test data, as JSON can hold them."""
-    test = data.test
-    if is_iterable(test):
-        test = stack("test", test, program.check)
-    loss, accuracy = program.evaluate(state, program.place("test", test, True))
-    return finite_or_none(loss), finite_or_none(accuracy)
-
-
-def _grown_params(program: Program, state: TrainState) -> int:
-    """Parameters of the blueprints that count in the output."""
-    total = 0
-    for name, seeds in state.seeds.items():
-        costs = param_counts(program.kinds[name], program.layouts[name].sizes)
-        alpha, _ = coefficients(seeds)
-        own = living_parameters(costs, seeds.blueprint, alpha != 0)
-        total += int(np.asarray(own).sum())
-    return total

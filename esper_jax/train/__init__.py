@@ -9,13 +9,16 @@ from esper_jax.train.mesh import over_mesh
 from esper_jax.train.program import Program, build
 from esper_jax.train.retreat import Rollback, TrainingStopped
 from esper_jax.train.scan import scan_fit, start_from
+from esper_jax.train.stop import Interrupted, Stop
 
 __all__ = [
     "Governor",
     "GovernorConfig",
+    "Interrupted",
     "Passes",
     "Program",
     "Rollback",
+    "Stop",
     "TrainingStopped",
     "build",
     "classification",

@@ -158,18 +158,22 @@ class Feed:
         self._pass: Iterator[Any] = iter(())
         self._given = 0
 
-    def tick(self, done: int) -> Iterator[Any]:
-        """The batches of a tick.
+    def tick(self, done: int, since: int) -> Iterator[Any]:
+        """The batches of a tick, or those that are left of it.
 
         Args:
           done: steps that the state has done since the beginning of the run.
+          since: steps that it has done since its last tick.
 
         Raises:
           ValueError: if they run out.
         """
         if self._steps is None:
             self._pass = self._again()
-            yield self._next()
+            if not since:
+                yield self._next()
+            elif self._pass is not self._data:  # an iterator goes on by itself
+                collections.deque(itertools.islice(self._pass, since), maxlen=0)
             for batch in self._pass:
                 self._given += 1
                 yield batch

@@ -14,7 +14,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from esper_jax.growth.reports import TickReport
 from esper_jax.growth.state import LOSS_WINDOW, GovernorMemory, TrainState
-from esper_jax.train.recipe import Batch
+from esper_jax.policy.memory import ControllerMemory
+from esper_jax.train.batches import Batches
 from esper_jax.trees import is_key
 
 __all__ = [
@@ -22,7 +23,9 @@ __all__ = [
     "GovernorConfig",
     "bad_rows",
     "explain_fault",
+    "explain_loss",
     "first_wrong",
+    "infinite_leaves",
     "inspect",
     "sound_values",
 ]
@@ -94,6 +97,10 @@ class GovernorConfig:
             )
 
 
+_Check = tuple[str, Any, Callable[[Array], Array], Array | None]
+"""Name, values, what is wrong with one, and in which slots; None is everywhere."""
+
+
 def _sound(
     tree: Any, wrong: Callable[[Array], Array], owned: Array | None
 ) -> Bool[Array, ""]:
@@ -108,34 +115,101 @@ def _sound(
     return functools.reduce(jnp.logical_and, flags)
 
 
+def _all_sound(checks: list[_Check]) -> Bool[Array, ""]:
+    flags = [_sound(tree, wrong, owned) for _, tree, wrong, owned in checks]
+    return functools.reduce(jnp.logical_and, flags)
+
+
 def _not_finite(leaf: Array) -> Array:
     return ~jnp.isfinite(leaf)
 
 
-def sound_values(state: TrainState) -> Bool[Array, ""]:
-    """Whether a state holds no value that breaks training.
+def _no_minimum(leaf: Array) -> Array:
+    """A lowest loss that no loss can be lower than; infinite is before the first."""
+    return jnp.isnan(leaf) | jnp.isneginf(leaf)
 
-    Parameters and the blueprints of living seeds must be finite. The optimizer's state
-    and the model's other variables must not be NaN; some of them start from infinity.
+
+def sound_values(
+    state: TrainState, infinite: frozenset[str] = frozenset()
+) -> Bool[Array, ""]:
+    """Whether a state holds no value that can break training.
+
+    Args:
+      state: of the run.
+      infinite: leaves of the optimizers and of the model's other variables that may
+        hold infinity, as `infinite_leaves` names them. Some start from it.
     """
-    flags = [_sound(tree, wrong, owned) for _, tree, wrong, owned in _checks(state)]
-    return functools.reduce(jnp.logical_and, flags)
+    return _all_sound(_values(state, infinite)) & _all_sound(_memories(state))
 
 
-def _checks(
-    state: TrainState,
-) -> list[tuple[str, Any, Callable[[Array], Array], Array | None]]:
-    """What is checked: name, values, what is wrong there, and in which slots."""
-    checks: list[tuple[str, Any, Callable[[Array], Array], Array | None]] = [
-        ("params", state.params, _not_finite, None),
-        ("opt_state", state.opt_state, jnp.isnan, None),
-        ("rest", state.rest, jnp.isnan, None),
-    ]
+def infinite_leaves(state: TrainState) -> frozenset[str]:
+    """Leaves that hold infinity and may: of the optimizers, and other variables."""
+    trees = {"opt_state": state.opt_state, "rest": state.rest}
+    trees |= {f"bank_opt[{name!r}]": opt for name, opt in state.bank_opt.items()}
+    return frozenset(
+        field + jax.tree_util.keystr(path)
+        for field, tree in trees.items()
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        if not bool(_sound(leaf, jnp.isinf, None))
+    )
+
+
+def _values(state: TrainState, infinite: frozenset[str]) -> list[_Check]:
+    """What the model computes with, and what its optimizers do."""
+
+    def leaves(field: str, tree: Any, owned: Array | None) -> list[_Check]:
+        named = (
+            (field + jax.tree_util.keystr(path), leaf)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        )
+        return [
+            (name, leaf, jnp.isnan if name in infinite else _not_finite, owned)
+            for name, leaf in named
+        ]
+
+    checks: list[_Check] = [("params", state.params, _not_finite, None)]
+    checks += leaves("opt_state", state.opt_state, None)
+    checks += leaves("rest", state.rest, None)
     for name, seeds in state.seeds.items():
         owned = seeds.seed_of_slot >= 0
+        checks += [(f"banks[{name!r}]", state.banks[name], _not_finite, owned)]
+        checks += leaves(f"bank_opt[{name!r}]", state.bank_opt[name], owned)
+    return checks
+
+
+def _memories(state: TrainState) -> list[_Check]:
+    """What later ticks compare with, and would never forget.
+
+    NaN is "not measured yet" in most of it. Sums over a tick and what each tick
+    measures anew are left out.
+    """
+    monitor, governor, memory = state.monitor, state.governor, state.memory
+    sums = {name: getattr(monitor, name) for name in ("train_loss", "grad_norm")}
+    moments: dict[str, Array] = {}
+    for name in ("loss", "accuracy"):
+        mean, spread = getattr(monitor, f"{name}_mean"), f"{name}_variance"
+        moments[f"{name}_mean"] = jnp.where(jnp.isnan(mean), 0.0, mean)
+        # Once there is a mean, a variance that is not finite stays so.
+        unknown = jnp.isnan(mean)
+        moments[spread] = jnp.where(unknown, 0.0, getattr(monitor, spread))
+    checks: list[_Check] = [
+        ("monitor.host_mean", monitor.host_mean, _not_finite, None),
+        ("monitor", sums, _not_finite, None),
+        ("monitor", moments, _not_finite, None),
+        ("governor.losses", governor.losses, jnp.isinf, None),
+        ("governor.best", governor.best, _no_minimum, None),
+    ]
+    for name, seeds in state.seeds.items():
+        graft = seeds.graft
+        ramp = {"alpha": graft.alpha, "velocity": graft.velocity}
+        ramp |= {"stable_alpha": graft.stable_alpha}
+        checks += [(f"seeds[{name!r}].graft", ramp, _not_finite, None)]
+    if isinstance(memory, ControllerMemory):
         checks += [
-            (f"banks[{name!r}]", state.banks[name], _not_finite, owned),
-            (f"bank_opt[{name!r}]", state.bank_opt[name], jnp.isnan, owned),
+            ("memory.best_loss", memory.best_loss, _no_minimum, None),
+            ("memory.loss_mean", memory.loss_mean, jnp.isinf, None),
+            ("memory.earned", memory.earned, _not_finite, None),
+            ("memory.before", memory.before, jnp.isinf, None),
         ]
     return checks
 
@@ -173,6 +247,7 @@ def inspect(
     report: TickReport,
     config: GovernorConfig,
     num_classes: int | None = None,
+    infinite: frozenset[str] = frozenset(),
 ) -> tuple[Int[Array, ""], GovernorMemory]:
     """Checks the state after a tick. Pure and jittable.
 
@@ -185,6 +260,7 @@ def inspect(
       config: the thresholds.
       num_classes: number of classes where the loss is `train.classification`; None
         leaves out the check for chance.
+      infinite: as in `sound_values`.
 
     Returns:
       A `Fault`, and the memory that a sound state goes on with.
@@ -195,8 +271,10 @@ def inspect(
     checks = [
         (Fault.TRAIN_LOSS, _not_finite(report.train_loss)),
         (Fault.GRADIENTS, _not_finite(grad_norm)),
-        (Fault.VALUES, ~sound_values(state)),
+        (Fault.VALUES, ~_all_sound(_values(state, infinite))),
         (Fault.HELD_OUT_LOSS, _not_finite(report.loss)),
+        # After the loss, whose infinity would be found here as well.
+        (Fault.VALUES, ~_all_sound(_memories(state))),
         (Fault.JUMP, _jump(losses, memory, state.monitor.initial_loss, config)),
     ]
     if num_classes is not None and num_classes > 1:
@@ -221,6 +299,7 @@ def explain_fault(
     report: TickReport,
     config: GovernorConfig,
     num_classes: int | None,
+    infinite: frozenset[str],
 ) -> str:
     """The fault in words, with its numbers; reads the state on the host."""
     train, held_out = float(report.train_loss), float(report.loss)
@@ -229,7 +308,7 @@ def explain_fault(
     if fault == Fault.GRADIENTS:
         return "the host's gradient is not finite"
     if fault == Fault.VALUES:
-        return first_wrong(state)
+        return first_wrong(state, infinite) or "a value is not finite"
     if fault == Fault.HELD_OUT_LOSS:
         return f"the held-out loss is {held_out:g}"
     if fault == Fault.JUMP:
@@ -247,26 +326,77 @@ def explain_fault(
     )
 
 
-def first_wrong(state: TrainState) -> str:
-    """Names the first value that is not finite; reads the state on the host."""
-    for field, tree, wrong, owned in _checks(state):
+def first_wrong(state: TrainState, infinite: frozenset[str] = frozenset()) -> str:
+    """Names the first value that can break training, if any; reads it on the host."""
+    for field, tree, wrong, owned in [*_values(state, infinite), *_memories(state)]:
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
             if not bool(_sound(leaf, wrong, owned)):
                 return f"{field}{jax.tree_util.keystr(path)} holds NaN or infinity"
-    return "a value is not finite"
+    return ""
 
 
-def bad_rows(data: Batch | None) -> str:
-    """Says which rows of arrays hold values that are not finite, if any."""
-    if data is None:
+def explain_loss(
+    state: TrainState, report: TickReport, data: Any, held_out: Any
+) -> str:
+    """What is known about a loss that is not finite; reads the state on the host.
+
+    Args:
+      state: after the tick.
+      report: of the tick.
+      data: arrays that were trained on; None for an iterable of batches.
+      held_out: what the held-out loss is measured on.
+    """
+    losses = {"train": float(report.train_loss), "held-out": float(report.loss)}
+    found = [f"the {k} loss is {v:g}" for k, v in losses.items() if not np.isfinite(v)]
+    grad_norm = next(iter(report.layers.values())).signals.grad_norm
+    if not np.isfinite(grad_norm):
+        found.append("the host's gradient is not finite")
+    wrong = first_wrong(state, infinite_leaves(state))
+    if wrong:
+        found.append(wrong)
+    rows = bad_rows(data, "training") + bad_rows(held_out, "held-out")
+    return ", ".join(found) + rows
+
+
+def bad_rows(data: Any, name: str) -> str:
+    """Says which rows of arrays training cannot use, if any.
+
+    Those hold values that are not finite in the precision that JAX computes with, or
+    a label below 0.
+
+    Args:
+      data: arrays, rows first; `Batches`, whose rows have lost their numbers; or None.
+      name: of the data.
+    """
+    leaves = [leaf for leaf in jax.tree.leaves(data) if np.ndim(leaf)]
+    if not all(getattr(leaf, "is_fully_addressable", True) for leaf in leaves):
         return ""
-    bad = np.zeros(jax.tree.leaves(data)[0].shape[0], bool)
-    for leaf in map(np.asarray, jax.tree.leaves(data)):
-        if np.issubdtype(leaf.dtype, np.inexact):
-            bad |= ~np.isfinite(leaf.reshape(len(leaf), -1)).all(axis=1)
-    if not bad.any():
-        return ""
-    return (
-        f". The training data holds NaN or infinity in {int(bad.sum())} rows, the "
-        f"first is row {int(np.argmax(bad))}: remove them"
-    )
+    kinds = [("NaN or infinity", leaves, _overflows)]
+    if isinstance(data, tuple) and len(data) == 2:
+        kinds.append(("labels below 0", jax.tree.leaves(data[1]), _negative))
+    said = ""
+    for kind, arrays, wrong in kinds:
+        flags = [wrong(np.asarray(leaf)) for leaf in arrays]
+        bad = sorted({int(row) for flag in flags for row in np.flatnonzero(flag)})
+        if bad and isinstance(data, Batches):
+            said += f". The {name} data holds {kind} in some batches: remove them"
+        elif bad:
+            said += f". The {name} data holds {kind} in {len(bad)} rows, the "
+            said += f"first is row {bad[0]}: remove them"
+    return said
+
+
+def _overflows(leaf: np.ndarray) -> np.ndarray:
+    """Rows of an array that hold NaN or infinity once they are on a device."""
+    if not np.issubdtype(leaf.dtype, np.inexact):
+        return np.zeros(len(leaf), bool)
+    with np.errstate(over="ignore"):
+        leaf = leaf.astype(jax.dtypes.canonicalize_dtype(leaf.dtype))
+    return np.asarray(~np.isfinite(leaf.reshape(len(leaf), -1)).all(axis=1))
+
+
+def _negative(leaf: np.ndarray) -> np.ndarray:
+    """Rows of an array of whole numbers that hold one below 0."""
+    if not np.issubdtype(leaf.dtype, np.signedinteger):
+        return np.zeros(len(leaf), bool)
+    return np.asarray((leaf.reshape(len(leaf), -1) < 0).any(axis=1))

@@ -28,6 +28,7 @@ from esper_jax.train.faults import (
     bad_rows,
     explain_fault,
     first_wrong,
+    infinite_leaves,
     inspect,
     sound_values,
 )
@@ -38,9 +39,9 @@ from esper_jax.trees import copy_state
 
 __all__ = ["Governor"]
 
-_inspect = jax.jit(inspect, static_argnums=(2, 3))
+_inspect = jax.jit(inspect, static_argnums=(2, 3, 4))
 _retreat = jax.jit(retreat, static_argnums=3, donate_argnums=0)
-_sound_values = jax.jit(sound_values)
+_sound_values = jax.jit(sound_values, static_argnums=1)
 
 
 class Governor:
@@ -67,20 +68,32 @@ class Governor:
         self._evaluate = program.evaluate
         self._gates = program.gates
         self._good: TrainState | None = None
+        self._infinite: frozenset[str] = frozenset()
 
     @jax.debug_nans(False)  # NaN is what was not measured
     def start(self, state: TrainState) -> None:
         """Takes the state that a run begins with, or goes on from, as good.
 
         Raises:
-          ValueError: if it holds values that are not finite.
+          ValueError: if it holds values that are not finite. Optimizers and other
+            variables of the model may hold infinity, and may go on to.
         """
-        if not bool(_sound_values(state)):
+        self._infinite = infinite_leaves(state)
+        if not bool(_sound_values(state, self._infinite)):
             raise ValueError(
-                f"state must hold finite values to start from; {first_wrong(state)}. "
-                "Start from an older checkpoint"
+                "state must hold finite values for a governor to start from; "
+                f"{first_wrong(state, self._infinite)}. Start from an older checkpoint"
             )
         self._good = copy_state(state)
+
+    def sound(self, state: TrainState) -> TrainState:
+        """The state, if it holds no value that can break training; else the last good.
+
+        Args:
+          state: after any step.
+        """
+        sound = bool(_sound_values(state, self._infinite))
+        return state if sound else self.restore()
 
     def restore(self) -> TrainState:
         """A copy of the last good state, with the same `state_hash`.
@@ -117,7 +130,9 @@ class Governor:
         Raises:
           TrainingStopped: if there were more rollbacks in a row than allowed.
         """
-        code, memory = _inspect(state, report, self.config, self._num_classes)
+        code, memory = _inspect(
+            state, report, self.config, self._num_classes, self._infinite
+        )
         fault = Fault(int(code))
         if fault == Fault.NONE:
             state = dataclasses.replace(state, governor=memory)
@@ -131,7 +146,8 @@ class Governor:
             raise TrainingStopped(
                 f"training stopped in tick {rollback.failed_tick}: {rollback.reason}. "
                 f"{self.config.max_rollbacks} rollbacks in a row to tick "
-                f"{rollback.tick} did not help{bad_rows(data)}",
+                f"{rollback.tick} did not help"
+                f"{bad_rows(data, 'training')}{bad_rows(held_out, 'held-out')}",
                 # Whoever goes on from here has the full number of attempts again.
                 _remember(state, consecutive=jnp.zeros((), jnp.int32)),
                 rollback,
@@ -159,7 +175,9 @@ class Governor:
             failed_tick=int(report.tick),
             tick=tick,
             fault=fault,
-            reason=explain_fault(fault, failed, report, self.config, self._num_classes),
+            reason=explain_fault(
+                fault, failed, report, self.config, self._num_classes, self._infinite
+            ),
             layers=jax.device_get(layers),
         )
 

@@ -1,6 +1,8 @@
 """`fit`: the loop around step and tick."""
 
-from collections.abc import Callable
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -12,10 +14,14 @@ from esper_jax.growth.reports import TickReport
 from esper_jax.growth.state import TrainState
 from esper_jax.parallel.replicas import check_replicas
 from esper_jax.train.batches import Feed, is_iterable, stack
+from esper_jax.train.faults import explain_loss
 from esper_jax.train.governor import Governor
 from esper_jax.train.program import Program
+from esper_jax.train.stop import Interrupted, Stop
 
 __all__ = ["epoch_order", "fit"]
+
+_log = logging.getLogger(__name__)
 
 
 def fit(
@@ -30,6 +36,7 @@ def fit(
     seed: int = 0,
     on_tick: Callable[[TrainState, TickReport], None] | None = None,
     governor: Governor | None = None,
+    stop: Stop | None = None,
 ) -> TrainState:
     """Trains until the state has seen ``ticks`` ticks, by default one after each epoch.
 
@@ -42,9 +49,12 @@ def fit(
     An iterator with ``get_state`` and ``set_state``, as grain's have, has its position
     in checkpoints: ``save(step, state, data=iterator)`` in ``on_tick``, and
     ``restore(like, data=iterator)``. An iterator without, such as a generator, has
-    none, and a resumed run sees other batches. A list or a loader begins a new pass,
-    unless it is given as `Passes`. Each new shape of a batch compiles the step once
-    more.
+    none, and a resumed run sees other batches. A list or a loader goes on where a tick
+    was left, if a tick is a pass; with ``steps_per_tick`` it begins a new pass, unless
+    it is given as `Passes`. Each new shape of a batch compiles the step once more.
+
+    A signal ends training after the step in hand. Where several processes hold the
+    state, a signal to one of them ends all of them after the tick in hand.
 
     Args:
       program: made by `build`.
@@ -67,6 +77,8 @@ def fit(
         the state but do not keep it: the next step donates it. Not called for a tick
         that the governor undid.
       governor: checks each tick and undoes it if training broke.
+      stop: signals to end for, in place of SIGINT; entered by the caller. Where the
+        program has a handler of its own for SIGINT, it is left alone.
 
     Returns:
       The state after the last tick.
@@ -77,31 +89,73 @@ def fit(
         before the last tick, if the devices do not divide the rows, or (in debug mode)
         if the devices hold different states.
       TrainingStopped: if the governor gives up.
+      Interrupted: if a signal came.
     """
-    epoch = _epochs(program, data, batch_size, steps_per_tick, seed)
+    steps = _epochs(program, data, batch_size, steps_per_tick, seed)
     held_out = _held_out(program, state, held_out)
+    seen = None if is_iterable(data) else data
+    told = False
     if governor is not None:
         governor.start(state)
-    while int(state.ticks) < ticks:
-        state = epoch(state)
-        state, report = program.tick(state, held_out)
-        if not bool(report.replicas_agree):
-            check_replicas(state)
-            raise ValueError(
-                "state must be the same on all devices, but differed before tick "
-                f"{int(report.tick)}. Start all replicas from one state"
-            )
-        if governor is not None:
-            seen = None if is_iterable(data) else data
-            state, rollback = governor.review(state, report, seen, held_out)
-            if rollback is not None:
-                continue
-        if on_tick is not None:
-            on_tick(state, jax.device_get(report))
+    with _stopping(stop, governor) as asked:
+        while int(state.ticks) < ticks:
+            asked.check(state)
+            state = steps(state, asked.check_step)
+            state, report = program.tick(state, held_out)
+            _check_agreement(state, report)
+            if governor is not None:
+                state, rollback = governor.review(state, report, seen, held_out)
+                if rollback is not None:
+                    continue
+            elif not told:
+                told = _tell_if_broken(state, report, seen, held_out)
+            if on_tick is not None:
+                on_tick(state, jax.device_get(report))
+        asked.check(state)
     return state
 
 
-_Epoch = Callable[[TrainState], TrainState]
+@contextlib.contextmanager
+def _stopping(stop: Stop | None, governor: Governor | None) -> Iterator[Stop]:
+    """Signals as a flag; a governor vouches for the state that a stop carries."""
+    with contextlib.ExitStack() as stack:
+        stop = stop or stack.enter_context(Stop())
+        stack.enter_context(stop.held())
+        try:
+            yield stop
+        except Interrupted as stopped:
+            if governor is not None:
+                stopped.state = governor.sound(stopped.state)
+            raise
+
+
+def _check_agreement(state: TrainState, report: TickReport) -> None:
+    if not bool(report.replicas_agree):
+        check_replicas(state)
+        raise ValueError(
+            "state must be the same on all devices, but differed before tick "
+            f"{int(report.tick)}. Start all replicas from one state"
+        )
+
+
+def _tell_if_broken(
+    state: TrainState, report: TickReport, data: Any, held_out: Any
+) -> bool:
+    """Logs what is known where a loss is not finite, and says whether it is."""
+    if np.isfinite(report.train_loss) and np.isfinite(report.loss):
+        return False
+    _log.warning(
+        "tick %d: %s. Training goes on, but the model may be lost. Mend the data or "
+        "the learning rate and start from an earlier state; with "
+        "fit(..., governor=Governor(program)) such a tick is undone",
+        int(report.tick),
+        explain_loss(state, report, data, held_out),
+    )
+    return True
+
+
+_Check = Callable[[TrainState], None]
+_Epoch = Callable[[TrainState, _Check], TrainState]
 
 
 def _epochs(
@@ -111,11 +165,11 @@ def _epochs(
     steps_per_tick: int | None,
     seed: int,
 ) -> _Epoch:
-    """The steps before a tick, as a function of the state."""
+    """The steps before a tick: a function of the state, and of what checks each."""
     if is_iterable(data):
         if steps_per_tick is not None and steps_per_tick < 1:
             raise ValueError(f"steps_per_tick must be at least 1, got {steps_per_tick}")
-        return _from_batches(program, Feed(data, steps_per_tick), batch_size)
+        return _from_batches(program, data, steps_per_tick, batch_size)
     if steps_per_tick is not None:
         raise ValueError(
             "steps_per_tick is for an iterable of batches; arrays have one tick an "
@@ -135,20 +189,27 @@ def _from_arrays(program: Program, data: Any, batch_size: int, seed: int) -> _Ep
     per_epoch = rows // batch_size
     key = jax.random.key(seed)
 
-    def epoch(state: TrainState) -> TrainState:
+    def epoch(state: TrainState, check: _Check) -> TrainState:
         number, rollbacks = np.int32(state.ticks), np.int32(state.governor.rollbacks)
         order = _jitted_order(key, number, rollbacks, rows)
         order = program.place("order", order, False)
         for _ in range(per_epoch - int(state.step) % per_epoch):
+            # Not after the last: a state that waits for its tick looks as if it began
+            # an epoch.
+            check(state)
             state = program.step_from(state, data, order, batch_size)
         return state
 
     return epoch
 
 
-def _from_batches(program: Program, feed: Feed, batch_size: int | None) -> _Epoch:
-    def epoch(state: TrainState) -> TrainState:
-        for batch in feed.tick(int(state.step)):
+def _from_batches(
+    program: Program, data: Any, steps_per_tick: int | None, batch_size: int | None
+) -> _Epoch:
+    feed = Feed(data, steps_per_tick)
+
+    def epoch(state: TrainState, check: _Check) -> TrainState:
+        for batch in feed.tick(int(state.step), int(state.monitor.steps)):
             program.check("a batch of data", batch, False)
             rows = jax.tree.leaves(batch)[0].shape[:1]
             if batch_size is not None and rows and rows[0] > batch_size:
@@ -157,6 +218,8 @@ def _from_batches(program: Program, feed: Feed, batch_size: int | None) -> _Epoc
                     f"data, got {batch_size}. Leave it out: batches have their own size"
                 )
             state = program.step(state, program.place("a batch of data", batch, True))
+            if steps_per_tick is None or int(state.step) % steps_per_tick:
+                check(state)
         return state
 
     return epoch

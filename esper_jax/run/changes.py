@@ -1,0 +1,79 @@
+"""What may differ between the config of a run and the one that it goes on with."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from esper_jax.run.config import ConfigError, RunConfig, to_dict
+
+__all__ = ["check_resumable", "differences"]
+
+_FREE = ("train.ticks", "growth.capacity", "governor", "checkpoint", "compare")
+"""Keys and tables that may differ when a run goes on."""
+
+
+def check_resumable(
+    config: RunConfig, saved: RunConfig, allowed: Sequence[str] = ()
+) -> list[tuple[str, Any, Any]]:
+    """Checks that a run that was started with ``saved`` can go on with ``config``.
+
+    ``train.ticks``, ``growth.capacity`` and the tables ``governor``, ``checkpoint`` and
+    ``compare`` may differ.
+
+    Args:
+      config: to go on with.
+      saved: of the run.
+      allowed: keys, or tables of keys, that may differ as well.
+
+    Returns:
+      Key, saved and new value of each key that differs by ``allowed``.
+
+    Raises:
+      ConfigError: naming the first key that differs and may not, or the first of
+        ``allowed`` that is no key or must never differ.
+    """
+    keys = _flat(to_dict(config)) | _flat(to_dict(saved))
+    for name in allowed:
+        if not any(_within(key, name) for key in keys):
+            raise ConfigError(f"--allow-change {name}: there is no such key or table")
+        if _within(name, "model") or (
+            _within(name, "growth") and name != "growth.capacity"
+        ):
+            raise ConfigError(
+                f"--allow-change {name}: the saved state has the form that this key "
+                "gave it; start a new run"
+            )
+    found = differences(config, saved)
+    for key, was, now in found:
+        if not any(_within(key, name) for name in allowed):
+            raise ConfigError(
+                f"{key}: expected {was!r}, as the run to resume has it; got {now!r}. "
+                f"To go on with another value on purpose, add --allow-change {key}"
+            )
+    return found
+
+
+def differences(config: RunConfig, saved: RunConfig) -> list[tuple[str, Any, Any]]:
+    """Keys that differ, but for those that any run may change; saved and new value."""
+    new, old = _flat(to_dict(config)), _flat(to_dict(saved))
+    return [
+        (key, old.get(key), new.get(key))
+        for key in sorted(set(new) | set(old))
+        if not any(_within(key, name) for name in _FREE)
+        and new.get(key) != old.get(key)
+    ]
+
+
+def _within(key: str, name: str) -> bool:
+    """Whether a key is ``name``, or stands in the table of that name."""
+    return key == name or key.startswith(f"{name}.")
+
+
+def _flat(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values by dotted key."""
+    flat: dict[str, Any] = {}
+    for key, value in tables.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
