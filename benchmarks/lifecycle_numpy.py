@@ -144,7 +144,7 @@ def _climb(
 
     gathers = adaptive & ~wary & (s.worth > 0.01)
     gathers |= strategy == Strategy.MOMENTUM
-    gain = np.where(np.isfinite(s.worth), s.performance_delta, 0)
+    gain = np.where(np.isfinite(s.worth), s.worth, 0)
     velocity = np.float32(c.momentum_factor) * m.velocity + np.float32(0.01) * gain
 
     steady = strategy == Strategy.STABILITY

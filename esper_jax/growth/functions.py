@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int, Key, UInt
+from jaxtyping import Array, Bool, Float, Int, Key, UInt
 
 from esper_jax.groups import flat_slots
 from esper_jax.growth.births import births, born_in
@@ -224,17 +224,18 @@ def tick(
     parts, groups = recipe.parts, recipe.parts.groups
     loss, score = measure()
     seeds, sums = jax.device_get((parts.take_beds(values, "seeds"), remembered.sums))
-    worth = {
-        path: _worth(recipe, path, layers, measure, loss)
-        for path, layers in seeds.items()
-    }
-    seen = Seen(
-        jnp.float32(loss), jnp.float32(score), groups.join(worth), jnp.ones((), bool)
-    )
     before = {
         key: dataclasses.replace(s, gain=sums.gains[key], errors=sums.errors[key])
         for key, s in groups.join(seeds).items()
     }
+    asked = groups.part(jax.device_get(_asked(recipe, before)))
+    worth = {
+        path: _worth(path, alpha, slots, measure, loss)
+        for path, (alpha, slots) in asked.items()
+    }
+    seen = Seen(
+        jnp.float32(loss), jnp.float32(score), groups.join(worth), jnp.ones((), bool)
+    )
     drifts = parts.host_params() if recipe.wants("drift") else ()
     host = {name: values[name] for name in drifts}
     state, after, birth, report = _advance(
@@ -266,18 +267,28 @@ def _placed(new: Arrays, old: Arrays) -> Arrays:
     return {name: place(array, old[name]) for name, array in new.items()}
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _asked(
+    recipe: Recipe, seeds: dict[str, SeedState]
+) -> dict[str, tuple[Float[Array, "L K"], Bool[Array, "L K"]]]:
+    """Alpha of each slot, and whether its seed is asked for its worth, by group."""
+
+    def of(layer: SeedState) -> tuple[Float[Array, " K"], Bool[Array, " K"]]:
+        return slot_coefficients(layer)[0], asked_for_worth(layer, recipe.gates)
+
+    return {key: jax.vmap(of)(layers) for key, layers in seeds.items()}
+
+
 def _worth(
-    recipe: Recipe, path: str, seeds: SeedState, measure: Measure, loss: float
+    path: str,
+    alpha: Float[np.ndarray, "*stack K"],
+    asked: Bool[np.ndarray, "*stack K"],
+    measure: Measure,
+    loss: float,
 ) -> Float[np.ndarray, "*stack K"]:
     """Worth of the seed in each slot of a bed; NaN where none is asked for."""
-    asked = functools.partial(asked_for_worth, gates=recipe.gates)
-    coefficients = slot_coefficients
-    for _ in range(seeds.seed_of_slot.ndim - 1):
-        asked, coefficients = jax.vmap(asked), jax.vmap(coefficients)
-    on_device = jax.tree.map(jnp.asarray, seeds)
-    alpha = np.asarray(coefficients(on_device)[0])
     worth = np.full(alpha.shape, np.nan, np.float32)
-    for slot in zip(*np.nonzero(np.asarray(asked(on_device))), strict=True):
+    for slot in zip(*np.nonzero(asked), strict=True):
         probe = np.zeros_like(alpha)
         probe[slot] = -alpha[slot]
         worth[slot] = measure(path, probe)[0] - loss
