@@ -5,6 +5,7 @@ import importlib.metadata
 import os
 import pathlib
 import tempfile
+from collections.abc import Iterator
 
 import pytest
 import shape_checks
@@ -58,3 +59,22 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(100_000, 20, 100)
+
+
+_MAPS = pathlib.Path("/proc/self/maps")
+_MOST_MAPS = 30_000
+"""Linux gives a process 65,530 maps, and compiled programs take a few each."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _room_for_programs() -> Iterator[None]:
+    """Forgets compiled programs between modules before the process is full of them.
+
+    JAX crashes where the system grants no more.
+    """
+    yield
+    if _MAPS.exists() and _MAPS.read_text().count("\n") > _MOST_MAPS:
+        import jax  # not before `pytest_configure` has set its variables
+
+        jax.clear_caches()
+        gc.collect()
