@@ -7,7 +7,7 @@ not of layers.
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -53,6 +53,25 @@ class Groups:
     def names(self) -> dict[str, str]:
         """The group of each layer, by the layer's name."""
         return {name: key for key, group in self.of.items() for name in group.layers}
+
+    def apart(self, by: Mapping[str, Hashable]) -> "Groups":
+        """The same layers, those of a group apart that differ in ``by``.
+
+        Args:
+          by: anything of each layer; one thing for all of a stack.
+        """
+        of = {}
+        for group in self.of.values():
+            start, kinds = 0, dict[Hashable, tuple[list[Any], list[str]]]()
+            for path, stack in group.beds:
+                layers = group.layers[start : start + math.prod(stack)]
+                start += len(layers)
+                beds, names = kinds.setdefault(by[layers[0]], ([], []))
+                beds.append((path, stack))
+                names.extend(layers)
+            for beds, names in kinds.values():
+                of[names[0]] = Group(tuple(beds), tuple(names))
+        return self if len(of) == len(self.of) else Groups(of, self.order)
 
     def join(self, by_bed: Mapping[str, Any]) -> dict[str, Any]:
         """The arrays of beds, ``(*stack, ...)``, by group, ``(L, ...)``."""

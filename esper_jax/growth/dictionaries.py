@@ -20,6 +20,7 @@ from esper_jax.growth.functions import (
     MEASURE_EVERY,
     Remembered,
     check_loss,
+    check_untraced,
     read_measured,
     recipe_for,
     start,
@@ -31,7 +32,7 @@ from esper_jax.growth.recipe import Recipe
 from esper_jax.growth.reports import TickReport
 from esper_jax.growth.state import Arrays
 from esper_jax.layers.bed import SeedBed
-from esper_jax.layers.harvest import harvest
+from esper_jax.layers.harvest import Parts, harvest
 from esper_jax.layers.linen import beds_in
 from esper_jax.layers.variables import named_leaves
 from esper_jax.lifecycle.rules import LifecycleConfig
@@ -39,6 +40,7 @@ from esper_jax.optim import PerSlot
 from esper_jax.policy.config import ControllerConfig
 from esper_jax.policy.heuristic import policy_of
 from esper_jax.policy.interface import Policy, PolicyFactory
+from esper_jax.trees import is_key
 
 __all__ = ["GrowthFunctions", "Variables", "growth_functions", "linen_growth"]
 
@@ -67,8 +69,9 @@ class GrowthFunctions(NamedTuple):
       tick: ``tick(variables, evaluate) -> variables, report``: runs on the host,
         between steps. ``evaluate(variables)`` returns the held-out loss, or ``(loss,
         score)``; it is called once more for each seed on probation, with other probes.
-      harvest: ``harvest(variables) -> layers``: for each layer the Flax NNX module that
-        adds what has grown, with ordinary parameters: ``layers["hidden"](y)``.
+      harvest: ``harvest(variables, parts="fossils") -> layers``: for each layer the
+        Flax NNX module that adds what has grown, with ordinary parameters:
+        ``layers["hidden"](y)``. For ``parts`` see `esper_jax.harvest`.
     """
 
     init: Callable[[Key[Array, ""]], Variables]
@@ -77,7 +80,7 @@ class GrowthFunctions(NamedTuple):
     tick: Callable[
         [Variables, Callable[[Variables], Any]], tuple[Variables, TickReport]
     ]
-    harvest: Callable[[Variables], dict[str, nnx.Module]]
+    harvest: Callable[..., dict[str, nnx.Module]]
 
 
 def growth_functions(
@@ -104,6 +107,8 @@ def growth_functions(
             "layers must name at least one layer that can grow, as in {'hidden': "
             f"{{'features': 64, 'num_seeds': 4}}}}; got {layers!r}"
         )
+
+    _check_names(layers, reserved=("bed",))  # the layer around it would be meant
 
     def make(key: Key[Array, ""]) -> dict[str, SeedBed]:
         rngs, beds = nnx.Rngs(key), {}
@@ -136,6 +141,7 @@ def linen_growth(
       ValueError: if the model holds nothing that can grow, or as `Growth` does.
     """
     beds = beds_in(call, variables)
+    _check_names(beds)
     return _functions(lambda key: beds, optimizer, **options)
 
 
@@ -165,7 +171,7 @@ def _functions(
         banks, policy = jax.random.split(key)
         values = values_of(_model(make(banks)))
         new = start(recipe, values, policy)
-        return _nested(recipe, values) | {"growth": named_leaves(new)}
+        return _nested(recipe, values) | {"growth": _named(new)}
 
     return GrowthFunctions(
         init=init,
@@ -176,17 +182,32 @@ def _functions(
     )
 
 
+def _named(remembered: Remembered) -> Arrays:
+    """What growth remembers, as the collection ``growth``.
+
+    Random keys are plain integers there, which every file format takes.
+    """
+    leaves = named_leaves(remembered)
+    return {n: jax.random.key_data(x) if is_key(x) else x for n, x in leaves.items()}
+
+
 def _remembered(like: Remembered, variables: Variables) -> Remembered:
-    """What growth remembers, from the collection ``growth``."""
-    given = variables.get("growth", {})
-    names = list(named_leaves(like))
-    missing = [name for name in names if name not in given]
+    """Inverse of `_named`."""
+    given = _mapping("variables", variables).get("growth") or {}
+    leaves = named_leaves(like)
+    missing = [name for name in leaves if name not in given]
     if missing:
         raise ValueError(
             "variables must hold the collection growth, as init returns it; there is "
             f"no {missing[0]!r} in it"
         )
-    return jax.tree.unflatten(jax.tree.structure(like), [given[n] for n in names])
+    arrays = [
+        jax.random.wrap_key_data(given[name], impl=jax.random.key_impl(leaf))
+        if is_key(leaf)
+        else given[name]
+        for name, leaf in leaves.items()
+    ]
+    return jax.tree.unflatten(jax.tree.structure(like), arrays)
 
 
 def _update(
@@ -202,23 +223,24 @@ def _update(
     old = _remembered(like, variables)
     new, banks = update(recipe, old, values, given, loss)
     bank = _nested(recipe, values | banks)["bank"]
-    return {**variables, "bank": bank, "growth": named_leaves(new)}
+    return {**variables, "bank": bank, "growth": _named(new)}
 
 
 def _tick(
     recipe: Recipe, like: Remembered, variables: Variables, evaluate: Evaluate
 ) -> tuple[Variables, TickReport]:
     values = _flat("variables", recipe, variables, _COLLECTIONS)
+    old = _remembered(like, variables)
 
     def measured(bed: str = "", probe: Any = None) -> tuple[float, float]:
         changed = {} if probe is None else {f"{bed}/probe": jnp.asarray(probe)}
         probes = _nested(recipe, values | changed)["probe"]
         return read_measured(evaluate({**variables, "probe": probes}))
 
-    old = _remembered(like, variables)
+    check_untraced("variables that are", values)
     new, changed, report = tick(recipe, old, values, measured)
     nested = _nested(recipe, values | changed)
-    return {**variables, **nested, "growth": named_leaves(new)}, report
+    return {**variables, **nested, "growth": _named(new)}, report
 
 
 def _model(beds: Mapping[str, SeedBed]) -> nnx.Module:
@@ -235,6 +257,49 @@ def _model(beds: Mapping[str, SeedBed]) -> nnx.Module:
     return root
 
 
+def _check_names(beds: Collection[str], reserved: Collection[str] = ()) -> None:
+    """Refuses names of layers that cannot be paths in a model of their own.
+
+    Args:
+      beds: the names.
+      reserved: what a name may not end with.
+
+    Raises:
+      TypeError, ValueError: naming the layer.
+    """
+    for path in beds:
+        if not isinstance(path, str):
+            raise TypeError(f"layer {path!r}: its name must be a str")
+        *around, last = names = path.split("/")
+        taken = [name for name in names if not name or hasattr(nnx.Module, name)]
+        taken += [last] if last in reserved else []
+        if taken:
+            raise ValueError(
+                f"layer {path!r}: its name must be a path such as 'hidden' or "
+                f"'block/mlp', without {taken[0]!r}. Give it another name"
+            )
+        above = ["/".join(around[:n]) for n in range(1, len(names))]
+        for other in filter(beds.__contains__, above):
+            raise ValueError(
+                f"layer {path!r}: {other!r} is a layer and cannot hold another. Give "
+                "one of them another name"
+            )
+
+
+def _mapping(argument: str, given: Any) -> Mapping[str, Any]:
+    """What was given, if it is a mapping.
+
+    Raises:
+      TypeError: naming the argument.
+    """
+    if not isinstance(given, Mapping):
+        raise TypeError(
+            f"{argument} must be a dictionary of collections, as init returns it; got "
+            f"{type(given).__name__}"
+        )
+    return given
+
+
 def _flat(
     argument: str,
     recipe: Recipe,
@@ -248,7 +313,8 @@ def _flat(
     """
     found: Arrays = {}
     for collection in collections:
-        found |= flatten_dict(nested.get(collection, {}), sep="/")
+        tree = _mapping(argument, nested).get(collection) or {}
+        found |= flatten_dict(_mapping(f"{argument}[{collection!r}]", tree), sep="/")
     for bed in recipe.parts.beds.values():
         for collection in collections:
             for name in bed.variables(collection):
@@ -289,20 +355,27 @@ def _apply(
         known = ", ".join(map(repr, recipe.parts.beds))
         raise ValueError(f"layer must be one of {known}, got {layer!r}")
     filled = _filled(recipe, variables)
-    bed: Any = filled
-    for name in recipe.parts.beds[layer].path.split("/"):
-        bed = getattr(bed, name)
+    bed = _at(filled, recipe.parts.beds[layer].path)
     bed.deterministic = bed.deterministic or not train
-    out = bed(y)
+    try:
+        out = bed(y)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"layer {layer!r}: {error}") from error
     return out, _nested(recipe, values_of(filled))["seeds"]
 
 
-def _harvest(recipe: Recipe, variables: Variables) -> dict[str, nnx.Module]:
-    plain: Any = harvest(_filled(recipe, variables))
-    grown = {}
+def _harvest(
+    recipe: Recipe, variables: Variables, parts: Parts = "fossils"
+) -> dict[str, nnx.Module]:
+    filled, grown = _filled(recipe, variables), {}
     for layer, bed in recipe.parts.beds.items():
-        place = plain
-        for name in bed.path.split("/"):
-            place = getattr(place, name)
-        grown[layer] = place
+        graph, state = nnx.split(_at(filled, bed.path))
+        # Each layer of a stack is a module of its own.
+        own = jax.tree.map(lambda leaf, index=bed.index: leaf[index], state)
+        grown[layer] = harvest(nnx.merge(graph, own), parts=parts)
     return grown
+
+
+def _at(model: Any, path: str) -> Any:
+    """What is at a path of a model."""
+    return functools.reduce(getattr, path.split("/"), model)

@@ -36,6 +36,7 @@ __all__ = [
     "Remembered",
     "Sums",
     "check_loss",
+    "check_untraced",
     "read_measured",
     "recipe_for",
     "start",
@@ -159,6 +160,19 @@ def check_loss(loss: Any) -> None:
         raise ValueError(
             f"loss must be a single number, got shape {jnp.shape(loss)}; take the mean "
             "over the rows"
+        )
+
+
+def check_untraced(what: str, values: Arrays) -> None:
+    """Refuses to tick while something is being traced.
+
+    Raises:
+      ValueError: naming ``what`` the values are of.
+    """
+    if any(isinstance(value, jax.core.Tracer) for value in values.values()):
+        raise ValueError(
+            "tick must be called between steps, outside of jax.jit and nnx.jit, since "
+            f"evaluate may be any function; got {what} being traced"
         )
 
 

@@ -1,7 +1,8 @@
 """What a model is grown by: all that is fixed before the first step."""
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from typing import Self
 
 import numpy as np
 from jaxtyping import Int
@@ -9,6 +10,7 @@ from jaxtyping import Int
 from esper_jax.growth.parts import ModelParts
 from esper_jax.lifecycle.grafting import READS, Strategy
 from esper_jax.lifecycle.rules import LifecycleConfig
+from esper_jax.lifecycle.state import SeedState
 from esper_jax.optim import PerSlot
 from esper_jax.policy.interface import (
     SAMPLED,
@@ -33,6 +35,7 @@ class Recipe:
       bank_optimizer: of the banks, slot by slot.
       gates: minimum ages and gates of the lifecycle.
       policy: what asks for transitions.
+      maker: what made the policy, for other groups; None if it was given as it is.
       measured: which of the signals `policy.interface.SAMPLED` are measured; the others
         are NaN.
       measure_every: they are measured at every so many steps, beginning with the first
@@ -43,6 +46,7 @@ class Recipe:
     bank_optimizer: PerSlot
     gates: LifecycleConfig
     policy: Policy
+    maker: PolicyFactory | None = None
     measured: frozenset[str] = SAMPLED
     measure_every: int = 1
 
@@ -53,6 +57,26 @@ class Recipe:
             key: shapes[group.layers[0]].costs
             for key, group in self.parts.groups.of.items()
         }
+
+    def for_slots(self, seeds: Mapping[str, SeedState]) -> Self:
+        """The recipe for as many slots as the layers have now.
+
+        `grow_capacity` may give layers of one group different numbers of slots. They
+        are groups apart then, and the policy is made anew if it was made for groups.
+
+        Args:
+          seeds: by layer.
+        """
+        groups = self.parts.groups.apart({n: s.capacity for n, s in seeds.items()})
+        if groups is self.parts.groups:
+            return self
+        beds = {
+            name: dataclasses.replace(bed, capacity=seeds[name].capacity)
+            for name, bed in self.parts.beds.items()
+        }
+        parts = dataclasses.replace(self.parts, beds=beds, groups=groups)
+        policy = policy_for(parts, self.gates, self.maker or self.policy)
+        return dataclasses.replace(self, parts=parts, policy=policy)
 
     def wants(self, *signals: str) -> bool:
         """Whether one of the signals is measured."""

@@ -8,7 +8,6 @@ import functools
 from collections.abc import Callable, Collection
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
@@ -17,6 +16,7 @@ from jaxtyping import Array, Float
 from esper_jax.growth.functions import (
     MEASURE_EVERY,
     check_loss,
+    check_untraced,
     read_measured,
     recipe_for,
     start,
@@ -172,11 +172,7 @@ class Growth(nnx.Module):
             model is another than growth was made for, or this is being traced.
         """
         values = self._values(model)
-        if any(isinstance(value, jax.core.Tracer) for value in values.values()):
-            raise ValueError(
-                "tick must be called between steps, outside of jax.jit and nnx.jit, "
-                "since evaluate may be any function; got a model that is being traced"
-            )
+        check_untraced("a model that is", values)
         remembered, new, report = tick(
             self.recipe,
             self.state.get_value(),

@@ -213,6 +213,7 @@ def build(
         ),
         gates=gates,
         policy=policy_for(parts, gates, asked),
+        maker=None if isinstance(asked, Policy) else asked,
         eval_batch=eval_batch,
         # JAX cannot vmap a branch whose operands vary along a mapped axis.
         at_once=AT_ONCE if axis_name is None else 1,

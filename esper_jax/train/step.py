@@ -36,6 +36,7 @@ def train_step(
       state: of the run.
       batch: ``(x, y)``, rows first; what the objective takes, if there is one.
     """
+    recipe = recipe.for_slots(state.seeds)
     learned = _learn(recipe, state, batch)
     updates, opt_state = recipe.optimizer.update(
         learned.params, state.opt_state, state.params, value=learned.loss

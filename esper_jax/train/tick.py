@@ -30,6 +30,7 @@ def tick(
     Returns:
       The new state and the report.
     """
+    recipe = recipe.for_slots(state.seeds)
     agree = jnp.ones((), bool)
     if recipe.debug and recipe.axis_name is not None:
         agree = collectives.replicas_agree(state, recipe.axis_name)
