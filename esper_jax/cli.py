@@ -95,8 +95,10 @@ def _in_words(error: Exception) -> tuple[str, int]:
     from esper_jax.checkpoint import CheckpointError
     from esper_jax.run.config import ConfigError
     from esper_jax.run.folder import RunError
+    from esper_jax.train.batches import DataError
 
-    if isinstance(error, CheckpointError | ConfigError | RunError | OSError):
+    known = CheckpointError | ConfigError | DataError | RunError | OSError
+    if isinstance(error, known):
         return str(error), 2
     first = (str(error).splitlines() or [""])[0][:300]
     exhausted = isinstance(error, jax.errors.JaxRuntimeError) and (

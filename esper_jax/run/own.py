@@ -29,7 +29,7 @@ from esper_jax.layers.growable import make_growable
 from esper_jax.lifecycle.grafting import Strategy
 from esper_jax.run.config import GrowthConfig, RunConfig
 from esper_jax.run.references import ConfigError, call, failure, imported
-from esper_jax.train.batches import Passes, is_iterable
+from esper_jax.train.batches import DataError, Passes, is_iterable
 from esper_jax.train.program import Program
 
 __all__ = [
@@ -204,10 +204,12 @@ def losses(config: RunConfig) -> dict[str, Any]:
 def check_one_step(
     config: RunConfig, program: Program, state: TrainState, data: Dataset
 ) -> None:
-    """Traces one step, and an evaluation of each other part, without computing them.
+    """Looks at all arrays and at one batch of what comes in batches, and traces a step.
+
+    Of held-out and test data an evaluation is traced. Nothing is computed.
 
     Raises:
-      ConfigError: if one fails; it says at which line.
+      ConfigError: if the data do not fit, or a trace fails; it says at which line.
     """
     train = config.train
     names = [
@@ -221,7 +223,15 @@ def check_one_step(
         ("held_out", program.evaluate),
         ("test", program.evaluate),
     ):
-        batch = one_batch(part, getattr(data, part), train.batch_size)
+        arrays = getattr(data, part)
+        batch = one_batch(part, arrays, train.batch_size)
+        try:
+            if is_iterable(arrays):
+                program.check(f"a batch of {part}", batch, False)
+            else:
+                program.check(part, arrays, part == "train")
+        except DataError as error:
+            raise ConfigError(f"data.factory: {error}") from None
         try:
             jax.eval_shape(lambda s, run=function, b=batch: run(s, b), state)
         except Exception as error:

@@ -10,7 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-__all__ = ["Batches", "Feed", "Passes", "cut", "is_iterable", "stack"]
+__all__ = ["Batches", "DataError", "Feed", "Passes", "cut", "is_iterable", "stack"]
+
+
+class DataError(ValueError):
+    """Data that a program cannot use; the message says what to do."""
 
 
 @struct.dataclass
@@ -47,7 +51,7 @@ def stack(
       check: called with the name of each batch, the batch and False; see `Checks`.
 
     Raises:
-      ValueError: if there are none, or ``check`` refuses one.
+      DataError: if there are none, or ``check`` refuses one.
     """
     groups: dict[Any, list[Any]] = collections.defaultdict(list)
     for number, batch in enumerate(data() if callable(data) else data):
@@ -56,7 +60,7 @@ def stack(
         leaves, tree = jax.tree.flatten(batch)
         groups[tree, tuple((x.shape, str(x.dtype)) for x in leaves)].append(batch)
     if not groups:
-        raise ValueError(
+        raise DataError(
             f"{name} must hold at least one batch; got none. An iterator gives its "
             "batches once: make a list of them"
         )
@@ -166,7 +170,7 @@ class Feed:
           since: steps that it has done since its last tick.
 
         Raises:
-          ValueError: if they run out.
+          DataError: if they run out.
         """
         if self._steps is None:
             self._pass = self._again()
@@ -192,7 +196,7 @@ class Feed:
         for batch in self._pass:
             self._given += 1
             return batch
-        raise ValueError(
+        raise DataError(
             f"data must hold batches for all ticks, but ended after {self._given}. An "
             "iterator gives its batches once: give a list, a loader, or a function "
             "that returns a new iterator, or fewer ticks"

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from esper_jax.growth.state import Arrays
-from esper_jax.train.batches import Batches, is_iterable, stack
+from esper_jax.train.batches import Batches, DataError, is_iterable, stack
 from esper_jax.train.calls import called
 from esper_jax.train.losses import classification, common_rows
 from esper_jax.train.recipe import TrainRecipe
@@ -46,7 +46,7 @@ class Checks:
           whole: whether all arrays must have the same number of rows.
 
         Raises:
-          ValueError: if the data do not fit; it says what to do.
+          DataError: if the data do not fit; it says what to do.
         """
         if isinstance(data, Batches):
             return  # each was checked when they were stacked
@@ -92,7 +92,7 @@ class Checks:
         bad = (labels < 0) | (labels >= classes)
         first = np.argwhere(bad)[0]
         where = f"row {first[0]}" if len(first) == 1 else f"place {first.tolist()}"
-        raise ValueError(
+        raise DataError(
             f"{name} must have labels from 0 to {classes - 1}, as the model has "
             f"{classes} outputs; got {int(bad.sum())} others, the first is "
             f"{labels[tuple(first)]} in {where}. Remove those rows, or leave them out "
@@ -156,7 +156,7 @@ def _check_pair(name: str, data: Any) -> None:
     if isinstance(data, tuple | list) and len(data) == 2:
         return
     length = f" of {len(data)}" if isinstance(data, tuple | list | dict) else ""
-    raise ValueError(
+    raise DataError(
         f"{name} must be (x, y), which the model and the loss are called with; got a "
         f"{type(data).__name__}{length}. For other batches (a dict, a mask, several "
         "inputs), give build objective=f, where f(model, batch) returns the loss. A "
@@ -170,7 +170,7 @@ def _check_rows(name: str, data: Any, whole: bool, pair: bool) -> None:
     ]
     numbers = len(jax.tree.leaves(data)) - len(shapes)
     if numbers and (whole or pair):
-        raise ValueError(
+        raise DataError(
             f"{name} must hold arrays, rows first; got {numbers} Python numbers in "
             "lists or alone. Turn each list into an array with numpy.asarray"
         )
@@ -178,7 +178,7 @@ def _check_rows(name: str, data: Any, whole: bool, pair: bool) -> None:
     expected = "(x, y)" if pair else "arrays"
     if whole and (len(counts) != 1 or counts & {(), (0,)}):
         found = ", ".join(map(str, shapes[:8])) + (", ..." if len(shapes) > 8 else "")
-        raise ValueError(
+        raise DataError(
             f"{name} must be {expected} with the same number of rows, at least one, on "
             f"the first axis; got shapes {found or 'none'}. For batches that differ, "
             "such as graphs, give a list of them"
@@ -186,7 +186,7 @@ def _check_rows(name: str, data: Any, whole: bool, pair: bool) -> None:
     if pair:
         x, y = map(common_rows, data)
         if (x is not None and y is not None and x != y) or 0 in (x, y):
-            raise ValueError(
+            raise DataError(
                 f"{name} must be (x, y) with the same number of rows, at least one; "
                 f"got {x} rows of x and {y} labels. Give every row its label"
             )

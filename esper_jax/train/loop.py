@@ -13,7 +13,7 @@ from jaxtyping import Array, Int, Key
 from esper_jax.growth.reports import TickReport
 from esper_jax.growth.state import TrainState
 from esper_jax.parallel.replicas import check_replicas
-from esper_jax.train.batches import Feed, is_iterable, stack
+from esper_jax.train.batches import DataError, Feed, is_iterable, stack
 from esper_jax.train.faults import explain_loss
 from esper_jax.train.governor import Governor
 from esper_jax.train.program import Program
@@ -213,7 +213,7 @@ def _from_batches(
             program.check("a batch of data", batch, False)
             rows = jax.tree.leaves(batch)[0].shape[:1]
             if batch_size is not None and rows and rows[0] > batch_size:
-                raise ValueError(
+                raise DataError(
                     f"batch_size must be at least the {rows[0]} rows of a batch of "
                     f"data, got {batch_size}. Leave it out: batches have their own size"
                 )

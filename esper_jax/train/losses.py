@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from esper_jax.train.batches import DataError
+
 __all__ = ["Result", "classification", "common_rows", "read_loss", "read_objective"]
 
 
@@ -36,7 +38,7 @@ def classification(
     can see the values: `jax.jit` traces have none.
 
     Raises:
-      ValueError: if ``labels`` are no integers, or not one for each row (or token) of
+      DataError: if ``labels`` are no integers, or not one for each row (or token) of
         the logits.
     """
     shape, dtype = jnp.shape(labels), jnp.result_type(labels)
@@ -47,7 +49,7 @@ def classification(
             "classification; got a single number. Give build another loss="
         )
     if shape != rows or not jnp.issubdtype(dtype, jnp.integer):
-        raise ValueError(
+        raise DataError(
             f"labels must be integers of shape {rows}, one class for each row of the "
             f"outputs {logits.shape}; got {dtype} of shape {shape}. "
             + _advice(shape, rows, classes, dtype)
