@@ -15,11 +15,12 @@ from flax import nnx, serialization
 from flax.traverse_util import flatten_dict, unflatten_dict
 from test_own_loops import POLICY, QUICK, cross_entropy, products, rows
 
-from esper_jax import Growth, SeedBed, Stage
+from esper_jax import ControllerConfig, Growth, SeedBed, Stage, Strategy
 from esper_jax.growth import growth_functions, linen_growth
 from esper_jax.growth.functions import start
 from esper_jax.growth.parts import values_of
 from esper_jax.layers.linen import ChunkedLayer, read_seeds
+from esper_jax.policy.interface import SAMPLED
 
 X = rows(16, 4)
 Y = products(X)
@@ -304,6 +305,20 @@ def test_layers_that_do_not_fit_are_refused_by_name() -> None:
             growth_functions(layers, optax.sgd(0.1))
     with pytest.raises(TypeError, match="optimizer must be an optax optimizer"):
         growth_functions(LAYERS, "adam")
+
+
+def test_what_reads_the_host_is_refused_and_its_signals_are_nan() -> None:
+    from_drift = {"a": {**LAYERS["a"], "strategy": Strategy.DRIFT_CONTROLLED}}
+    for layers, options, read in (
+        (LAYERS, {"controller_config": ControllerConfig(where="gradient")}, "chunk"),
+        (LAYERS, {"controller_config": ControllerConfig(how="conditions")}, "drift, g"),
+        (from_drift, {}, "drift: the host's gradients"),
+    ):
+        with pytest.raises(ValueError, match=f"must not read {read}"):
+            growth_functions(layers, optax.sgd(0.1), **options)
+    signals = pure_run().reports[-1].layers["a"].signals
+    for name in sorted(SAMPLED):
+        assert np.all(np.isnan(getattr(signals, name)))
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ collections ``bank``, ``seeds``, ``probe`` and ``growth``, nested as Flax Linen 
 them: ``variables["bank"]["hidden"]["bank"]["w1"]``.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
@@ -17,7 +18,6 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, Key
 
 from esper_jax.growth.functions import (
-    MEASURE_EVERY,
     Remembered,
     check_loss,
     check_untraced,
@@ -28,7 +28,7 @@ from esper_jax.growth.functions import (
     update,
 )
 from esper_jax.growth.parts import split_model, values_of
-from esper_jax.growth.recipe import Recipe
+from esper_jax.growth.recipe import Recipe, what_is_read
 from esper_jax.growth.reports import TickReport
 from esper_jax.growth.state import Arrays
 from esper_jax.layers.bed import SeedBed
@@ -94,9 +94,9 @@ def growth_functions(
       layers: arguments of `SeedBed` for each layer that can grow, by name:
         ``{"hidden": {"features": 64, "num_seeds": 4}}``.
       optimizer: for the blueprints; runs in each slot.
-      **options: ``lifecycle_config``, ``controller_config``, ``policy``, ``measure``,
-        ``measure_every``, as for `Growth`. The host's own gradients and weights are not
-        known here, so signals of them are NaN.
+      **options: ``lifecycle_config``, ``controller_config`` and ``policy``, as for
+        `Growth`. The host's own gradients and weights are not known here: signals of
+        them are NaN, and a policy or grafting strategy that reads them is refused.
 
     Raises:
       TypeError, ValueError: if an argument does not fit a layer, whose name the message
@@ -152,8 +152,6 @@ def _functions(
     lifecycle_config: LifecycleConfig | None = None,
     controller_config: ControllerConfig | None = None,
     policy: Policy | PolicyFactory | None = None,
-    measure: Collection[str] | None = None,
-    measure_every: int = MEASURE_EVERY,
 ) -> GrowthFunctions:
     model = _model(make(jax.random.key(0)))
     values = values_of(model)
@@ -163,8 +161,10 @@ def _functions(
         optimizer,
         lifecycle_config,
         policy_of(policy, controller_config, None),
-        (measure, measure_every),
+        (None, 1),
     )
+    _check_reads(recipe, values)
+    recipe = dataclasses.replace(recipe, measured=frozenset())
     like = start(recipe, values, jax.random.key(0))
 
     def init(key: Key[Array, ""]) -> Variables:
@@ -180,6 +180,24 @@ def _functions(
         tick=functools.partial(_tick, recipe, like),
         harvest=functools.partial(_harvest, recipe),
     )
+
+
+def _check_reads(recipe: Recipe, values: Arrays) -> None:
+    """Refuses what reads the host, which is not known here.
+
+    A policy that does not declare what it reads is trusted.
+
+    Raises:
+      ValueError: naming the signals.
+    """
+    declared = recipe.policy._replace(reads=recipe.policy.reads or frozenset())
+    read = what_is_read(declared, recipe.parts.strategies(values))
+    if read:
+        raise ValueError(
+            f"policy and grafting strategies must not read {', '.join(sorted(read))}: "
+            "the host's gradients and weights are not known here. Choose others, such "
+            "as where='health', how='fixed' and Strategy.LINEAR, or use Growth"
+        )
 
 
 def _named(remembered: Remembered) -> Arrays:
