@@ -155,6 +155,10 @@ loss = "mine_only_here:loss"
         ({"train": {**TRAIN, "objective": "a:b"}}, "must not both be given"),
         ({"train": {**TRAIN, "steps_per_tick": 3}}, "train.steps_per_tick: expected 0"),
         ({"train": {**TRAIN, "batch_size": 65}}, "train.batch_size: expected at most"),
+        (
+            {"data": {"factory": "own_module:arrays", "label": 2}},
+            "data.factory: test must have labels from 0 to 1, .* is 2 in row 63",
+        ),
         ({"model": {}, "growth": {}}, "the built-in perceptron needs data.factory"),
         ({"model": {}}, "growth.layers is for a model of your own"),
         ({"compare": {"static": True}}, "compare.static is for the built-in model"),

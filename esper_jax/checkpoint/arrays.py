@@ -9,6 +9,7 @@ import contextlib
 import logging
 import math
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -150,8 +151,10 @@ def _hush() -> None:
     """From now on, prints no stacks of what Orbax leaves behind when a save fails.
 
     TensorStore goes on with the other arrays for a while, and tells an event loop that
-    Orbax has closed. Its threads hand each refusal to `sys.unraisablehook`.
+    Orbax has closed. Its threads hand each refusal to `sys.unraisablehook`. Orbax itself
+    drops a coroutine where it cannot make its folder, and Python warns of that.
     """
+    warnings.filterwarnings("ignore", "coroutine 'OrbaxLayout", RuntimeWarning)
     before = sys.unraisablehook
     if getattr(before, "hushes_orbax", False):
         return
