@@ -151,8 +151,8 @@ def _hush() -> None:
     """From now on, prints no stacks of what Orbax leaves behind when a save fails.
 
     TensorStore goes on with the other arrays for a while, and tells an event loop that
-    Orbax has closed. Its threads hand each refusal to `sys.unraisablehook`. Orbax itself
-    drops a coroutine where it cannot make its folder, and Python warns of that.
+    Orbax has closed. Its threads hand each refusal to `sys.unraisablehook`. Orbax drops
+    a coroutine where it cannot make its folder, and Python warns of that.
     """
     warnings.filterwarnings("ignore", "coroutine 'OrbaxLayout", RuntimeWarning)
     before = sys.unraisablehook
