@@ -6,6 +6,7 @@ Figures go to the folder that ESPER_JAX_FIGURES names, or to pytest's own.
 """
 
 import collections
+import itertools
 import json
 import os
 import statistics
@@ -74,7 +75,7 @@ def check_level(samples):
         assert statistics.median(last) <= statistics.median(first) + 1, name
         assert max(last) <= max(first) + 4, name
     first, last = map(statistics.median, windows(samples, "memory"))
-    # 160 saves lie between, of each of which Orbax alone keeps 20 to 50 kB; a run of the
+    # 160 saves lie between, and Orbax alone keeps 20 to 50 kB of each. A run of the
     # command line keeps its events for the summary, about 1 kB each.
     assert last <= first + 16, f"{first:.1f} MB became {last:.1f} MB"
     first, last = map(statistics.median, windows(samples, "milliseconds"))
@@ -83,7 +84,7 @@ def check_level(samples):
 
 def with_times(samples):
     """Adds the CPU time of each tick, which other processes hardly change."""
-    pairs = zip(samples, samples[1:], strict=False)
+    pairs = itertools.pairwise(samples)
     return [{**b, "milliseconds": 1e3 * (b["cpu"] - a["cpu"])} for a, b in pairs]
 
 
