@@ -531,3 +531,16 @@ def test_a_disk_that_fills_while_orbax_writes(tmp_path):
         assert Checkpointer(tmp_path / "steps").verify(1).damage is None
     finally:
         subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+
+
+def test_orbax_is_not_asked_where_it_cannot_make_its_folder(tmp_path):
+    """Its threads would wait five minutes for the folder, and the program for them."""
+    (tmp_path / "file").write_text("")
+    body = (
+        "from esper_jax.checkpoint import arrays\nfrom pathlib import Path\n"
+        "try:\n    arrays.save(Path(sys.argv[1]), big)\n"
+        "except OSError as error:\n    print(error.strerror)\n"
+    )
+    ended = script(body, tmp_path / "file" / "step")
+    found = (ended.returncode, ended.stdout, ended.stderr)
+    assert found == (0, "Not a directory\n", "")

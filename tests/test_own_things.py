@@ -156,7 +156,10 @@ loss = "mine_only_here:loss"
         ({"train": {**TRAIN, "steps_per_tick": 3}}, "train.steps_per_tick: expected 0"),
         ({"train": {**TRAIN, "batch_size": 65}}, "train.batch_size: expected at most"),
         (
-            {"data": {"factory": "own_module:arrays", "label": 2}},
+            {
+                "data": {"factory": "own_module:arrays", "label": 2},
+                "train": {**TRAIN, "loss": ""},
+            },
             "data.factory: test must have labels from 0 to 1, .* is 2 in row 63",
         ),
         ({"model": {}, "growth": {}}, "the built-in perceptron needs data.factory"),

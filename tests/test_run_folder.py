@@ -21,6 +21,7 @@ from esper_jax.run.config import ConfigError, parse_config
 from esper_jax.run.folder import RunError, RunFolder, read_lines
 from esper_jax.run.run import evaluate_run, train_run
 from esper_jax.train import Stop
+from esper_jax.train.batches import DataError
 
 TABLES = {
     "data": {"name": "spirals"},
@@ -326,6 +327,7 @@ def test_errors_in_one_line(command, copy, monkeypatch):
     for error, status, said in (
         (ZeroDivisionError("a\nb"), 70, "not foreseen: ZeroDivisionError: a (--trace"),
         (MemoryError(), 2, "the memory does not hold this"),
+        (DataError("data must have labels"), 2, "esper-jax: data must have labels"),
         (OSError(28, "No space left", "x"), 2, "[Errno 28] No space left: 'x'"),
         (BrokenPipeError(), 141, ""),
     ):

@@ -1,7 +1,11 @@
 """`fit` beside signals and broken data: what is kept, and what is said."""
 
 import logging
+import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -126,6 +130,25 @@ def test_a_second_signal_ends_at_once(program):
         signal.raise_signal(signal.SIGTERM)
     with pytest.raises(Interrupted, match="SIGTERM after step 0"):
         run(program, stop=stop)
+
+
+def test_a_signal_in_a_string_of_python_keeps_its_status(tmp_path):
+    """As while a dataclass is made: CPython takes it for an unhandled SIGINT."""
+    (tmp_path / "program.py").write_text(
+        "import signal, sys\nfrom esper_jax.train import Stop\n"
+        "with Stop(signal.SIGTERM):\n"
+        "    try:\n        exec('signal.raise_signal(signal.SIGTERM)')\n"
+        "    except KeyboardInterrupt:\n        sys.exit(143)\n"
+    )
+    root = str(Path(__file__).parents[1])
+    ended = subprocess.run(
+        [sys.executable, "-m", "program"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": root},
+        timeout=100,
+        check=False,
+    )
+    assert ended.returncode == 143
 
 
 def test_handlers_of_the_program_itself_are_left_alone(program):

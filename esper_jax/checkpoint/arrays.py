@@ -38,6 +38,7 @@ def save(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
       Exception: whatever Orbax raises if it cannot write.
     """
     with plain(folder) as safe, _orbax():
+        _check_writable(safe)
         if jax.process_count() == 1:
             ocp.save(safe / _STATE, dict(arrays))
             return
@@ -51,6 +52,20 @@ def save(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
         handler = v0.PyTreeCheckpointHandler(multiprocessing_options=alone)
         with v0.Checkpointer(handler, multiprocessing_options=alone) as writer:
             writer.save(safe / _STATE, dict(arrays))
+
+
+def _check_writable(folder: Path) -> None:
+    """Makes a folder and removes it.
+
+    Where Orbax cannot make its own, its threads wait five minutes for it, the process
+    cannot end before, and then they print their stacks.
+
+    Raises:
+      OSError: if that fails.
+    """
+    probe = folder / f"{_STATE}.probe"
+    probe.mkdir()
+    probe.rmdir()
 
 
 def load(folder: Path, records: Mapping[str, LeafRecord]) -> dict[str, np.ndarray]:
@@ -151,8 +166,8 @@ def _hush() -> None:
     """From now on, prints no stacks of what Orbax leaves behind when a save fails.
 
     TensorStore goes on with the other arrays for a while, and tells an event loop that
-    Orbax has closed. Its threads hand each refusal to `sys.unraisablehook`. Orbax drops
-    a coroutine where it cannot make its folder, and Python warns of that.
+    Orbax has closed. Its threads hand each refusal to `sys.unraisablehook`. Where it
+    cannot make its folder, Orbax drops a coroutine, and Python warns of that.
     """
     warnings.filterwarnings("ignore", "coroutine 'OrbaxLayout", RuntimeWarning)
     before = sys.unraisablehook

@@ -29,6 +29,15 @@ class Interrupted(KeyboardInterrupt):
         self.number = number
 
 
+class _Stopped(KeyboardInterrupt):
+    """Raised by a signal.
+
+    Where C code runs a string of Python, as many imports do, CPython takes exactly a
+    `KeyboardInterrupt` for the end of the program: it then ends ``python -m`` as by
+    SIGINT, even if it was caught and another status was asked for.
+    """
+
+
 class Stop:
     """Turns signals into a flag. A context manager.
 
@@ -116,7 +125,7 @@ class Stop:
         elif self._again is not None:
             self._again(number)
         if not (first and self._held):
-            raise KeyboardInterrupt
+            raise _Stopped
 
 
 def _several(state: TrainState) -> bool:
