@@ -212,9 +212,9 @@ class Pool:
 
 def _serve() -> None:
     """Runs the jobs that come on standard input."""
-    # As a command has them, even if this program was started in the background.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    # The commands put their own handlers in place of these. A signal that comes between
+    # two commands ends the worker without a word.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
 
     from esper_jax import cli

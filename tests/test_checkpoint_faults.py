@@ -1,5 +1,6 @@
 """Checkpoints when things go wrong: nothing silent, nothing lost, nobody trusted."""
 
+import asyncio
 import gc
 import hashlib
 import json
@@ -544,3 +545,21 @@ def test_orbax_is_not_asked_where_it_cannot_make_its_folder(tmp_path):
     ended = script(body, tmp_path / "file" / "step")
     found = (ended.returncode, ended.stdout, ended.stderr)
     assert found == (0, "Not a directory\n", "")
+
+
+def test_tasks_that_orbax_drops_are_not_told_of(tmp_path, caplog):
+    """A race of its arrays; here a task from a file of its name, and another."""
+    stored.save(tmp_path, {"x": np.ones(3)})
+
+    async def dropped(path):
+        names = {}
+        exec(compile("async def fail():\n    1 / 0\n", path, "exec"), names)
+        asyncio.get_running_loop().create_task(names["fail"]())
+        await asyncio.sleep(0)
+
+    for path in ("/site-packages/orbax/checkpoint/a.py", "/home/mine.py"):
+        asyncio.run(dropped(path))
+    gc.collect()
+    [record] = [r.getMessage() for r in caplog.records if r.name == "asyncio"]
+    assert "exception was never retrieved" in record
+    assert "/home/mine.py" in record

@@ -144,7 +144,15 @@ def test_the_benchmarks_of_results_exist():
     )
     assert {Path(c).name for c in commands} == {
         f"{name}.py"
-        for name in ("blend", "durability", "growth", "lifecycle", "model", "scaling")
+        for name in (
+            "blend",
+            "durability",
+            "faults",
+            "growth",
+            "lifecycle",
+            "model",
+            "scaling",
+        )
     }
     assert all((ROOT / command).exists() for command in commands)
 

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import jax
@@ -14,6 +15,7 @@ import optax
 import pytest
 from flax import nnx
 
+from esper_jax.checkpoint.checkpointer import Checkpointer
 from esper_jax.hosts import MLP
 from esper_jax.train import Governor, Interrupted, Stop, TrainingStopped, build, fit
 from esper_jax.trees import state_hash
@@ -149,6 +151,39 @@ def test_a_signal_in_a_string_of_python_keeps_its_status(tmp_path):
         check=False,
     )
     assert ended.returncode == 143
+
+
+def test_a_signal_that_a_callback_swallows_prints_nothing(program, monkeypatch):
+    class Thing:
+        pass
+
+    def signalled(_):
+        signal.raise_signal(signal.SIGTERM)
+
+    printed = []
+    monkeypatch.setattr(sys, "unraisablehook", printed.append)
+    before = sys.unraisablehook
+    with Stop(signal.SIGTERM) as stop:
+        for callback in (signalled, lambda _: 1 / 0):
+            thing = Thing()
+            kept = weakref.ref(thing, callback)
+            del thing
+            assert kept() is None
+    assert sys.unraisablehook is before
+    assert [raised.exc_type for raised in printed] == [ZeroDivisionError]
+    with pytest.raises(Interrupted, match="SIGTERM after step 0"):
+        run(program, stop=stop)
+
+
+def test_hooks_of_saves_outlive_a_stop_and_do_not_pile_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)
+    hooks = []
+    for step in range(3):
+        with Stop(signal.SIGTERM), Checkpointer(tmp_path) as checkpoints:
+            checkpoints.save(step, {"x": np.ones(3)})
+        hooks.append(sys.unraisablehook)
+    assert hooks[0].hushes_orbax
+    assert hooks[0] is hooks[1] is hooks[2]
 
 
 def test_handlers_of_the_program_itself_are_left_alone(program):

@@ -162,13 +162,20 @@ def _orbax() -> Iterator[None]:
         logger.removeFilter(wanted)
 
 
+def _not_of_a_dropped_task(record: logging.LogRecord) -> bool:
+    text = record.getMessage()
+    return not ("exception was never retrieved" in text and "orbax" in text)
+
+
 def _hush() -> None:
     """From now on, prints no stacks of what Orbax leaves behind when a save fails.
 
     TensorStore goes on with the other arrays for a while, and tells an event loop that
     Orbax has closed. Its threads hand each refusal to `sys.unraisablehook`. Where it
-    cannot make its folder, Orbax drops a coroutine, and Python warns of that.
+    cannot make its folder, Orbax drops a coroutine, and Python warns of that. Where one
+    array cannot be written, it drops the tasks of the others, and asyncio logs each.
     """
+    logging.getLogger("asyncio").addFilter(_not_of_a_dropped_task)
     warnings.filterwarnings("ignore", "coroutine 'OrbaxLayout", RuntimeWarning)
     before = sys.unraisablehook
     if getattr(before, "hushes_orbax", False):

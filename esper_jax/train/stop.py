@@ -1,7 +1,9 @@
 """Signals that stop training between two steps."""
 
 import contextlib
+import functools
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
@@ -66,6 +68,7 @@ class Stop:
         self._again = again
         self._held = False
         self._before: dict[int, Any] = {}
+        self._hooks: tuple[Any, Any] | None = None
 
     def __enter__(self) -> "Stop":
         if threading.current_thread() is threading.main_thread():
@@ -73,6 +76,10 @@ class Stop:
                 default = (signal.SIG_DFL, signal.default_int_handler)
                 if signal.getsignal(number) in default:
                     self._before[number] = signal.signal(number, self._received)
+        if self._before:
+            before = sys.unraisablehook
+            self._hooks = before, _quieter(before)
+            sys.unraisablehook = self._hooks[1]
         return self
 
     def __exit__(
@@ -81,6 +88,9 @@ class Stop:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        # Another hook may have come over this one meanwhile, which then stays below it.
+        if self._hooks is not None and sys.unraisablehook is self._hooks[1]:
+            sys.unraisablehook = self._hooks[0]
         while self._before:
             signal.signal(*self._before.popitem())
 
@@ -126,6 +136,21 @@ class Stop:
             self._again(number)
         if not (first and self._held):
             raise _Stopped
+
+
+def _quieter(before: Any) -> Any:
+    """A `sys.unraisablehook` that prints no exception of a signal.
+
+    A destructor or a callback of a weak reference swallows it. The signal is remembered
+    all the same, and the loop ends for it.
+    """
+
+    @functools.wraps(before)  # with the marks that other hooks know each other by
+    def hook(raised: "sys.UnraisableHookArgs") -> None:
+        if raised.exc_type is not _Stopped:
+            before(raised)
+
+    return hook
 
 
 def _several(state: TrainState) -> bool:
