@@ -524,3 +524,21 @@ def test_a_run_that_cannot_go_on_saves_its_state(broken_run, tmp_path):
     assert [r["number"] for r in summary["rollbacks"]] == [1, 2, 3, 4]
     assert {r["tick"] for r in summary["rollbacks"]} == {6}
     assert summary["final_loss"] < 2.0
+
+
+def test_a_frozen_host_has_no_gradient_and_that_is_no_fault():
+    model = MLP(6, (8,), CLASSES, num_seeds=2, capacity=2, rngs=nnx.Rngs(0))
+    frozen = build(model, optax.adam(1e-2), optax.adam(1e-3), wrt=None)
+    reports = []
+    state = fit(
+        frozen,
+        frozen.init(jax.random.key(0)),
+        TRAIN,
+        HELD_OUT,
+        ticks=2,
+        batch_size=BATCH,
+        governor=Governor(frozen, num_classes=CLASSES),
+        on_tick=lambda state, report: reports.append(report),
+    )
+    assert (int(state.ticks), int(state.governor.rollbacks)) == (2, 0)
+    assert [float(r.layers["layers/0"].signals.grad_norm) for r in reports] == [0, 0]

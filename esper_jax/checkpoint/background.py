@@ -18,8 +18,13 @@ __all__ = ["Background", "settle"]
 _log = logging.getLogger(__name__)
 
 
+_WAITS = (3, 12) <= sys.version_info < (3, 12, 2)
+"""These start no threads once the main one has ended (CPython, gh-113964), and Orbax
+cannot write without: work that goes on by then would be lost."""
+
+
 class Background:
-    """Does one piece of work at a time in a thread."""
+    """Does one piece of work at a time in a thread; Python 3.12.0 and .1 wait for it."""
 
     def __init__(self) -> None:
         self._done = threading.Event()
@@ -52,6 +57,8 @@ class Background:
         except BaseException:
             self._done.set()
             raise
+        if _WAITS:
+            self.finish()
 
     def join(self) -> None:
         """Waits for the work. If interrupted, it can be called again.

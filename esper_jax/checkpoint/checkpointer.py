@@ -180,9 +180,9 @@ class Checkpointer:
             leaves = to_host(state)
         except LeafError as error:
             raise CheckpointError(f"step {step} cannot be saved: {error}") from None
+        self._pending = True
         if self._writes:
             self._start(leaves, header)
-        self._pending = True
 
     def wait(self) -> None:
         """Waits until the last save is on disk.

@@ -89,7 +89,10 @@ def watch(
 def _norm(recipe: Recipe, monitor: Monitor, host: Arrays) -> Float[Array, ""]:
     if not recipe.wants("grad_norm"):
         return monitor.grad_norm
-    return monitor.grad_norm + (optax.tree.norm(host) if host else jnp.nan)
+    # A frozen host has no gradients, and 0 is their norm. Where parameters train, those
+    # that were not given are not known.
+    known = host or not recipe.parts.trained
+    return monitor.grad_norm + (optax.tree.norm(host) if known else jnp.nan)
 
 
 def _gradients(recipe: Recipe, monitor: Monitor, step: StepGradients) -> Any:
