@@ -97,7 +97,8 @@ def edit(path, old, new):
 
 
 def test_one_bit_of_the_config_is_found(copy):
-    edit(copy / "config.json", '"name": "spirals",\n    "seed": 0', '"name": "spirals",\n    "seed": 1')  # fmt: skip  # noqa: E501
+    old, new = (f'"name": "spirals",\n    "seed": {seed}' for seed in (0, 1))
+    edit(copy / "config.json", old, new)
     before = contents(copy)
     said = r"data.seed = 1, but step 18 was saved with 0.*put 0 back into config.json"
     with pytest.raises(RunError, match=said):
@@ -120,7 +121,8 @@ def test_checkpoints_of_another_run_are_found(copy, tmp_path):
             attempt(copy)
     assert contents(copy) == before
     # Of runs that are older than their records, the configs are compared.
-    edit(theirs.parents[1] / "config.json", '"learning_rate": 0.001', '"learning_rate": 0.002')  # fmt: skip  # noqa: E501
+    old, new = (f'"learning_rate": {rate}' for rate in (0.001, 0.002))
+    edit(other / "config.json", old, new)
     (other / "run.json").unlink()
     with pytest.raises(RunError, match=r"train.learning_rate = 0.002, but step 21"):
         evaluate_run(other)
@@ -369,7 +371,8 @@ def test_no_backend_and_no_reader(tmp_path):
     [line] = errors.splitlines()
     assert line.startswith("esper-jax: JAX has no device for JAX_PLATFORMS='foo'")
     # A run goes on when nobody reads its output; a name that is no ASCII is printed.
-    process = spawn("train", "c.toml", "--out", "ü", cwd=tmp_path, PYTHONIOENCODING="ascii")  # fmt: skip  # noqa: E501
+    line = ("train", "c.toml", "--out", "ü")
+    process = spawn(*line, cwd=tmp_path, PYTHONIOENCODING="ascii")
     process.stdout.close()
     with process:
         assert process.stderr.read() == ""
