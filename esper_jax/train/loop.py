@@ -15,7 +15,7 @@ from esper_jax.growth.state import TrainState
 from esper_jax.parallel.replicas import check_replicas
 from esper_jax.train.batches import DataError, Feed, is_iterable, stack
 from esper_jax.train.checks import Checks
-from esper_jax.train.faults import explain_loss
+from esper_jax.train.diagnosis import explain_loss
 from esper_jax.train.governor import Governor
 from esper_jax.train.program import Program
 from esper_jax.train.stop import Interrupted, Stop
