@@ -1,6 +1,7 @@
 """The command line: ``esper-jax train``, ``evaluate``, ``export``, ``checkpoint``."""
 
 import contextlib
+import dataclasses
 import io
 import itertools
 import json
@@ -66,6 +67,7 @@ def _guarded(command: Command) -> int:
     stop = Stop(*_early.SIGNALS, again=_leave_at_once)
     with _log_on_stderr():
         try:
+            command = _at_home(command)
             if isinstance(command, Train):
                 _join(command)  # before JAX looks for its devices
             _check_backend()
@@ -195,6 +197,27 @@ def _run(command: Command, stop: Any) -> int:
         if isinstance(command, Export):
             return _export(command)
         return _checkpoint(command)
+
+
+def _at_home(command: Command) -> Command:
+    """The command with ``~`` expanded in its paths.
+
+    A shell leaves it in ``--out=~/run``, and only some of us would expand it.
+
+    Raises:
+      RunError: if there is no such user.
+    """
+    from esper_jax.run.folder import RunError
+
+    paths = {k: v for k, v in vars(command).items() if isinstance(v, Path)}
+    try:
+        there: dict[str, Any] = {
+            name: path.expanduser() for name, path in paths.items()
+        }
+    except RuntimeError as error:
+        told = ", ".join(map(str, paths.values()))
+        raise RunError(f"{told}: {error} Write the path out") from None
+    return dataclasses.replace(command, **there)
 
 
 def _only_reads(command: Command) -> bool:

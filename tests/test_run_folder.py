@@ -351,6 +351,20 @@ def test_errors_in_one_line(command, copy, monkeypatch):
     )
 
 
+def test_home_is_found_where_the_shell_leaves_it(command, copy, monkeypatch):
+    monkeypatch.setenv("HOME", str(copy.parent))
+    Path("c.toml").rename(copy.parent / "c.toml")
+    line = ("train", "~/c.toml", "--out=~/run", "--resume", "--set", "train.ticks=7")
+    status, out, _ = command(*line)
+    assert (status, out.splitlines()[-1]) == (0, f"run: {copy}")
+    assert command("evaluate", "~/run")[0] == 0
+    assert evaluate_run(Path("~/run"))["step"] == 21
+    assert not Path("~").exists()
+    status, _, errors = command("evaluate", "~nobody-here/run")
+    assert status == 2
+    assert errors.startswith("esper-jax: ~nobody-here/run: Could not determine home")
+
+
 def spawn(*arguments, cwd, **environment):
     (cwd / "c.toml").write_text(TOML)
     root = str(Path(__file__).parents[1])
