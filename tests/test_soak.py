@@ -36,6 +36,9 @@ pytestmark = pytest.mark.slow
 
 HERE = Path(__file__).parent
 TICKS, SETTLED, WINDOW = 2000, 100, 300
+ALLOWED = 16
+"""MB that the memory may rise by."""
+
 GROWTH = {"num_seeds": 6, "capacity": 2}
 CONTROLLER = {
     "when": "period",
@@ -75,9 +78,10 @@ def check_level(samples):
         assert statistics.median(last) <= statistics.median(first) + 1, name
         assert max(last) <= max(first) + 4, name
     first, last = map(statistics.median, windows(samples, "memory"))
-    # 160 saves lie between, of each of which Orbax alone keeps 20 to 50 kB; a run of
-    # the command line keeps its events for the summary, about 1 kB each.
-    assert last <= first + 24, f"{first:.1f} MB became {last:.1f} MB"
+    # 160 saves lie between. Of each, TensorStore keeps 300 bytes an array, about 4 MB in
+    # all (see test_checkpoint_faults.py). The heaps of Orbax's threads fill up unevenly
+    # at first. A run of the command line keeps its events, about 1 kB each.
+    assert last <= first + ALLOWED, f"{first:.1f} MB became {last:.1f} MB"
     first, last = map(statistics.median, windows(samples, "milliseconds"))
     assert last <= 1.3 * first, f"a tick of {first:.2f} ms takes {last:.2f} ms"
 
