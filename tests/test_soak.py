@@ -78,9 +78,9 @@ def check_level(samples):
         assert statistics.median(last) <= statistics.median(first) + 1, name
         assert max(last) <= max(first) + 4, name
     first, last = map(statistics.median, windows(samples, "memory"))
-    # 160 saves lie between. Of each, TensorStore keeps 300 bytes an array, about 4 MB in
-    # all (see test_checkpoint_faults.py). The heaps of Orbax's threads fill up unevenly
-    # at first. A run of the command line keeps its events, about 1 kB each.
+    # 160 saves lie between. TensorStore keeps 300 bytes an array of each, some 4 MB in
+    # all (see test_checkpoint_faults.py). The heaps of Orbax's threads fill unevenly at
+    # first. A run of the command line keeps its events, about 1 kB each.
     assert last <= first + ALLOWED, f"{first:.1f} MB became {last:.1f} MB"
     first, last = map(statistics.median, windows(samples, "milliseconds"))
     assert last <= 1.3 * first, f"a tick of {first:.2f} ms takes {last:.2f} ms"
