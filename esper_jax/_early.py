@@ -57,10 +57,16 @@ def installed() -> bool:
 
 
 def _is_the_command() -> bool:
-    """Whether it was started as ``esper-jax``, or as ``python -m esper_jax``."""
+    """Whether it was started as ``esper-jax``, or as ``python -m esper_jax``.
+
+    A worker that multiprocessing starts for it has its ``sys.argv``, but is another.
+    """
+    words = sys.orig_argv
+    if any(word.startswith("from multiprocessing") for word in words):
+        return False
     if sys.argv[:1] != ["-m"]:  # stands there until Python has found the module
         return os.path.basename("".join(sys.argv[:1])) == "esper-jax"
-    return " -m esper_jax" in " ".join(sys.orig_argv).replace("-mesper", "-m esper")
+    return " -m esper_jax" in " ".join(words).replace("-mesper", "-m esper")
 
 
 _installed = _is_the_command()

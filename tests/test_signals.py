@@ -49,6 +49,8 @@ except BaseException:
 print(early.installed())
 """
 
+WORKER = "from multiprocessing.spawn import spawn_main; spawn_main(pipe_handle=5)"
+
 
 @pytest.mark.parametrize(
     ("argv", "orig_argv", "then", "status", "said"),
@@ -61,6 +63,7 @@ print(early.installed())
         (["train.py"], ["-m", "esper_jax"], "", -signal.SIGTERM, ""),
         (["-m"], ["-m", "pytest"], "", -signal.SIGTERM, ""),
         ([], [], "", -signal.SIGTERM, ""),
+        (["esper-jax"], ["-c", WORKER], "", -signal.SIGTERM, ""),
     ],
 )
 def test_the_command_leaves_and_other_programs_keep_their_handlers(
