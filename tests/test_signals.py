@@ -182,11 +182,16 @@ def test_a_signal_at_any_moment(tmp_path):
         words = [sys.executable, "-m", "esper_jax", *words]
         return subprocess.Popen(words, cwd=tmp_path, env=env, **pipe)
 
-    assert not spawn(LINES[0], "run").wait(100)
+    def whole(line, new):
+        process = spawn(line, new)
+        process.communicate(timeout=100)
+        assert not process.returncode
+
+    whole(LINES[0], "run")
     rng = random.Random(0)
     for line in LINES:
         begun = time.monotonic()
-        assert not spawn(line, f"{line[0]}-whole").wait(100)
+        whole(line, f"{line[0]}-whole")
         life = time.monotonic() - begun
         for moment in range(12):
             number = rng.choice(_early.SIGNALS)
