@@ -28,6 +28,11 @@ GENTLE = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 _STOPPED = "stopped by SIG"
 _FULL = "No space left|File too large|Read-only file system|Disk quota"
 
+_RECORD = (
+    "damaged|config.json|run.json|saved by another run|expected .*, as the run|"
+    "holds no run"
+)
+
 
 def _ended(trial: Trial, result: Result, number: int) -> None:
     """Checks the end of a run that a signal came to, maybe too late."""
@@ -209,8 +214,7 @@ def a_damaged_record(trial: Trial) -> None:
     result = trial.resume()
     if result.status:
         trial.refused = True
-        trial.expect(result, [2], "damaged|config.json|run.json|saved by another run|"
-                     "expected .*, as the run|holds no run")  # fmt: skip
+        trial.expect(result, [2], _RECORD)
         path.write_bytes(before)
         trial.finish()
     else:

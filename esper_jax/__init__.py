@@ -3,15 +3,14 @@
 `Growth` grows a model beside your own loop; `build` and `fit` are a loop of ours.
 """
 
-from esper_jax import _early, _old_paths, lifecycle  # noqa: F401
+# First of all: it takes the signals of the command, and the others import for seconds.
+from esper_jax import _early  # noqa: F401  # isort: skip
+from esper_jax import _old_paths, lifecycle
 from esper_jax.chunks import ChunkLayout
 from esper_jax.growth.transformation import Growth
 from esper_jax.kernels.blend import blend
-from esper_jax.layers.bed import SeedBed
-from esper_jax.layers.capacity import grow_capacity
-from esper_jax.layers.chunked import ChunkedLayer
+from esper_jax.layers import ChunkedLayer, SeedBed, grow_capacity, harvest
 from esper_jax.layers.growable import make_growable
-from esper_jax.layers.harvest import harvest
 from esper_jax.layers.variables import BlueprintParam, GraftProbe, SeedVariable
 from esper_jax.lifecycle.commands import Commands
 from esper_jax.lifecycle.grafting import GraftConfig, Strategy

@@ -1,42 +1,76 @@
-"""Signals while the command ``esper-jax`` imports what it needs, which takes seconds.
+"""Signals wherever the command ``esper-jax`` has nothing to save.
 
-Nothing is at stake then, so a signal ends the process with one line instead of a
-traceback. This module is imported first, and does nothing in other programs.
+The command imports for seconds. Nothing is at stake then, nor when it only reads, nor
+once it is over, so a signal ends the process at once, with one line in place of a
+traceback. An exception would not do: imports and JAX's callbacks swallow some, or turn
+them into others.
+
+`esper_jax` imports this module first, and this module imports as little as it can. The
+handlers stay to the end of the process; `train.Stop` takes their place while there is
+something to save. Other programs, and those that call `cli.main`, keep their own.
 """
 
 import os
 import signal
 import sys
-from pathlib import Path
-from types import FrameType
-from typing import Any
 
-__all__ = ["SIGNALS", "end"]
+__all__ = ["SIGNALS", "installed", "leave", "over", "started"]
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """What a terminal, a scheduler and a closed terminal send."""
 
-_before: dict[int, Any] = {}
+_starting = True
+_status: int | None = None
 
 
-def end() -> None:
-    """Gives the signals back."""
-    while _before:
-        signal.signal(*_before.popitem())
+def leave(number: int, frame: object) -> None:
+    """The handler: ends the process, after a line that says why."""
+    if _status is not None:
+        os._exit(_status)
+    said = "stopped while starting: nothing has changed"
+    if not _starting:
+        said = f"stopped by {signal.Signals(number).name}"
+    try:
+        os.write(2, f"esper-jax: {said}\n".encode())
+    finally:
+        os._exit(128 + number)
+
+
+def started() -> None:
+    """From now on a signal is told of as one that came while the command worked."""
+    global _starting
+    _starting = False
+
+
+def over(status: int) -> None:
+    """From now on a signal only hurries the end, with the status that the command has.
+
+    All is written by then, and Python's own handlers would print a traceback.
+    """
+    global _status
+    _status = status
+
+
+def installed() -> bool:
+    """Whether this process is the command, so that a signal may end it."""
+    return _installed
 
 
 def _is_the_command() -> bool:
-    script = Path(sys.argv[0]).name if sys.argv else ""
-    module = sys.orig_argv[1:3] == ["-m", "esper_jax"]
-    return script == "esper-jax" or module
+    """Whether it was started as ``esper-jax``, or as ``python -m esper_jax``.
+
+    A worker that multiprocessing starts for it has its ``sys.argv``, but is another.
+    """
+    words = sys.orig_argv
+    if any(word.startswith("from multiprocessing") for word in words):
+        return False
+    if sys.argv[:1] != ["-m"]:  # stands there until Python has found the module
+        return os.path.basename("".join(sys.argv[:1])) == "esper-jax"
+    return " -m esper_jax" in " ".join(words).replace("-mesper", "-m esper")
 
 
-def _leave(number: int, frame: FrameType | None) -> None:
-    os.write(2, b"esper-jax: stopped while starting: nothing has changed\n")
-    os._exit(128 + number)
-
-
-if _is_the_command():
+_installed = _is_the_command()
+if _installed:
     for _number in SIGNALS:
         if signal.getsignal(_number) in (signal.SIG_DFL, signal.default_int_handler):
-            _before[_number] = signal.signal(_number, _leave)
+            signal.signal(_number, leave)

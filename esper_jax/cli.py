@@ -1,6 +1,7 @@
 """The command line: ``esper-jax train``, ``evaluate``, ``export``, ``checkpoint``."""
 
 import contextlib
+import dataclasses
 import io
 import itertools
 import json
@@ -36,10 +37,10 @@ def main() -> None:
     signal when it was stopped by one, with 141 when its output is closed, and with 70
     after an error that is not foreseen.
     """
-    _early.end()
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # in place of UnicodeEncodeError
-            stream.reconfigure(errors="backslashreplace")
+        if isinstance(stream, io.TextIOWrapper):
+            # In place of UnicodeEncodeError; and a signal loses no line.
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
     command = tyro.extras.subcommand_cli_from_dict(
         {
             "train": Train,
@@ -51,6 +52,7 @@ def main() -> None:
         description="Grow neural networks while they train.",
     )
     status = _guarded(command)
+    _early.over(status)
     if status:
         raise SystemExit(status)
 
@@ -60,8 +62,12 @@ def _guarded(command: Command) -> int:
     # Imported late, so that --help and mistyped options answer at once.
     from esper_jax.train.stop import Stop
 
-    with Stop(*_early.SIGNALS, again=_leave_at_once) as stop, _log_on_stderr():
+    # It takes the signals within the `try`, and gives them back to `_early` there, so
+    # what it raises is caught here, and nothing is raised beside it.
+    stop = Stop(*_early.SIGNALS, again=_leave_at_once)
+    with _log_on_stderr():
         try:
+            command = _at_home(command)
             if isinstance(command, Train):
                 _join(command)  # before JAX looks for its devices
             _check_backend()
@@ -69,16 +75,25 @@ def _guarded(command: Command) -> int:
             sys.stdout.flush()
             return status
         except KeyboardInterrupt as stopped:
-            number = stop.number or signal.SIGINT
-            by = f"stopped by {signal.Signals(number).name}"
-            return _said(f"{by}{str(stopped) and f'; {stopped}'}", 128 + number)
+            return _stopped(stop, str(stopped))
         except BrokenPipeError:
             _read_no_more()
             return _CLOSED_PIPE
         except Exception as error:
             if command.traceback:
                 traceback.print_exc()
-            return _said(*_in_words(error))
+            said, status = _in_words(error)
+            if stop.number and status == _UNFORESEEN:
+                # Code that a signal interrupts may raise something else for it.
+                return _stopped(stop, said)
+            return _said(said, status)
+
+
+def _stopped(stop: Any, more: str) -> int:
+    """Says which signal has ended the command, and ``more`` if there is any."""
+    number = stop.number or signal.SIGINT
+    by = f"stopped by {signal.Signals(number).name}"
+    return _said(f"{by}{more and f'; {more}'}", 128 + number)
 
 
 def _said(text: str, status: int) -> int:
@@ -165,16 +180,51 @@ def _read_no_more() -> None:
 
 
 def _run(command: Command, stop: Any) -> int:
-    """Runs a command; returns the exit status."""
+    """Runs a command; returns the exit status.
+
+    Args:
+      command: to run.
+      stop: a `Stop`, whose module is imported late.
+    """
     if isinstance(command, Train):
-        _train(command, stop)
-    elif isinstance(command, Evaluate):
-        _evaluate(command)
-    elif isinstance(command, Export):
-        _export(command)
-    else:
+        return _train(command, stop)
+    _early.started()
+    if _early.installed() and _only_reads(command):
+        stop = contextlib.nullcontext()
+    with stop:
+        if isinstance(command, Evaluate):
+            return _evaluate(command)
+        if isinstance(command, Export):
+            return _export(command)
         return _checkpoint(command)
-    return 0
+
+
+def _at_home(command: Command) -> Command:
+    """The command with ``~`` expanded in its paths.
+
+    A shell leaves it in ``--out=~/run``, and only some of us would expand it.
+
+    Raises:
+      RunError: if there is no such user.
+    """
+    from esper_jax.run.folder import RunError
+
+    paths = {k: v for k, v in vars(command).items() if isinstance(v, Path)}
+    try:
+        there: dict[str, Any] = {
+            name: path.expanduser() for name, path in paths.items()
+        }
+    except RuntimeError as error:
+        told = ", ".join(map(str, paths.values()))
+        raise RunError(f"{told}: {error} Write the path out") from None
+    return dataclasses.replace(command, **there)
+
+
+def _only_reads(command: Command) -> bool:
+    """Whether nothing is left behind where the process ends in the midst of it."""
+    if isinstance(command, Checkpoint):
+        return command.action != "migrate"
+    return isinstance(command, Evaluate)
 
 
 @contextlib.contextmanager
@@ -192,7 +242,7 @@ def _log_on_stderr() -> Iterator[None]:
         logger.propagate = True
 
 
-def _train(command: Train, stop: Any) -> None:
+def _train(command: Train, stop: Any) -> int:
     import jax
 
     from esper_jax.parallel.processes import together
@@ -208,7 +258,8 @@ def _train(command: Train, stop: Any) -> None:
         raise ConfigError("--resume: expected --out DIR with the run to go on with")
     if command.allow_change and not command.resume:
         raise ConfigError("--allow-change: expected --resume with it")
-    with _folder_for(command) as out:
+    _early.started()
+    with stop, _folder_for(command) as out:
         try:
             summary = train_run(
                 config,
@@ -221,7 +272,7 @@ def _train(command: Train, stop: Any) -> None:
         except KeyboardInterrupt:
             raise KeyboardInterrupt(_how_to_go_on(out)) from None
     if jax.process_index():
-        return  # process 0 says it
+        return 0  # process 0 says it
     try:
         _print_summary(summary)
         if config.compare.plot:
@@ -229,6 +280,7 @@ def _train(command: Train, stop: Any) -> None:
         print(f"run: {out}", flush=True)
     except OSError:  # the run is whole, whether or not anyone reads of it
         _read_no_more()
+    return 0
 
 
 @contextlib.contextmanager
@@ -300,17 +352,19 @@ def _print_summary(summary: dict[str, Any]) -> None:
         )
 
 
-def _evaluate(command: Evaluate) -> None:
+def _evaluate(command: Evaluate) -> int:
     from esper_jax.run.run import evaluate_run
 
     print(json.dumps(evaluate_run(command.dir)))
+    return 0
 
 
-def _export(command: Export) -> None:
+def _export(command: Export) -> int:
     from esper_jax.run.export import export_run
 
     written = export_run(command.dir, command.format, command.out, parts=command.parts)
     print(json.dumps(written))
+    return 0
 
 
 def _checkpoint(command: Checkpoint) -> int:

@@ -14,7 +14,7 @@ from esper_jax.lifecycle.grafting import GraftConfig
 from esper_jax.lifecycle.rules import LifecycleConfig
 from esper_jax.lifecycle.stages import Stage
 from esper_jax.policy.config import ControllerConfig
-from esper_jax.train import build, fit, over_mesh
+from esper_jax.train import Stop, build, fit, over_mesh
 from esper_jax.trees import state_hash
 
 RNG = np.random.default_rng(0)
@@ -159,6 +159,25 @@ def test_every_kind_of_iterable_gives_the_same_run():
     # Ticks need not follow the passes.
     state = fit(program, start(program), pairs, (X, Y), ticks=2, steps_per_tick=5)
     assert int(state.step) == 10
+
+
+def test_a_batch_is_looked_at_once_and_no_step_waits_for_the_device(monkeypatch):
+    program = build(Net(), SGD, SGD)
+    looks, signals = [], []
+    monkeypatch.setattr(
+        program.check, "_check_labels", lambda name, *_: looks.append(name) or True
+    )
+    batches = [(X[i : i + 5], Y[i : i + 5]) for i in range(0, 20, 5)]
+    common = {"ticks": 1, "steps_per_tick": 3}
+    fit(program, start(program), batches, (X, Y), **common)
+    assert looks.count("a batch of data") == 3
+    assert "batch" not in looks
+    # A step that does not count would be waited for in vain.
+    still = program._replace(step=lambda state, batch: state)
+    with Stop() as stop:
+        monkeypatch.setattr(stop, "check_step", signals.append)
+        fit(still, start(program), batches, (X, Y), **common, stop=stop)
+    assert len(signals) == 2  # and not after the last, which its tick follows
 
 
 def test_iterables_that_do_not_fit_are_refused_by_name():

@@ -250,7 +250,8 @@ def test_lines_that_are_lost_are_told_of(folder, harm):
         old = read_history(folder, 4, 2).missing
         gone = harm is remove and name == "ticks"  # the first runs wrote none
         assert len(old) == (name in counted and not gone)
-        write_json(folder.summary, {name: log.events if name == "events" else log.rollbacks})  # fmt: skip  # noqa: E501
+        told = {"events": log.events}.get(name, log.rollbacks)
+        write_json(folder.summary, {name: told})
         found = read_history(folder, 4, 2, seals)
         assert len(found.missing) == (name == "ticks")  # no summary holds those
         assert len(getattr(found, name)) == seals[name][0] or name == "ticks"

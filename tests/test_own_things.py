@@ -318,15 +318,19 @@ def test_devices_divide_the_rows_or_are_refused(monkeypatch, caplog):
     assert "trains on 2 of 4 devices: more do not divide train.batch" in caplog.text
 
 
-def test_several_devices_come_to_the_same(tmp_path):
+def test_several_devices_come_to_the_same(tmp_path, caplog):
     alone = train_run(config(), tmp_path / "one")
     four = train_run(config(), tmp_path / "four", devices=4)
     np.testing.assert_allclose(four["final_loss"], alone["final_loss"], rtol=1e-4)
     assert [e["to"] for e in four["events"]] == [e["to"] for e in alone["events"]]
     assert four["recompiles"] == 0
-    # A run may go on with another number.
+    # A run may go on with another number, which is written down and told.
+    record = RunFolder(tmp_path / "four").record
+    assert json.loads(record.read_text())["settings"]["devices"] == "4"
     longer = config(train={**TRAIN, "ticks": 4})
     assert train_run(longer, tmp_path / "four", resume=True)["recompiles"] == 0
+    assert json.loads(record.read_text())["settings"]["devices"] == "1"
+    assert "may differ from here on: devices was '4' and is '1'" in caplog.text
 
 
 def both(folder, *more):

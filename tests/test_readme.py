@@ -146,6 +146,7 @@ def test_the_benchmarks_of_results_exist():
         f"{name}.py"
         for name in (
             "blend",
+            "checks",
             "durability",
             "faults",
             "growth",

@@ -97,7 +97,8 @@ def edit(path, old, new):
 
 
 def test_one_bit_of_the_config_is_found(copy):
-    edit(copy / "config.json", '"name": "spirals",\n    "seed": 0', '"name": "spirals",\n    "seed": 1')  # fmt: skip  # noqa: E501
+    old, new = (f'"name": "spirals",\n    "seed": {seed}' for seed in (0, 1))
+    edit(copy / "config.json", old, new)
     before = contents(copy)
     said = r"data.seed = 1, but step 18 was saved with 0.*put 0 back into config.json"
     with pytest.raises(RunError, match=said):
@@ -120,7 +121,8 @@ def test_checkpoints_of_another_run_are_found(copy, tmp_path):
             attempt(copy)
     assert contents(copy) == before
     # Of runs that are older than their records, the configs are compared.
-    edit(theirs.parents[1] / "config.json", '"learning_rate": 0.001', '"learning_rate": 0.002')  # fmt: skip  # noqa: E501
+    old, new = (f'"learning_rate": {rate}' for rate in (0.001, 0.002))
+    edit(other / "config.json", old, new)
     (other / "run.json").unlink()
     with pytest.raises(RunError, match=r"train.learning_rate = 0.002, but step 21"):
         evaluate_run(other)
@@ -349,6 +351,20 @@ def test_errors_in_one_line(command, copy, monkeypatch):
     )
 
 
+def test_home_is_found_where_the_shell_leaves_it(command, copy, monkeypatch):
+    monkeypatch.setenv("HOME", str(copy.parent))
+    Path("c.toml").rename(copy.parent / "c.toml")
+    line = ("train", "~/c.toml", "--out=~/run", "--resume", "--set", "train.ticks=7")
+    status, out, _ = command(*line)
+    assert (status, out.splitlines()[-1]) == (0, f"run: {copy}")
+    assert command("evaluate", "~/run")[0] == 0
+    assert evaluate_run(Path("~/run"))["step"] == 21
+    assert not Path("~").exists()
+    status, _, errors = command("evaluate", "~nobody-here/run")
+    assert status == 2
+    assert errors.startswith("esper-jax: ~nobody-here/run: Could not determine home")
+
+
 def spawn(*arguments, cwd, **environment):
     (cwd / "c.toml").write_text(TOML)
     root = str(Path(__file__).parents[1])
@@ -369,7 +385,8 @@ def test_no_backend_and_no_reader(tmp_path):
     [line] = errors.splitlines()
     assert line.startswith("esper-jax: JAX has no device for JAX_PLATFORMS='foo'")
     # A run goes on when nobody reads its output; a name that is no ASCII is printed.
-    process = spawn("train", "c.toml", "--out", "ü", cwd=tmp_path, PYTHONIOENCODING="ascii")  # fmt: skip  # noqa: E501
+    line = ("train", "c.toml", "--out", "ü")
+    process = spawn(*line, cwd=tmp_path, PYTHONIOENCODING="ascii")
     process.stdout.close()
     with process:
         assert process.stderr.read() == ""

@@ -36,6 +36,9 @@ pytestmark = pytest.mark.slow
 
 HERE = Path(__file__).parent
 TICKS, SETTLED, WINDOW = 2000, 100, 300
+ALLOWED = 16
+"""MB that the memory may rise by."""
+
 GROWTH = {"num_seeds": 6, "capacity": 2}
 CONTROLLER = {
     "when": "period",
@@ -68,16 +71,19 @@ def windows(samples, name):
 
 
 def check_level(samples):
-    """Compares medians, which neither a save in flight nor a neighbour moves."""
+    """Compares what neither a save in flight nor a neighbour moves."""
     assert samples[-1]["compilations"] == samples[SETTLED]["compilations"]
-    for name in ("files", "threads", "python threads"):
+    # The lowest is that between two saves. TensorStore's pool takes its threads when it
+    # first has work for them.
+    for name, more in (("files", 1), ("threads", 4), ("python threads", 0)):
         first, last = windows(samples, name)
-        assert statistics.median(last) <= statistics.median(first) + 1, name
-        assert max(last) <= max(first) + 4, name
+        assert min(last) <= min(first) + more, name
+        assert max(last) <= max(first) + 4 + more, name
     first, last = map(statistics.median, windows(samples, "memory"))
-    # 160 saves lie between, of each of which Orbax alone keeps 20 to 50 kB; a run of
-    # the command line keeps its events for the summary, about 1 kB each.
-    assert last <= first + 24, f"{first:.1f} MB became {last:.1f} MB"
+    # 160 saves lie between. TensorStore keeps 300 bytes an array of each, some 4 MB in
+    # all (see test_checkpoint_faults.py). The heaps of Orbax's threads fill unevenly at
+    # first. A run of the command line keeps its events, about 1 kB each.
+    assert last <= first + ALLOWED, f"{first:.1f} MB became {last:.1f} MB"
     first, last = map(statistics.median, windows(samples, "milliseconds"))
     assert last <= 1.3 * first, f"a tick of {first:.2f} ms takes {last:.2f} ms"
 
@@ -123,7 +129,9 @@ def draw(samples, title, folder):
 def report(samples, title):
     """Prints the medians, for benchmarks/RESULTS.md."""
     for name in ("memory", "files", "threads", "compilations", "milliseconds"):
-        first, last = map(statistics.median, windows(samples, name))
+        lowest = name in ("files", "threads")
+        level = min if lowest else statistics.median
+        first, last = map(level, windows(samples, name))
         print(f"{title} | {name} | {first:.2f} | {last:.2f}")
 
 

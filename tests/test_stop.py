@@ -226,8 +226,11 @@ def changed(data, row, value):
         (
             changed(TRAIN, 37, np.nan),
             HELD_OUT,
-            ["the train loss is nan", "params", "training data holds NaN or infinity in"
-             " 1 rows, the first is row 37"],
+            [
+                "the train loss is nan",
+                "params",
+                "training data holds NaN or infinity in 1 rows, the first is row 37",
+            ],
         ),
         (changed(TRAIN, 5, 1e300), HELD_OUT, ["the train loss", "row 5"]),
         (
@@ -241,7 +244,7 @@ def changed(data, row, value):
             ["the held-out loss is nan", "held-out data holds NaN", "in some batches"],
         ),
     ],
-)  # fmt: skip
+)
 def test_a_loss_that_is_not_finite_is_told_once(program, data, held_out, said, caplog):
     with caplog.at_level(logging.WARNING, logger="esper_jax"):
         state = run(program, data=data, held_out=held_out)

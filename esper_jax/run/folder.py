@@ -37,10 +37,13 @@ class RunFolder:
     """Paths of the files of a run.
 
     Args:
-      path: the folder.
+      path: the folder; ``~`` is expanded, as the `Checkpointer` inside does.
     """
 
     path: Path
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", self.path.expanduser())
 
     @property
     def config(self) -> Path:

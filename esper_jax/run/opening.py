@@ -19,7 +19,7 @@ from esper_jax.run.record import (
     newest_seal,
     read_record,
     settings,
-    unlike,
+    warn_unlike,
 )
 from esper_jax.train.batches import is_iterable
 from esper_jax.train.losses import common_rows
@@ -98,8 +98,7 @@ def _going_on(
         if seal is not None and seal.id is not None:
             record = dataclasses.replace(record, id=seal.id)
     if seal is not None and warn:
-        for text in unlike(seal.settings, settings()):
-            _log.warning("numbers may differ from here on: %s", text)
+        warn_unlike(seal.settings, settings())
     return Opening(
         fresh=False,
         record=dataclasses.replace(record, settings=settings()),

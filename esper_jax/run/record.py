@@ -7,6 +7,7 @@ or a step that is damaged or of another run is found out.
 
 import dataclasses
 import importlib.metadata
+import logging
 import os
 import platform
 import uuid
@@ -33,7 +34,7 @@ __all__ = [
     "seal_of",
     "sealed",
     "settings",
-    "unlike",
+    "warn_unlike",
 ]
 
 _OPTIONS = (
@@ -46,6 +47,9 @@ _OPTIONS = (
 """Options of JAX that change what a program computes."""
 
 _PACKAGES = ("esper-jax", "jax", "jaxlib", "flax", "optax", "numpy")
+
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,7 +85,10 @@ class Seal(NamedTuple):
 
 
 def settings() -> dict[str, str]:
-    """Versions, devices and options, which change numbers without a word."""
+    """Versions, devices and options, which change numbers without a word.
+
+    How many devices train is known, and added, when there is a state on them.
+    """
     found = {name: importlib.metadata.version(name) for name in _PACKAGES}
     found |= {name: str(getattr(jax.config, name, None)) for name in _OPTIONS}
     return found | {
@@ -92,13 +99,16 @@ def settings() -> dict[str, str]:
     }
 
 
-def unlike(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """Each setting that is another now, in words; those that only one knows are not."""
-    return [
-        f"{name} was {before[name]!r} and is {now[name]!r}"
-        for name in sorted(before.keys() & now.keys())
-        if before[name] != now[name]
-    ]
+def warn_unlike(before: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Logs each setting that is another now; those that only one knows are not."""
+    for name in sorted(before.keys() & now.keys()):
+        if before[name] != now[name]:
+            _log.warning(
+                "numbers may differ from here on: %s was %r and is %r",
+                name,
+                before[name],
+                now[name],
+            )
 
 
 def sealed(

@@ -88,7 +88,7 @@ def train_run(
     state = program.init(jax.random.key(config.seed))
     if is_own(config):
         together(lambda: check_one_step(config, program, state, data), ConfigError)
-    together(lambda: _make(out), RunError)
+    together(lambda: _make(folder.path), RunError)
     with Checkpointer(folder.checkpoints, retention=_retention(config)) as checkpoints:
         checkpoints.acquire()
         # Once more: another process may have trained into the folder since.

@@ -17,7 +17,7 @@ from esper_jax.run.folder import RunError, RunFolder, read_config, sync, write_j
 from esper_jax.run.logs import EventLog, History, Metrics, read_history
 from esper_jax.run.opening import Opening
 from esper_jax.run.own import begins_anew
-from esper_jax.run.record import Record, check_seal, seal_of, sealed
+from esper_jax.run.record import Record, check_seal, seal_of, sealed, warn_unlike
 from esper_jax.run.references import failure
 from esper_jax.train.batches import is_iterable
 from esper_jax.train.program import Program
@@ -165,8 +165,12 @@ def _begun(
 ) -> Session:
     folder, record = start.folder, opening.record
     tick = int(state.ticks)
+    devices = {"devices": str(len(state.step.sharding.device_set))}
+    if opening.seal is not None:
+        warn_unlike(opening.seal.settings, devices)
     record = dataclasses.replace(
         record,
+        settings={**record.settings, **devices},
         changes=[
             *record.changes,
             *(

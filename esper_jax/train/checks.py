@@ -22,9 +22,10 @@ _T = TypeVar("_T")
 class Checks:
     """Checks what a program is given, on the host.
 
-    Shapes are checked always. Labels of the default loss are looked at where their
-    values are known: not while JAX traces (inside `jax.jit`), nor while a device still
-    computes them. Those give a loss of NaN if they are out of range.
+    Shapes are checked always; those that have passed are looked up. Labels of the
+    default loss are looked at where their values are known: not while JAX traces
+    (inside `jax.jit`), nor while a device still computes them. Those give a loss of NaN
+    if they are out of range.
 
     Args:
       recipe: of the program.
@@ -35,7 +36,8 @@ class Checks:
         self._recipe = recipe
         self._initial = initial
         self._classes: int | None = None
-        self._passed: dict[str, list[weakref.ref[jax.Array]]] = {}
+        self._fits: set[Any] = set()
+        self._passed: dict[bool, list[weakref.ref[jax.Array]]] = {}
 
     def __call__(self, name: str, data: Any, whole: bool) -> None:
         """Checks the argument ``name``.
@@ -50,26 +52,35 @@ class Checks:
         """
         if isinstance(data, Batches):
             return  # each was checked when they were stacked
-        leaves = jax.tree.leaves(data)
-        # JAX's arrays do not change. Those that passed need no second look.
-        passed = self._passed.get(name, [])
+        leaves, tree = jax.tree.flatten(data)
+        # JAX's arrays do not change. Those that passed need no second look, whatever
+        # they are called: `fit` checks a batch before it calls ``step``.
+        passed = self._passed.get(whole, [])
         if (
             leaves
             and len(passed) == len(leaves)
             and all(old() is new for old, new in zip(passed, leaves, strict=True))
         ):
             return
-        if self._recipe.objective is None:
-            _check_pair(name, data)
-        _check_rows(name, data, whole, self._recipe.objective is None)
+        pair = self._recipe.objective is None
+        form = tree, whole, tuple([getattr(leaf, "shape", None) for leaf in leaves])
+        if form not in self._fits:
+            if pair:
+                _check_pair(name, data)
+            _check_rows(name, data, whole, pair)
+            self._fits.add(form)
         seen = True
-        if self._recipe.objective is None and self._recipe.loss is classification:
+        if pair and self._recipe.loss is classification:
             seen = self._check_labels(name, *data)
         if seen and all(
             isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
             for leaf in leaves
         ):
-            self._passed[name] = [weakref.ref(leaf) for leaf in leaves]
+            self._passed[whole] = [weakref.ref(leaf) for leaf in leaves]
+
+    def vouch(self, batch: Any) -> None:
+        """Takes a batch on the devices as one that passed, as it did on the host."""
+        self._passed[False] = [weakref.ref(leaf) for leaf in jax.tree.leaves(batch)]
 
     def _check_labels(self, name: str, x: Any, labels: Any) -> bool:
         """Refuses labels outside of the classes, where their values are known.
@@ -82,7 +93,7 @@ class Checks:
         ):
             return False
         labels = np.asarray(labels)
-        if not np.issubdtype(labels.dtype, np.integer) or not labels.size:
+        if labels.dtype.kind not in "iu" or not labels.size:
             return False  # the loss refuses the dtype
         classes = self._number_of_classes(x)
         # A number below 0 is a large one without its sign: one pass finds both.
@@ -142,14 +153,11 @@ def checked(
     return wrapper
 
 
-def _concrete(x: Any) -> bool:
+def _concrete(x: jax.Array) -> bool:
     """Whether reading a JAX array waits for nothing."""
-    return (
-        isinstance(x, jax.Array)
-        and not isinstance(x, jax.core.Tracer)
-        and x.is_fully_addressable
-        and getattr(x, "is_ready", lambda: True)()
-    )
+    if isinstance(x, jax.core.Tracer) or not x.is_fully_addressable:
+        return False
+    return x.is_ready() if hasattr(x, "is_ready") else True
 
 
 def _check_pair(name: str, data: Any) -> None:

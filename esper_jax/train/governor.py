@@ -22,11 +22,10 @@ from jaxtyping import Array
 
 from esper_jax.growth.reports import TickReport
 from esper_jax.growth.state import TrainState
+from esper_jax.train.diagnosis import bad_rows, explain_fault
 from esper_jax.train.faults import (
     Fault,
     GovernorConfig,
-    bad_rows,
-    explain_fault,
     first_wrong,
     infinite_leaves,
     inspect,

@@ -14,7 +14,8 @@ from esper_jax.growth.reports import TickReport
 from esper_jax.growth.state import TrainState
 from esper_jax.parallel.replicas import check_replicas
 from esper_jax.train.batches import DataError, Feed, is_iterable, stack
-from esper_jax.train.faults import explain_loss
+from esper_jax.train.checks import Checks
+from esper_jax.train.diagnosis import explain_loss
 from esper_jax.train.governor import Governor
 from esper_jax.train.program import Program
 from esper_jax.train.stop import Interrupted, Stop
@@ -209,7 +210,10 @@ def _from_batches(
     feed = Feed(data, steps_per_tick)
 
     def epoch(state: TrainState, check: _Check) -> TrainState:
-        for batch in feed.tick(int(state.step), int(state.monitor.steps)):
+        done = int(state.step)
+        batches = feed.tick(done, int(state.monitor.steps))
+        # Counted here: to read the step from the state would wait for the device.
+        for number, batch in enumerate(batches, done + 1):
             program.check("a batch of data", batch, False)
             rows = jax.tree.leaves(batch)[0].shape[:1]
             if batch_size is not None and rows and rows[0] > batch_size:
@@ -217,8 +221,11 @@ def _from_batches(
                     f"batch_size must be at least the {rows[0]} rows of a batch of "
                     f"data, got {batch_size}. Leave it out: batches have their own size"
                 )
-            state = program.step(state, program.place("a batch of data", batch, True))
-            if steps_per_tick is None or int(state.step) % steps_per_tick:
+            placed = program.place("a batch of data", batch, True)
+            if isinstance(program.check, Checks):
+                program.check.vouch(placed)
+            state = program.step(state, placed)
+            if steps_per_tick is None or number % steps_per_tick:
                 check(state)
         return state
 

@@ -9,10 +9,15 @@ from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 from typing import Any
 
+from esper_jax import _early
 from esper_jax.growth.state import TrainState
 from esper_jax.parallel.processes import exchange
 
 __all__ = ["Interrupted", "Stop"]
+
+
+_REPLACED = (signal.SIG_DFL, signal.default_int_handler, _early.leave)
+"""Handlers that no program has chosen."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -73,8 +78,7 @@ class Stop:
     def __enter__(self) -> "Stop":
         if threading.current_thread() is threading.main_thread():
             for number in self._numbers:
-                default = (signal.SIG_DFL, signal.default_int_handler)
-                if signal.getsignal(number) in default:
+                if signal.getsignal(number) in _REPLACED:
                     self._before[number] = signal.signal(number, self._received)
         if self._before:
             before = sys.unraisablehook
