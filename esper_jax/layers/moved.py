@@ -151,8 +151,8 @@ def _difference(held: Any, made: Any) -> str:
         a, b = (tree.get(name, "nothing") for tree in trees)
         if a != b:
             return f"{a} at {name} instead of {b}"
-    different: bool = jax.tree.structure(held) != jax.tree.structure(made)
-    return "a tree of another structure" if different else ""
+    structures: list[Any] = [jax.tree.structure(tree) for tree in (held, made)]
+    return "" if structures[0] == structures[1] else "a tree of another structure"
 
 
 def _keyed(tree: Any, wrapped: Wrapped) -> Iterator[MutableMapping[Any, Any]]:
