@@ -25,7 +25,7 @@ from esper_jax.lifecycle.grafting import Strategy
 from esper_jax.policy.interface import LayerShape
 from esper_jax.trees import is_key
 
-__all__ = ["Bed", "ModelParts", "split_model", "values_of"]
+__all__ = ["Bed", "ModelParts", "put_values", "split_model", "values_of"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,6 +201,17 @@ def values_of(model: nnx.Module) -> Arrays:
     """The values of all variables of a model, by name."""
     flat = nnx.to_flat_state(nnx.state(model))
     return {name_of(path): _value(leaf) for path, leaf in flat}
+
+
+def put_values(model: nnx.Module, values: Arrays) -> None:
+    """Writes the values of some variables of a model, by name."""
+    flat = nnx.to_flat_state(nnx.state(model))
+    new = [
+        (path, _with_value(leaf, values[name_of(path)]))
+        for path, leaf in flat
+        if name_of(path) in values
+    ]
+    nnx.update(model, nnx.from_flat_state(new))
 
 
 def _value(leaf: Any) -> Any:
