@@ -40,7 +40,7 @@ from esper_jax.optim import PerSlot
 from esper_jax.policy.config import ControllerConfig
 from esper_jax.policy.heuristic import policy_of
 from esper_jax.policy.interface import Policy, PolicyFactory
-from esper_jax.trees import is_key
+from esper_jax.trees import as_bits, from_bits, is_key
 
 __all__ = ["GrowthFunctions", "Variables", "growth_functions", "linen_growth"]
 
@@ -203,9 +203,11 @@ def _check_reads(recipe: Recipe, values: Arrays) -> None:
 def _named(remembered: Remembered) -> Arrays:
     """What growth remembers, as the collection ``growth``.
 
-    Random keys are plain integers there, which every file format takes.
+    Random keys are plain integers there, which every file format takes, and so are
+    floats that may be NaN: see `trees.as_bits`.
     """
-    leaves = named_leaves(remembered)
+    kept = remembered._replace(growth=jax.tree.map(as_bits, remembered.growth))
+    leaves = named_leaves(kept)
     return {n: jax.random.key_data(x) if is_key(x) else x for n, x in leaves.items()}
 
 
@@ -222,7 +224,7 @@ def _remembered(like: Remembered, variables: Variables) -> Remembered:
     arrays = [
         jax.random.wrap_key_data(given[name], impl=jax.random.key_impl(leaf))
         if is_key(leaf)
-        else given[name]
+        else from_bits(jnp.asarray(given[name]), leaf.dtype)
         for name, leaf in leaves.items()
     ]
     return jax.tree.unflatten(jax.tree.structure(like), arrays)

@@ -8,6 +8,7 @@ import functools
 from collections.abc import Callable, Collection
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
@@ -15,6 +16,7 @@ from jaxtyping import Array, Float
 
 from esper_jax.growth.functions import (
     MEASURE_EVERY,
+    Remembered,
     check_loss,
     check_untraced,
     read_measured,
@@ -32,7 +34,7 @@ from esper_jax.growth.saving import (
     run_state,
     values_in,
 )
-from esper_jax.growth.state import Arrays, TrainState
+from esper_jax.growth.state import Arrays, GrowthState, TrainState
 from esper_jax.layers.bed import SeedBed
 from esper_jax.layers.variables import BlueprintParam, GraftProbe, VariableTree
 from esper_jax.lifecycle.rules import LifecycleConfig
@@ -40,12 +42,37 @@ from esper_jax.optim import PerSlot
 from esper_jax.policy.config import ControllerConfig
 from esper_jax.policy.heuristic import policy_of
 from esper_jax.policy.interface import Policy, PolicyFactory
+from esper_jax.trees import as_bits, from_bits
 
 __all__ = ["Growth", "GrowthVariable"]
 
 
 class GrowthVariable(nnx.Variable):
     """An array of what growth `Remembered`."""
+
+
+class _Kept(VariableTree):
+    """What growth `Remembered`, floats that may be NaN as their bits."""
+
+    def __init__(self, remembered: Remembered) -> None:
+        super().__init__(GrowthVariable, _bits(remembered))
+        self.dtypes = tuple(x.dtype for x in jax.tree.leaves(remembered.growth))
+
+    def get_value(self) -> Remembered:
+        """What growth remembers."""
+        kept = super().get_value()
+        leaves, tree = jax.tree.flatten(kept.growth)
+        floats = map(from_bits, leaves, self.dtypes)
+        growth: GrowthState = jax.tree.unflatten(tree, floats)
+        return Remembered(growth, kept.moments, kept.sums)
+
+    def set_value(self, tree: Remembered) -> None:
+        """Sets what growth remembers."""
+        super().set_value(_bits(tree))
+
+
+def _bits(remembered: Remembered) -> Any:
+    return remembered._replace(growth=jax.tree.map(as_bits, remembered.growth))
 
 
 Evaluate = Callable[[Any], Any]
@@ -121,7 +148,7 @@ class Growth(nnx.Module):
         )
         self.wrt = wrt
         key = (rngs or nnx.Rngs(0)).params()
-        self.state = VariableTree(GrowthVariable, start(self.recipe, values, key))
+        self.state = _Kept(start(self.recipe, values, key))
 
     @property
     def argnums(self) -> nnx.DiffState:
