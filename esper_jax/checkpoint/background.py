@@ -24,7 +24,7 @@ cannot write without: work that goes on by then would be lost."""
 
 
 class Background:
-    """Does one piece of work at a time in a thread; Python 3.12.0 and .1 wait for it."""
+    """Does one piece of work at a time in a thread, which some Pythons wait for."""
 
     def __init__(self) -> None:
         self._done = threading.Event()
