@@ -96,7 +96,8 @@ def growth_functions(
       optimizer: for the blueprints; runs in each slot.
       **options: ``lifecycle_config``, ``controller_config`` and ``policy``, as for
         `Growth`. The host's own gradients and weights are not known here: signals of
-        them are NaN, and a policy or grafting strategy that reads them is refused.
+        them are NaN, and a policy or grafting strategy that reads them is refused. A
+        policy that does not declare what it reads is trusted.
 
     Raises:
       TypeError, ValueError: if an argument does not fit a layer, whose name the message

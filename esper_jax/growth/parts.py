@@ -186,6 +186,15 @@ class ModelParts:
             for name, (_, variable) in self.variables.items()
         )
 
+    def trains_output(self, layer: str) -> bool:
+        """Whether weights of the layer's base train that write its chunks."""
+        features = self.layouts[layer].features
+        return any(
+            np.shape(_value(self.variables[name][1]))[-1:] == (features,)
+            for name in self.trained
+            if name.startswith(self._base(layer))
+        )
+
     def _base(self, layer: str) -> str:
         owner = self.beds[layer].owner
         return f"{owner}/base/" if owner else "base/"

@@ -26,6 +26,7 @@ from esper_jax.growth.functions import (
     update,
 )
 from esper_jax.growth.parts import put_values, split_model, values_of
+from esper_jax.growth.recipe import check_trained
 from esper_jax.growth.reports import TickReport
 from esper_jax.growth.saving import (
     others_of,
@@ -121,7 +122,7 @@ class Growth(nnx.Module):
     Raises:
       TypeError: if ``optimizer`` or ``policy`` is none.
       ValueError: if the model holds nothing that can grow, the policy does not suit
-        it, or reads what ``measure`` leaves out.
+        it, or reads what ``measure`` leaves out or a frozen host does not have.
     """
 
     def __init__(
@@ -146,6 +147,7 @@ class Growth(nnx.Module):
             policy_of(policy, controller_config, None),
             (measure, measure_every),
         )
+        check_trained(self.recipe.parts, self.recipe.policy)
         self.wrt = wrt
         key = (rngs or nnx.Rngs(0)).params()
         self.state = _Kept(start(self.recipe, values, key))
