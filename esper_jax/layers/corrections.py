@@ -13,6 +13,7 @@ from esper_jax.blueprints import ACTIVATIONS, Blueprint, Dense
 from esper_jax.chunks import ChunkLayout
 from esper_jax.layers.folding import wide_dtype
 from esper_jax.layers.variables import VariableTree
+from esper_jax.parallel import collectives
 
 __all__ = ["CorrectedLayer", "Correction", "Corrections", "PartVariable"]
 
@@ -150,10 +151,16 @@ class Corrections(nnx.Module):
             )
         if not self.groups:
             return y
-        flat = out = y.reshape(-1, self.features)
-        for group in self.groups:
-            out = group.write(out, flat)
-        return out.reshape(y.shape)
+        return collectives.automatic(_written, y, self.groups)
+
+
+def _written(
+    y: Float[Array, "*B F"], groups: Sequence[Correction]
+) -> Float[Array, "*B F"]:
+    flat = out = y.reshape(-1, y.shape[-1])
+    for group in groups:
+        out = group.write(out, flat)
+    return out.reshape(y.shape)
 
 
 class CorrectedLayer(nnx.Module):

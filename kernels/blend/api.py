@@ -92,7 +92,8 @@ def blend(
       sharding: how ``y`` is laid out over a mesh, for use in plain `jax.jit`. Each
         device then computes the chunks and rows that it holds, with any implementation.
         Without it, XLA divides plain JAX as it sees fit, and gathers ``y`` on every
-        device for a kernel. All other arguments must be replicated. No chunk may lie
+        device for a kernel. (On a mesh of explicit axes, too; the output lies as ``y``
+        does.) All other arguments must be replicated. No chunk may lie
         on two devices.
       forward_mode: whether forward-mode derivatives (`jax.jvp`, `jacfwd`, `hessian`,
         `linearize`) work too, by plain JAX. They follow the rules above: the tangent of
@@ -132,7 +133,8 @@ def blend(
         y, bias = _apart(implementation, s, y, bias, slots)
     local = functools.partial(_on_one_device, implementation, forward_mode)
     if sharding is None:
-        return local(s, y, bias, bank, slots)
+        one = functools.partial(local, s)
+        return collectives.automatic(one, y, bias, bank, slots, others=2)
     check_whole_layer(s, sharding, y.ndim)
     return sharded.blend(local, s, sharding, (y, bias), bank, slots)
 
