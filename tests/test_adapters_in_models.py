@@ -198,7 +198,7 @@ def test_sharded_rows_give_the_same_and_sharded_features_are_refused(spec: Any):
 LIVES = LifecycleConfig(
     min_epochs=(0, 0, 1, 2, 1, 1, 1, 0, 1, 0, 1),
     reconstruction_threshold=1e9,
-    min_improvement=-1e9,
+    min_improvement=0.0,
     min_stability=-1e9,
     min_final_stability=-1e9,
     grafting=GraftConfig(ramp_duration=2),
@@ -245,10 +245,10 @@ def test_a_frozen_host_learns_by_what_grows(kind: str, base: str) -> None:
         for _ in range(6):
             step(model, growth)
         growth.tick(model, evaluate)
-    last = float(evaluate(model))
+    kept = float(loss_fn(harvest(model)))
     stages = np.concatenate([b.bed.seeds.get_value().stage for b in beds(model)])
     assert Stage.FOSSILIZED in stages
-    assert last < 0.9 * first
+    assert kept < 0.95 * first
     jax.tree.map(np.testing.assert_array_equal, host, nnx.state(model, nnx.Param))
     model.set_attributes(ChunkedLayer, enabled=False)
     same_bits(evaluate(model), np.float32(first))
