@@ -254,7 +254,7 @@ def _advance(
         return gates_pass(state, jnp.full(stage.shape, target), signals, gates)
 
     old = state.epochs_in_stage >= minimum_epochs(stage, gates)
-    over = {
+    over: dict[Stage, Any] = {
         Stage.GERMINATED: Stage.TRAINING,
         Stage.TRAINING: Stage.GRAFTING,
         Stage.STABILIZATION: Stage.EVALUATING,
