@@ -1,5 +1,6 @@
 """What `Growth` says to a bad argument, before anything has changed."""
 
+import dataclasses
 import re
 from typing import Any
 
@@ -11,7 +12,9 @@ import pytest
 from flax import nnx
 from test_own_loops import POLICY, QUICK, Layers, X, Y, pair_loss
 
-from esper_jax import Growth, make_growable
+from esper_jax import Growth, build, make_growable
+from esper_jax.policy.heuristic import heuristic
+from esper_jax.policy.interface import LayerShape, Setting
 
 BATCH = (X, Y)
 
@@ -182,3 +185,30 @@ def test_gradients_that_are_not_finite_teach_nothing() -> None:
     report = growth.tick(model, lambda model: pair_loss(model, BATCH))
     assert float(report.layers["a"].signals.error_rate[owner]) == 0.5
     assert int(bed.seeds.get_value().error_count[owner]) == 1
+
+
+def reads_gradients() -> dict[str, Any]:
+    return {"controller_config": dataclasses.replace(POLICY, where="gradient")}
+
+
+@pytest.mark.parametrize(
+    "wrt", [None, nnx.PathContains("b")], ids=["frozen", "only another layer trains"]
+)
+def test_gradients_that_no_growable_layer_has_are_not_waited_for(wrt: Any) -> None:
+    model, _ = made()
+    words = ["the policy reads chunk_gradient", "wrt trains none", "where='health'"]
+    with Unchanged(model, words=words):
+        Growth(model, optax.adam(1e-2), wrt=wrt, **reads_gradients())
+    with Unchanged(model, words=words):
+        build(model, optax.sgd(0.1), optax.sgd(0.1), wrt=wrt, **reads_gradients())
+    # Where the layer itself trains, alone or not, they are known.
+    for trained in (nnx.PathContains("a"), nnx.Param):
+        Growth(model, optax.adam(1e-2), wrt=trained, **reads_gradients())
+    # And a policy that does not say what it reads is trusted.
+    own = heuristic(POLICY)(Setting(layers=LAYER, gates=QUICK))._replace(reads=None)
+    Growth(model, optax.adam(1e-2), wrt=wrt, policy=own._replace(stacked=False))
+
+
+LAYER = {
+    "a": LayerShape(num_seeds=2, capacity=2, costs=np.ones((1, 2), np.int32)),
+}

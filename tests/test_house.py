@@ -41,6 +41,7 @@ FILE_LINES, FUNCTION_LINES, PARAMETERS, INIT_LINES = 420, 65, 7, 60
 CONSTRUCTORS = "a public entry point: each parameter is a choice of the user's, by name"
 LONG_LISTS = {
     "esper_jax/layers/bed.py:SeedBed.__init__": CONSTRUCTORS,
+    "esper_jax/layers/growable.py:make_growable": CONSTRUCTORS,
     "esper_jax/growth/transformation.py:Growth.__init__": CONSTRUCTORS,
     "esper_jax/train/program.py:build": CONSTRUCTORS,
     "esper_jax/train/loop.py:fit": CONSTRUCTORS,

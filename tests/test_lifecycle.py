@@ -433,6 +433,21 @@ def test_gates(
     assert got == [Outcome[expected]]
 
 
+@pytest.mark.parametrize(
+    ("threshold", "loss", "expected"),
+    [(1e30, math.nan, "GATE"), (math.inf, math.nan, "OK"), (math.inf, 1e9, "OK")],
+)
+def test_an_infinite_threshold_asks_for_no_measurement(
+    threshold: float, loss: float, expected: str
+) -> None:
+    graft = [(Stage.TRAINING, Stage.GRAFTING)]
+    config = LifecycleConfig(reconstruction_threshold=threshold)
+    measured = {"reconstruction_loss": loss}
+    assert outcomes(graft, measured, config, epochs_in_stage=[100]) == [
+        Outcome[expected]
+    ]
+
+
 def test_error_count_culls_above_five() -> None:
     got = outcomes(
         [(Stage.EVALUATING, Stage.CULLED)] * 3,

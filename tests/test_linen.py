@@ -14,6 +14,7 @@ from flax.training.train_state import TrainState
 from test_layers import HOST, grown, same_bits
 
 from esper_jax import lifecycle
+from esper_jax.growth import linen_growth
 from esper_jax.layers import linen
 from esper_jax.layers.chunked import ChunkedLayer
 from esper_jax.layers.variables import BlueprintParam, GraftProbe, SeedVariable
@@ -388,3 +389,26 @@ def test_one_of_several_outputs_of_a_linen_layer_grows() -> None:
     np.testing.assert_allclose(out["out"] - plain["out"], want, atol=1e-6)
     with pytest.raises(ValueError, match="features must be given: Pair returned dict"):
         linen.ChunkedLayer(Pair(), 4).init(jax.random.key(0), X)
+
+
+def test_layers_of_a_sequential_have_the_paths_of_their_parameters() -> None:
+    x = jnp.ones((2, 3))
+    model = linen.Growable(
+        nn.Sequential([nn.Sequential([nn.Dense(4)]), nn.Dense(2)]),
+        ("layers_0/layers_0", "layers_1"),
+        2,
+    )
+    variables = model.init(jax.random.key(0), x)
+    for collection in ("params", "bank"):
+        assert sorted(variables[collection]) == ["layers_0", "layers_1"]
+        assert list(variables[collection]["layers_0"]) == ["layers_0"]
+    growth = linen_growth(lambda v: model.apply(v, x), variables, optax.sgd(0.1))
+    collections = {**variables, **growth.init(jax.random.key(1))}
+    _, report = growth.tick(collections, lambda v: jnp.sum(model.apply(v, x)))
+    assert sorted(report.layers) == ["layers_0/layers_0", "layers_1"]
+
+
+def test_a_model_that_is_one_layer_is_refused_with_advice() -> None:
+    model = linen.Growable(nn.Dense(3), nn.Dense, 3)
+    with pytest.raises(ValueError, match=r"model must hold layers.*Dense called none"):
+        model.init(jax.random.key(0), jnp.ones((2, 3)))

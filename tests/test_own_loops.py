@@ -4,6 +4,8 @@ The model, the loss, the batches and the optimizer are the user's; the loop has 
 lines that the docstring of `Growth` adds and no others.
 """
 
+import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -26,7 +28,9 @@ from esper_jax import (
     make_growable,
 )
 from esper_jax.blueprints import Custom
+from esper_jax.monitor.words import why
 from esper_jax.policy.interface import SAMPLED
+from esper_jax.policy.memory import Reason
 
 QUICK = LifecycleConfig(
     min_epochs=(0, 0, 1, 1, 1, 1, 1, 0, 1, 0, 1),
@@ -62,6 +66,8 @@ class Kind(NamedTuple):
     aux: bool = False
     options: Mapping[str, Any] = MappingProxyType({})
     """Of `make_growable`."""
+    policy: ControllerConfig = POLICY
+    gates: LifecycleConfig = QUICK
 
 
 def rows(*shape: int, seed: int = 0) -> np.ndarray:
@@ -159,7 +165,12 @@ def raw_scan_over_time() -> Kind:
             return self.readout(jnp.swapaxes(out, 0, 1))
 
     x = rows(4, 6, WIDTH)
-    return Kind(Recurrent(), "cell", pair_loss, (x, products(x)))
+    kind = Kind(Recurrent(), "cell", pair_loss, (x, products(x)))
+    # What cannot be measured in a raw scan must not be asked for.
+    return kind._replace(
+        policy=dataclasses.replace(POLICY, where="round_robin"),
+        gates=dataclasses.replace(QUICK, reconstruction_threshold=math.inf),
+    )
 
 
 def batch_norm_and_dropout() -> Kind:
@@ -453,6 +464,7 @@ NNX = [
     dictionary_output,
     dictionary_batch,
     masked_tokens,
+    raw_scan_over_time,
     batch_norm_and_dropout,
     vae_with_noise,
     scanned_stack,
@@ -465,10 +477,6 @@ NNX = [
     optimizer_of_many_parts,
 ]
 JAX = [tied_embeddings, graph, bare_arrays, several_inputs]
-FAILING = {
-    raw_scan_over_time: "a layer that is only called inside jax.lax.scan measures "
-    "nothing, so its health is NaN and no seed germinates, without a word",
-}
 
 
 @pytest.mark.filterwarnings("ignore:Embed.attend is a method:UserWarning")
@@ -477,15 +485,6 @@ FAILING = {
     [
         *(pytest.param(kind, nnx_loop, id=kind.__name__) for kind in NNX),
         *(pytest.param(kind, jax_loop, id=kind.__name__) for kind in JAX),
-        *(
-            pytest.param(
-                kind,
-                nnx_loop,
-                id=kind.__name__,
-                marks=pytest.mark.xfail(strict=True, reason=reason),
-            )
-            for kind, reason in FAILING.items()
-        ),
     ],
 )
 def test_grows_in_a_loop_of_ones_own(kind: Any, loop: Any) -> None:
@@ -501,8 +500,8 @@ def test_grows_in_a_loop_of_ones_own(kind: Any, loop: Any) -> None:
         model,
         optax.adam(2e-2),
         wrt=kind.wrt,
-        lifecycle_config=QUICK,
-        controller_config=POLICY,
+        lifecycle_config=kind.gates,
+        controller_config=kind.policy,
     )
     losses: list[Any] = []
     run, traces = loop(kind, model, growth, losses)
@@ -552,6 +551,24 @@ def trained_as_asked(model: Any, start: Any, wrt: Any) -> None:
         elif isinstance(leaf, nnx.Param | Weight):
             np.testing.assert_array_equal(value, first[path])
     assert seen or wrt is None
+
+
+def test_a_raw_scan_measures_nothing_and_the_report_says_so() -> None:
+    kind = raw_scan_over_time()
+    make_growable(kind.model, kind.layer, SEEDS, rngs=nnx.Rngs(5))
+    growth = Growth(
+        kind.model,
+        optax.adam(2e-2),
+        lifecycle_config=kind.gates,
+        controller_config=dataclasses.replace(POLICY, where="health"),
+    )
+    nnx_loop(kind, kind.model, growth, [])[0]()
+    report = growth.tick(kind.model, lambda model: kind.loss(model, kind.batch))
+    layer = report.layers[kind.layer]
+    assert report.reason == Reason.UNMEASURED
+    assert np.all(layer.stage == Stage.DORMANT)
+    assert np.isnan(kind.model.cell.bed.seeds.get_value().health).all()
+    assert "'round_robin'" in why(report.reason)
 
 
 def test_own_variables_are_measured_as_parameters_are() -> None:

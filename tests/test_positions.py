@@ -166,3 +166,33 @@ def test_passes_refuse_an_iterator_which_has_only_one():
     first = next(passes)
     passes.set_state(before)
     assert next(passes) is first
+
+
+class SaysOnly:
+    """An iterator that says where it is, and cannot go there."""
+
+    def __init__(self):
+        self.batches = iter(BATCHES)
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        return next(self.batches)
+
+    def get_state(self):
+        return {"secret": 1}
+
+
+def test_an_iterator_that_cannot_be_sent_is_read_again():
+    passes = Passes(SaysOnly)
+    for _ in range(len(BATCHES) + 2):
+        next(passes)
+    state = passes.get_state()
+    assert state == {"pass": 2, "done": 2, "own": None}
+    after = next(passes)
+    # An earlier version saved what such an iterator said.
+    for saved in (state, state | {"own": {"secret": 1}}):
+        again = Passes(SaysOnly)
+        again.set_state(saved)
+        assert next(again) is after

@@ -11,6 +11,7 @@ from flax import nnx
 from test_own_loops import POLICY, QUICK, X, Y, pair_loss
 
 from esper_jax import Governor, Growth, build, fit, harvest, make_growable
+from esper_jax.growth import growth_functions
 from esper_jax.lifecycle.stages import Stage
 from esper_jax.trees import state_hash
 
@@ -109,6 +110,74 @@ def test_growth_beside_a_loop_under_strict_promotion():
             step(model, optimizer, growth)
             report = growth.tick(model, lambda model: pair_loss(model, (X, Y)))
         assert Stage.GRAFTING in report.layers["a"].stage
+
+
+def own_life(jit=True, ticks=10):
+    """Growth beside a loop of one's own: what is left, and the stages."""
+    model = growable()
+    growth = Growth(model, SGD, lifecycle_config=QUICK, controller_config=POLICIES)
+    optimizer = nnx.Optimizer(model, SGD, wrt=nnx.Param)
+
+    def step(model, optimizer, growth, x=X):
+        loss, grads = nnx.value_and_grad(pair_loss, argnums=growth.argnums)(
+            model, (x, Y)
+        )
+        optimizer.update(model, grads)
+        growth.update(model, grads, loss=loss)
+
+    step = nnx.jit(step) if jit else step
+    for _ in range(ticks):
+        for _ in range(5 if jit else 1):
+            step(model, optimizer, growth)
+        report = growth.tick(model, lambda model: pair_loss(model, (X, Y)))
+    stages = np.concatenate([layer.stage for layer in report.layers.values()])
+    return (model, optimizer, growth), stages, step
+
+
+def test_a_whole_life_beside_a_loop_under_debug_nans():
+    plain, stages, _ = own_life()
+    assert Stage.FOSSILIZED in stages
+    with flags({"jax_debug_nans": True}):
+        own, _, step = own_life()
+        assert state_hash(nnx.state(own)) == state_hash(nnx.state(plain))
+        own_life(jit=False, ticks=2)
+    # The flag still finds what is wrong, and where: no NaN of growth is in its way.
+    x = X.copy()
+    x[3] = np.nan
+    with (
+        flags({"jax_debug_nans": True}),
+        pytest.raises(FloatingPointError) as error,
+    ):
+        step(*own, x)
+    assert "de-optimized function did not produce" not in str(error.value)
+
+
+def test_dictionaries_under_debug_nans():
+    growth = growth_functions(
+        {"hidden": {"features": 8, "num_seeds": 2}},
+        SGD,
+        lifecycle_config=QUICK,
+        controller_config=POLICY,
+    )
+    first = jax.random.normal(jax.random.key(0), (X.shape[-1], 8))
+
+    def loss(learned, grown, train=True):
+        h, seeds = growth.apply({**grown, **learned}, "hidden", X @ first, train)
+        return pair_loss(lambda x: h[:, :3], (X, Y)), seeds
+
+    @jax.jit
+    def step(grown):
+        learned = {name: grown[name] for name in ("bank", "probe")}
+        grad = jax.value_and_grad(loss, has_aux=True)
+        (value, seeds), grads = grad(learned, grown)
+        return growth.update({**grown, "seeds": seeds}, grads, value)
+
+    with flags({"jax_debug_nans": True}):
+        grown = growth.init(jax.random.key(0))
+        for _ in range(3):
+            grown, report = growth.tick(step(grown), lambda g: loss({}, g, False)[0])
+    assert Stage.GRAFTING in report.layers["hidden"].stage
+    assert np.isfinite(report.train_loss)
 
 
 def test_debug_nans_tells_which_parameter_became_nan():

@@ -40,7 +40,7 @@ from esper_jax.optim import PerSlot
 from esper_jax.policy.config import ControllerConfig
 from esper_jax.policy.heuristic import policy_of
 from esper_jax.policy.interface import Policy, PolicyFactory
-from esper_jax.trees import is_key
+from esper_jax.trees import as_bits, from_bits, is_key
 
 __all__ = ["GrowthFunctions", "Variables", "growth_functions", "linen_growth"]
 
@@ -96,7 +96,8 @@ def growth_functions(
       optimizer: for the blueprints; runs in each slot.
       **options: ``lifecycle_config``, ``controller_config`` and ``policy``, as for
         `Growth`. The host's own gradients and weights are not known here: signals of
-        them are NaN, and a policy or grafting strategy that reads them is refused.
+        them are NaN, and a policy or grafting strategy that reads them is refused. A
+        policy that does not declare what it reads is trusted.
 
     Raises:
       TypeError, ValueError: if an argument does not fit a layer, whose name the message
@@ -203,9 +204,11 @@ def _check_reads(recipe: Recipe, values: Arrays) -> None:
 def _named(remembered: Remembered) -> Arrays:
     """What growth remembers, as the collection ``growth``.
 
-    Random keys are plain integers there, which every file format takes.
+    Random keys are plain integers there, which every file format takes, and so are
+    floats that may be NaN: see `trees.as_bits`.
     """
-    leaves = named_leaves(remembered)
+    kept = remembered._replace(growth=jax.tree.map(as_bits, remembered.growth))
+    leaves = named_leaves(kept)
     return {n: jax.random.key_data(x) if is_key(x) else x for n, x in leaves.items()}
 
 
@@ -222,7 +225,7 @@ def _remembered(like: Remembered, variables: Variables) -> Remembered:
     arrays = [
         jax.random.wrap_key_data(given[name], impl=jax.random.key_impl(leaf))
         if is_key(leaf)
-        else given[name]
+        else from_bits(jnp.asarray(given[name]), leaf.dtype)
         for name, leaf in leaves.items()
     ]
     return jax.tree.unflatten(jax.tree.structure(like), arrays)

@@ -118,6 +118,7 @@ def recipe_for(
     )
 
 
+@jax.debug_nans(False)  # NaN is what was not measured
 def start(recipe: Recipe, values: Arrays, key: Key[Array, ""]) -> Remembered:
     """What growth remembers before the first step.
 
@@ -176,6 +177,7 @@ def check_untraced(what: str, values: Arrays) -> None:
         )
 
 
+@jax.debug_nans(False)
 def update(
     recipe: Recipe,
     remembered: Remembered,
@@ -235,6 +237,19 @@ def tick(
       What is remembered now, the values of the variables that changed, and the report
       as host arrays.
     """
+    checks: bool = jax.config.jax_debug_nans  # type: ignore[attr-defined]
+
+    def measured(*of: Any) -> tuple[float, float]:
+        with jax.debug_nans(checks):  # as the user asked for
+            return measure(*of)
+
+    with jax.debug_nans(False):
+        return _tick(recipe, remembered, values, measured)
+
+
+def _tick(
+    recipe: Recipe, remembered: Remembered, values: Arrays, measure: Measure
+) -> tuple[Remembered, Arrays, TickReport]:
     parts, groups = recipe.parts, recipe.parts.groups
     loss, score = measure()
     seeds, sums = jax.device_get((parts.take_beds(values, "seeds"), remembered.sums))

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from esper_jax.chunks import ChunkLayout
 from esper_jax.lifecycle.state import SeedState, coefficients
+from esper_jax.parallel import collectives
 
 __all__ = ["GradientSums", "add", "chunk_gradient", "gradient_ratio"]
 
@@ -84,7 +85,7 @@ def _by_chunk(host: Mapping[str, Array], layout: ChunkLayout) -> Float[Array, " 
     ]
     if not columns:
         return jnp.full(layout.num_seeds, jnp.nan, jnp.float32)
-    squares = functools.reduce(jnp.add, columns)
+    squares = collectives.on_every_device(functools.reduce(jnp.add, columns))
     return jnp.sqrt(jnp.sum(layout.split(squares), axis=-1))
 
 

@@ -25,7 +25,7 @@ from esper_jax.lifecycle.grafting import Strategy
 from esper_jax.policy.interface import LayerShape
 from esper_jax.trees import is_key
 
-__all__ = ["Bed", "ModelParts", "split_model", "values_of"]
+__all__ = ["Bed", "ModelParts", "put_values", "split_model", "values_of"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,6 +186,15 @@ class ModelParts:
             for name, (_, variable) in self.variables.items()
         )
 
+    def trains_output(self, layer: str) -> bool:
+        """Whether weights of the layer's base train that write its chunks."""
+        features = self.layouts[layer].features
+        return any(
+            np.shape(_value(self.variables[name][1]))[-1:] == (features,)
+            for name in self.trained
+            if name.startswith(self._base(layer))
+        )
+
     def _base(self, layer: str) -> str:
         owner = self.beds[layer].owner
         return f"{owner}/base/" if owner else "base/"
@@ -201,6 +210,17 @@ def values_of(model: nnx.Module) -> Arrays:
     """The values of all variables of a model, by name."""
     flat = nnx.to_flat_state(nnx.state(model))
     return {name_of(path): _value(leaf) for path, leaf in flat}
+
+
+def put_values(model: nnx.Module, values: Arrays) -> None:
+    """Writes the values of some variables of a model, by name."""
+    flat = nnx.to_flat_state(nnx.state(model))
+    new = [
+        (path, _with_value(leaf, values[name_of(path)]))
+        for path, leaf in flat
+        if name_of(path) in values
+    ]
+    nnx.update(model, nnx.from_flat_state(new))
 
 
 def _value(leaf: Any) -> Any:

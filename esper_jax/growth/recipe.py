@@ -21,7 +21,13 @@ from esper_jax.policy.interface import (
     made,
 )
 
-__all__ = ["Recipe", "check_measured", "policy_for", "what_is_read"]
+__all__ = [
+    "Recipe",
+    "check_measured",
+    "check_trained",
+    "policy_for",
+    "what_is_read",
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -99,6 +105,28 @@ def policy_for(
     """
     setting = Setting(layers=parts.shapes(), gates=gates, groups=parts.groups)
     return made(policy, setting)
+
+
+def check_trained(parts: ModelParts, policy: Policy) -> Policy:
+    """Refuses a policy that reads gradients which no layer that can grow has.
+
+    A policy that does not declare what it reads is trusted.
+
+    Returns:
+      The policy.
+
+    Raises:
+      ValueError: naming the signals.
+    """
+    read = (policy.reads or frozenset()) & {"chunk_gradient", "gradient_ratio"}
+    if read and not any(map(parts.trains_output, parts.beds)):
+        raise ValueError(
+            f"the policy reads {' and '.join(sorted(read))}, gradients of the weights "
+            "that write a growable layer's output, and of these wrt trains none: "
+            "nothing would ever germinate. Choose where='health', 'round_robin' or "
+            "'random', or let wrt match weights of those layers"
+        )
+    return policy
 
 
 def what_is_read(policy: Policy, strategies: Collection[Strategy]) -> frozenset[str]:

@@ -8,6 +8,7 @@ import functools
 from collections.abc import Callable, Collection
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
@@ -15,6 +16,7 @@ from jaxtyping import Array, Float
 
 from esper_jax.growth.functions import (
     MEASURE_EVERY,
+    Remembered,
     check_loss,
     check_untraced,
     read_measured,
@@ -23,9 +25,17 @@ from esper_jax.growth.functions import (
     tick,
     update,
 )
-from esper_jax.growth.parts import split_model, values_of
+from esper_jax.growth.parts import put_values, split_model, values_of
+from esper_jax.growth.recipe import check_trained
 from esper_jax.growth.reports import TickReport
-from esper_jax.growth.state import Arrays
+from esper_jax.growth.saving import (
+    others_of,
+    put_others,
+    remembered_of,
+    run_state,
+    values_in,
+)
+from esper_jax.growth.state import Arrays, GrowthState, TrainState
 from esper_jax.layers.bed import SeedBed
 from esper_jax.layers.variables import BlueprintParam, GraftProbe, VariableTree
 from esper_jax.lifecycle.rules import LifecycleConfig
@@ -33,12 +43,37 @@ from esper_jax.optim import PerSlot
 from esper_jax.policy.config import ControllerConfig
 from esper_jax.policy.heuristic import policy_of
 from esper_jax.policy.interface import Policy, PolicyFactory
+from esper_jax.trees import as_bits, from_bits
 
 __all__ = ["Growth", "GrowthVariable"]
 
 
 class GrowthVariable(nnx.Variable):
     """An array of what growth `Remembered`."""
+
+
+class _Kept(VariableTree):
+    """What growth `Remembered`, floats that may be NaN as their bits."""
+
+    def __init__(self, remembered: Remembered) -> None:
+        super().__init__(GrowthVariable, _bits(remembered))
+        self.dtypes = tuple(x.dtype for x in jax.tree.leaves(remembered.growth))
+
+    def get_value(self) -> Remembered:
+        """What growth remembers."""
+        kept = super().get_value()
+        leaves, tree = jax.tree.flatten(kept.growth)
+        floats = map(from_bits, leaves, self.dtypes)
+        growth: GrowthState = jax.tree.unflatten(tree, floats)
+        return Remembered(growth, kept.moments, kept.sums)
+
+    def set_value(self, tree: Remembered) -> None:
+        """Sets what growth remembers."""
+        super().set_value(_bits(tree))
+
+
+def _bits(remembered: Remembered) -> Any:
+    return remembered._replace(growth=jax.tree.map(as_bits, remembered.growth))
 
 
 Evaluate = Callable[[Any], Any]
@@ -87,7 +122,7 @@ class Growth(nnx.Module):
     Raises:
       TypeError: if ``optimizer`` or ``policy`` is none.
       ValueError: if the model holds nothing that can grow, the policy does not suit
-        it, or reads what ``measure`` leaves out.
+        it, or reads what ``measure`` leaves out or a frozen host does not have.
     """
 
     def __init__(
@@ -112,9 +147,10 @@ class Growth(nnx.Module):
             policy_of(policy, controller_config, None),
             (measure, measure_every),
         )
+        check_trained(self.recipe.parts, self.recipe.policy)
         self.wrt = wrt
         key = (rngs or nnx.Rngs(0)).params()
-        self.state = VariableTree(GrowthVariable, start(self.recipe, values, key))
+        self.state = _Kept(start(self.recipe, values, key))
 
     @property
     def argnums(self) -> nnx.DiffState:
@@ -149,7 +185,7 @@ class Growth(nnx.Module):
             self.recipe, self.state.get_value(), values, given, loss
         )
         self.state.set_value(remembered)
-        self._put(model, banks)
+        put_values(model, banks)
 
     def tick(self, model: nnx.Module, evaluate: Evaluate) -> TickReport:
         """Measures, decides and carries out what was decided, for all layers.
@@ -180,8 +216,66 @@ class Growth(nnx.Module):
             functools.partial(_measured, evaluate, model),
         )
         self.state.set_value(remembered)
-        self._put(model, new)
+        put_values(model, new)
         return report
+
+    def run_state(self, model: nnx.Module, *others: Any) -> TrainState:
+        """All that this loop is, as one tree of arrays for a `Checkpointer`.
+
+            state = growth.run_state(model, optimizer)
+            checkpoints.save(int(state.step), state, data=batches)
+
+        Its layout is that of `build`, which is frozen: later versions read it.
+
+        Args:
+          model: the model.
+          *others: NNX objects beside it: the host's optimizer, an `nnx.EMA`, the
+            random streams.
+
+        Returns:
+          The state; its ``opt_state`` holds the arrays of ``others``.
+
+        Raises:
+          ValueError: if the model is another than growth was made for.
+        """
+        self._values(model)
+        kept: Any = nnx.state(model, nnx.Not(nnx.Intermediate))
+        values = values_of(kept)
+        remembered = self.state.get_value()
+        return run_state(self.recipe, remembered, values, others_of(others, model))
+
+    def go_on(self, state: TrainState, model: nnx.Module, *others: Any) -> None:
+        """Goes on from where `run_state` was called.
+
+            state = growth.run_state(model, optimizer)
+            state = checkpoints.restore(state, data=batches).state
+            growth.go_on(state, model, optimizer)
+
+        Args:
+          state: of the same loop.
+          model: made as it was then; its variables are set.
+          *others: as they were given to `run_state`; their variables are set.
+
+        Raises:
+          ValueError: if the model is another than growth was made for, or the state is
+            of other layers or of another number of ``others``.
+        """
+        self._values(model)
+        parts = self.recipe.parts
+        if state.seeds.keys() != parts.beds.keys():
+            raise ValueError(
+                f"state must be of the layers {', '.join(map(repr, parts.beds))}; got "
+                f"one of {', '.join(map(repr, state.seeds))}"
+            )
+        if len(state.opt_state) != len(others):
+            raise ValueError(
+                f"others must be the {len(state.opt_state)} that run_state was given; "
+                f"got {len(others)}"
+            )
+        now = self.state.get_value()
+        self.state.set_value(remembered_of(self.recipe, state, now))
+        put_values(model, values_in(self.recipe, state))
+        put_others(others, state)
 
     def _values(self, model: nnx.Module) -> Arrays:
         """The values of the model's variables, which are those that are known."""
@@ -209,15 +303,6 @@ class Growth(nnx.Module):
                         "nnx.value_and_grad(loss_fn, argnums=growth.argnums)"
                     )
         return given
-
-    def _put(self, model: nnx.Module, values: Arrays) -> None:
-        """Writes values, by name, into the model's variables."""
-        flat = [
-            (path, variable.replace(values[name]))
-            for name, (path, variable) in self.recipe.parts.variables.items()
-            if name in values
-        ]
-        nnx.update(model, nnx.from_flat_state(flat))
 
 
 def _measured(

@@ -13,6 +13,7 @@ from esper_jax.blueprints import ACTIVATIONS, Custom, Dense
 from esper_jax.chunks import ChunkLayout
 from esper_jax.layers.folding import wide_dtype
 from esper_jax.layers.variables import VariableTree
+from esper_jax.parallel import collectives
 
 __all__ = ["Branch", "CorrectedLayer", "Correction", "Corrections", "PartVariable"]
 
@@ -207,18 +208,27 @@ class Corrections(nnx.Module):
                 f"y must be an array with {self.features} features on its last axis, "
                 f"got {getattr(y, 'shape', type(y).__name__)}"
             )
-        out = y
-        if self.groups:
-            flat = written = y.reshape(-1, self.features)
-            for group in self.groups:
-                written = group.write(written, flat)
-            out = written.reshape(y.shape)
-        if self.branches:
-            total = out.astype(wide_dtype(y.dtype))
-            for branch in self.branches:
-                total += branch(x if branch.reads == "input" else y, y.dtype)
-            out = total.astype(y.dtype)
+        if not self.groups and not self.branches:
+            return y
+        return collectives.automatic(_written, y, x, self.groups, self.branches)
+
+
+def _written(
+    y: Float[Array, "*B F"],
+    x: Any,
+    groups: Sequence[Correction],
+    branches: Sequence[Branch],
+) -> Float[Array, "*B F"]:
+    flat = out = y.reshape(-1, y.shape[-1])
+    for group in groups:
+        out = group.write(out, flat)
+    out = out.reshape(y.shape)
+    if not branches:
         return out
+    total = out.astype(wide_dtype(y.dtype))
+    for branch in branches:
+        total += branch(x if branch.reads == "input" else y, y.dtype)
+    return total.astype(y.dtype)
 
 
 class CorrectedLayer(nnx.Module):

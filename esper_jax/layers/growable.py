@@ -1,7 +1,7 @@
 """`make_growable`: lets an existing Flax NNX model grow without rewriting it."""
 
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,6 +10,7 @@ from flax import nnx
 
 from esper_jax.layers.bed import SeedBed
 from esper_jax.layers.chunked import ChunkedLayer
+from esper_jax.layers.moved import Path, Wrapped, check_holders, move_holders
 
 __all__ = ["make_growable"]
 
@@ -21,6 +22,7 @@ def make_growable(
     *,
     features: int | None = None,
     stack: int | None = None,
+    optimizer: Any = None,
     rngs: nnx.Rngs,
     **options: Any,
 ) -> list[str]:
@@ -29,8 +31,11 @@ def make_growable(
     The model's output stays bit-identical until a seed is grafted. (Inside `nnx.scan`
     it stays equal to rounding, since XLA may fuse the loop's body differently.) Every
     parameter keeps its value. ``model.layer.kernel`` still works; the path of the
-    kernel becomes ``layer/base/kernel``. A layer that is used in several places is
-    replaced in all of them. Layers that can grow already are skipped.
+    kernel becomes ``layer/base/kernel``. An optimizer that was made before knows the
+    old path: give it as ``optimizer``, or its next update fails with "different numbers
+    of pytree children", for a subtree with the child key ``base``. A layer that is used
+    in several places is replaced in all of them. Layers that can grow already are
+    skipped.
 
     ``model.set_attributes(ChunkedLayer, enabled=False)`` restores the plain model's
     program.
@@ -46,6 +51,10 @@ def make_growable(
         `nnx.scan`) along the first axis of their variables. For Flax's own layers, the
         variables' shapes show whether it is missing or wrong. For other layers it is
         checked only if given.
+      optimizer: what was made of the model before and holds arrays by its paths: an
+        `nnx.Optimizer`, an `nnx.EMA`, a `State` of its parameters, the state of a plain
+        optax optimizer, another object with such in it, or a sequence of these. What
+        they hold moves to the new paths, in place; every value and sharding stays.
       rngs: its key ``params`` draws the banks.
       **options: further arguments of `ChunkedLayer` and `SeedBed`: among them
         ``output``, which array grows where the layers return several. The first call
@@ -55,18 +64,20 @@ def make_growable(
       The paths of the layers that were replaced.
 
     Raises:
-      TypeError, ValueError: if no layer is found, if a path does not exist, or if an
-        argument does not fit a layer, whose path the message names. The model is then
-        unchanged.
+      TypeError, ValueError: if no layer is found, if a path does not exist, if an
+        argument does not fit a layer, whose path the message names, or if ``optimizer``
+        is of another model or chooses what it trains by path. Model and optimizer are
+        then unchanged.
     """
     found = _find(model, where)
-    if "" in found:
+    if () in found:
         raise ValueError(
             "where: the model itself cannot be replaced in place; wrap it with "
             "ChunkedLayer(model, ...), or choose layers inside it"
         )
-    new = {}
-    for path, layer in found.items():
+    new: dict[int, ChunkedLayer] = {}
+    for place, layer in found.items():
+        path = _name(place)
         seeds = num_seeds(path, layer) if callable(num_seeds) else num_seeds
         try:
             _check_stack(layer, stack)
@@ -76,25 +87,43 @@ def make_growable(
         except (TypeError, ValueError) as error:
             raise type(error)(f"layer {path!r}: {error}") from None
         new[id(layer)] = grown
-    replacements = [
-        (parent, key, child)
-        for _, parent in nnx.iter_graph(model)
-        for key, child in _children(parent)
-        if id(child) in new
-    ]
-    placed = {id(child) for _, _, child in replacements}
-    for path, layer in found.items():
-        if id(layer) not in placed:
-            raise ValueError(
-                f"layer {path!r} cannot be replaced where it is; hold it in an "
-                "attribute, a list, a dictionary, nnx.List or nnx.Dict"
-            )
+    replacements = _replacements(model, found)
+    if optimizer is not None:
+        beds = {path: new[id(layer)].bed for path, layer in found.items()}
+        wrapped = Wrapped(model, beds)
+        check_holders(optimizer, wrapped)
+        move_holders(optimizer, wrapped)
     for parent, key, child in replacements:
         if isinstance(parent, list | dict) or isinstance(key, int):
             parent[key] = new[id(child)]
         else:
             setattr(parent, str(key), new[id(child)])
-    return list(found)
+    return list(map(_name, found))
+
+
+def _replacements(
+    model: nnx.Module, found: Mapping[Path, Any]
+) -> list[tuple[Any, Any, Any]]:
+    """Parent, key and layer of each place that holds a layer.
+
+    Raises:
+      ValueError: if a layer is held by nothing that it can be replaced in.
+    """
+    layers = set(map(id, found.values()))
+    replacements = [
+        (parent, key, child)
+        for _, parent in nnx.iter_graph(model)
+        for key, child in _children(parent)
+        if id(child) in layers
+    ]
+    placed = {id(child) for _, _, child in replacements}
+    for path, layer in found.items():
+        if id(layer) not in placed:
+            raise ValueError(
+                f"layer {_name(path)!r} cannot be replaced where it is; hold it in an "
+                "attribute, a list, a dictionary, nnx.List or nnx.Dict"
+            )
+    return replacements
 
 
 def _children(parent: Any) -> list[tuple[Any, Any]]:
@@ -106,13 +135,17 @@ def _children(parent: Any) -> list[tuple[Any, Any]]:
     return list(nnx.iter_children(parent)) if isinstance(parent, nnx.Module) else []
 
 
-def _find(model: nnx.Module, where: Any) -> dict[str, Any]:
+def _name(path: Path) -> str:
+    return "/".join(map(str, path))
+
+
+def _find(model: nnx.Module, where: Any) -> dict[Path, Any]:
     """The layers that ``where`` selects and that cannot grow yet, by path."""
-    modules: dict[str, tuple[tuple[Any, ...], Any]] = {}
+    modules: dict[str, tuple[Path, Any]] = {}
     taken = set()
     for path, node in nnx.iter_graph(model):
         if isinstance(node, nnx.Module):
-            modules["/".join(map(str, path))] = path, node
+            modules[_name(path)] = path, node
         if isinstance(node, ChunkedLayer):
             taken |= {id(node), id(node.base)}
         if isinstance(node, SeedBed):
@@ -125,13 +158,11 @@ def _find(model: nnx.Module, where: Any) -> dict[str, Any]:
                 f"where: there is no layer {unknown[0]!r}; the model has "
                 f"{', '.join(repr(name) for name in modules if name)}"
             )
-        chosen = {name: modules[name][1] for name in names}
+        chosen = dict(modules[name] for name in names)
     else:
         selects = nnx.filterlib.to_predicate(where)
-        chosen = {
-            name: node for name, (path, node) in modules.items() if selects(path, node)
-        }
-    found = {name: node for name, node in chosen.items() if id(node) not in taken}
+        chosen = {p: node for p, node in modules.values() if selects(p, node)}
+    found = {path: node for path, node in chosen.items() if id(node) not in taken}
     if not found:
         raise ValueError(
             f"where: no layer that cannot grow yet was found by {where!r}; the model "

@@ -103,15 +103,16 @@ class Growable(nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's output on the same arguments, with all seeds blended in."""
-        root, seen, found = len(self.path), [], []
+        own, seen, found = _place(self.scope), [], []
 
         def grow(next_call: Any, args: Any, kwargs: Any, context: Any) -> Any:
             y = next_call(*args, **kwargs)
             layer = context.module
-            ours = layer.path[:root] == self.path and layer.path != self.path
+            place = _place(layer.scope)
+            ours = place[: len(own)] == own and place != own
             if context.method_name != "__call__" or not ours or type(layer) is _Bed:
                 return y
-            path = "/".join(layer.path[root:])
+            path = "/".join(place[len(own) :])
             seen.append(path)
             if not _chosen(self.where, path, layer):
                 return y
@@ -129,11 +130,28 @@ class Growable(nn.Module):
         with nn.intercept_methods(grow):
             out = self.model(*args, **kwargs)
         if not found:
+            met = ", ".join(map(repr, dict.fromkeys(seen)))
             raise ValueError(
-                f"where: no layer was found by {self.where!r}; the call met "
-                f"{', '.join(map(repr, dict.fromkeys(seen)))}"
+                f"where: no layer was found by {self.where!r}; the call met {met}"
+                if met
+                else f"model must hold layers for {self.where!r} to choose from, and "
+                f"{type(self.model).__name__} called none. A layer that shall grow by "
+                "itself is wrapped: linen.ChunkedLayer(base=layer, num_seeds=...)"
             )
         return out
+
+
+def _place(scope: Any) -> tuple[str, ...]:
+    """Path of a scope's variables.
+
+    `nn.share_scope` gives layers that were made in ``setup``, as those of a list are,
+    another parent, but leaves the path that they say they have.
+    """
+    names: list[str] = []
+    while scope.parent is not None:
+        names.insert(0, scope.name)
+        scope = scope.parent
+    return (*scope.path, *names)
 
 
 def _chosen(where: Any, path: str, layer: nn.Module) -> bool:
@@ -253,7 +271,7 @@ class _Bed(nn.Module):
         features, options = y.shape[-1], {"inputs": inputs, **(self.options or {})}
         make = functools.partial(SeedBed, features, self.num_seeds, **options)
         if (found := _FOUND.get()) is not None:
-            found["/".join(self.path)] = make
+            found["/".join(_place(self.scope))] = make
         held = [self.has_variable(name, name) for name in ("bank", "seeds")]
         if starting and not all(held):
             bed = make(rngs=nnx.Rngs(params=self.make_rng("params")))
@@ -278,7 +296,7 @@ class _Bed(nn.Module):
 
     def _check_collections(self, starting: bool) -> None:
         missing = [c for c in ("bank", "seeds") if not self.has_variable(c, c)]
-        path = "/".join(self.path[:-1])
+        path = "/".join(_place(self.scope)[:-1])
         if not starting and missing:
             raise ValueError(
                 f"layer {path!r}: the collection{'s' * (len(missing) > 1)} "

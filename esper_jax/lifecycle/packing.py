@@ -2,6 +2,9 @@
 
 A step passes every array of a model through the program. Fields of one dtype that
 change together share an array, so that there are ten of them and not thirty-three.
+
+Those that may be NaN, ``seed_float32``, are held as the integers of their bits: see
+`trees.as_bits`.
 """
 
 import functools
@@ -13,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from esper_jax.lifecycle.state import SeedState, init_seeds
+from esper_jax.trees import as_bits, from_bits
 
 __all__ = ["NAMES", "pack", "unpack"]
 
@@ -42,6 +46,9 @@ def _places() -> dict[str, list[int]]:
 NAMES = tuple(_places())
 """Names of the arrays."""
 
+_UNMEASURED = "seed_float32"
+"""The array whose fields are NaN where nothing was measured."""
+
 _TREE = jax.tree.structure(_shapes(1, 1))
 
 
@@ -61,7 +68,8 @@ def pack(state: SeedState, old: SeedState | None = None) -> dict[str, Any]:
     for name, places in _places().items():
         if all(leaves[i] is before[i] for i in places):
             continue
-        packed[name] = _stacked([leaves[i] for i in places])
+        array = _stacked([leaves[i] for i in places])
+        packed[name] = as_bits(array) if name == _UNMEASURED else array
     return packed
 
 
@@ -69,7 +77,10 @@ def unpack(packed: Mapping[str, Any]) -> SeedState:
     """Inverse of `pack`. Takes shapes (`jax.ShapeDtypeStruct`) as well."""
     leaves: dict[int, Any] = {}
     for name, places in _places().items():
-        rows = _rows(packed[name]) if len(places) > 1 else [packed[name]]
+        array = packed[name]
+        if name == _UNMEASURED:
+            array = from_bits(array, jnp.float32)
+        rows = _rows(array) if len(places) > 1 else [array]
         leaves |= zip(places, rows, strict=True)
     return jax.tree.unflatten(_TREE, [leaves[i] for i in range(len(leaves))])
 

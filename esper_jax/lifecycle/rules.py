@@ -52,7 +52,8 @@ class LifecycleConfig:
       max_epochs: a seed may be culled after this many epochs in EVALUATING; 0 turns
         this rule off.
       reconstruction_threshold: largest reconstruction loss at which a seed may be
-        grafted.
+        grafted. Infinity turns this gate off, also where that loss is not measured, as
+        in layers that are only called inside raw JAX transforms.
       min_stability: stability needed to leave EVALUATING for FINE_TUNING.
       cull_delta: a seed in EVALUATING may be culled if its worth is below this,
       cull_error_rate: or its error rate is above this,
@@ -143,19 +144,20 @@ class Gate:
         return self.compare(self.measured(state, signals), self.threshold)
 
 
+_GRAFTED = Stage.TRAINING, Stage.GRAFTING
+
+
 def gates(config: LifecycleConfig) -> dict[tuple[Stage, Stage], tuple[str, list[Gate]]]:
     """The gates of each guarded transition.
 
     Returns:
       By source and target: whether ``"all"`` or ``"any"`` of the gates must pass, and
-      the gates.
+      the gates, of which there is one at least.
     """
     timed_out = Gate("epochs_in_stage", operator.ge, config.max_epochs)
-    return {
-        (Stage.TRAINING, Stage.GRAFTING): (
-            "all",
-            [Gate("reconstruction_loss", operator.le, config.reconstruction_threshold)],
-        ),
+    small = Gate("reconstruction_loss", operator.le, config.reconstruction_threshold)
+    guards = {} if small.threshold == math.inf else {_GRAFTED: ("all", [small])}
+    return guards | {
         (Stage.EVALUATING, Stage.FINE_TUNING): (
             "all",
             [

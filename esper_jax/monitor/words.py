@@ -46,7 +46,10 @@ def why(reason: int) -> str:
         case Reason.NO_SLOT:
             return "nothing germinates: no dormant chunk's layer has a free slot"
         case Reason.UNMEASURED:
-            return "nothing germinates: what places are chosen by is not measured"
+            return (
+                "nothing germinates: what places are chosen by is not measured "
+                "(where='round_robin' or 'random' needs no measurement)"
+            )
         case Reason.BUDGET_SPENT:
             return "nothing germinates: the budget of parameters is spent"
         case other:

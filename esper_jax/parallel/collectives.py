@@ -10,13 +10,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, UInt
 
 __all__ = [
+    "automatic",
     "axis_size",
     "differs",
     "fingerprint",
     "mean",
+    "on_every_device",
     "replicas_agree",
     "same_varying",
     "total",
@@ -40,6 +43,38 @@ def axis_size(axis_name: str) -> int:
             f"inside jax.shard_map over a mesh with an axis of that name; with plain "
             "jit, leave axis_name out"
         ) from None
+
+
+def automatic(f: Callable[..., Any], y: Array, *arguments: Any, others: int = 0) -> Any:
+    """``f(y, *arguments)``, divided by XLA as it sees fit on explicit axes, too.
+
+    For functions whose operations do not say how their results lie, such as gathers of
+    chunks. The first result lies as ``y`` does.
+
+    Args:
+      f: returns one array, or one and ``others`` trees.
+      y: its first argument.
+      *arguments: the rest.
+      others: number of further results, which are whole on every device.
+    """
+    sharding = jax.typeof(y).sharding
+    axes = sharding.mesh.explicit_axes
+    if not axes:
+        return f(y, *arguments)
+    whole = NamedSharding(sharding.mesh, PartitionSpec())
+    results = (sharding, *[whole] * others) if others else sharding
+    return jax.sharding.auto_axes(f, axes=axes, out_sharding=results)(y, *arguments)
+
+
+def on_every_device(x: Any) -> Any:
+    """The same array, whole on every device of a mesh of explicit axes.
+
+    Operations whose result could lie in several ways need it there. Without such axes
+    XLA decides, and this does nothing.
+    """
+    if jax.typeof(x).sharding.mesh.explicit_axes:
+        return jax.sharding.reshard(x, PartitionSpec())
+    return x
 
 
 def _axes_of(x: Any) -> frozenset[Any]:

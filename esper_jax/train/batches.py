@@ -91,9 +91,9 @@ class Passes:
 
     Give it to `fit`, with ``steps_per_tick``, and to ``Checkpointer.save(data=...)``
     where a pass of a list or a loader may be left in its middle. Going to a position
-    begins that pass anew: an iterator with ``set_state`` is sent to its place, of any
-    other the batches before it are read again. So each pass must give the same batches
-    when it is begun again.
+    begins that pass anew: an iterator with ``get_state`` and ``set_state`` is sent to
+    its place, of any other the batches before it are read again. So each pass must give
+    the same batches when it is begun again.
 
     Args:
       data: a list, a loader, or a function that returns an iterator for each pass; not
@@ -110,7 +110,7 @@ class Passes:
                 f"that returns an iterator; got an iterator, {type(data).__name__}"
             )
         self._data = data
-        self._pass: Iterator[Any] = iter(())
+        self._pass: Any = iter(())
         self._number = 0
         self._done = 0
 
@@ -127,7 +127,7 @@ class Passes:
 
     def get_state(self) -> dict[str, Any]:
         """The number of the pass, the batches given of it, and its iterator's own."""
-        own = self._pass.get_state() if hasattr(self._pass, "get_state") else None
+        own = self._pass.get_state() if _has_position(self._pass) else None
         return {"pass": self._number, "done": self._done, "own": own}
 
     def set_state(self, state: dict[str, Any]) -> None:
@@ -136,8 +136,8 @@ class Passes:
             self._pass, self._number, self._done = iter(()), 0, 0
             return
         self._begin(state["pass"])
-        if state["own"] is not None:
-            self._pass.set_state(state["own"])  # type: ignore[attr-defined]
+        if state["own"] is not None and _has_position(self._pass):
+            self._pass.set_state(state["own"])
         else:
             collections.deque(itertools.islice(self._pass, state["done"]), maxlen=0)
         self._done = state["done"]
@@ -145,6 +145,11 @@ class Passes:
     def _begin(self, number: int) -> None:
         again = self._data() if callable(self._data) else self._data
         self._pass, self._number, self._done = iter(again), number, 0
+
+
+def _has_position(batches: Any) -> bool:
+    """Whether an iterator can both say where it is and go there."""
+    return hasattr(batches, "get_state") and hasattr(batches, "set_state")
 
 
 class Feed:

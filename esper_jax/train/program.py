@@ -20,7 +20,7 @@ from esper_jax import blueprints
 from esper_jax.chunks import ChunkLayout
 from esper_jax.growth.capacity import grow_capacity
 from esper_jax.growth.parts import split_model, values_of
-from esper_jax.growth.recipe import policy_for
+from esper_jax.growth.recipe import check_trained, policy_for
 from esper_jax.growth.reports import TickReport
 from esper_jax.growth.state import Arrays, TrainState
 from esper_jax.layers.bed import SeedBed
@@ -212,7 +212,7 @@ def build(
             else per_slot(blueprint_optimizer)
         ),
         gates=gates,
-        policy=policy_for(parts, gates, asked),
+        policy=check_trained(parts, policy_for(parts, gates, asked)),
         maker=None if isinstance(asked, Policy) else asked,
         eval_batch=eval_batch,
         # JAX cannot vmap a branch whose operands vary along a mapped axis.

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from esper_jax.growth.state import Arrays, TrainState
 
@@ -16,27 +16,14 @@ Spread = Mapping[str, tuple[tuple[int, ...], NamedSharding]]
 
 
 def shardings_of(values: Arrays) -> Spread:
-    """How variables lie on a mesh, as `nnx.with_partitioning` makes them.
-
-    Raises:
-      ValueError: if the mesh has an axis that is not Auto.
-    """
-    found = {
+    """How variables lie on a mesh, as `nnx.with_partitioning` makes them."""
+    return {
         name: (value.shape, value.sharding)
         for name, value in values.items()
         if isinstance(value, jax.Array)
         and isinstance(value.sharding, NamedSharding)
         and value.sharding.mesh.size > 1
     }
-    for name, (_, sharding) in found.items():
-        kinds = set(sharding.mesh.axis_types)
-        if kinds != {AxisType.Auto}:
-            raise ValueError(
-                "model must lie on a mesh whose axes are all Auto; variable "
-                f"{name!r} lies on one of {sharding.mesh.axis_types}. Make it with "
-                "jax.make_mesh(shape, names, axis_types=(AxisType.Auto, ...))"
-            )
-    return found
 
 
 def spread(state: TrainState, how: Spread) -> TrainState:

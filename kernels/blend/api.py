@@ -14,6 +14,7 @@ from esper_jax.blueprints import Bank, Blueprint
 from esper_jax.chunks import ChunkLayout
 from esper_jax.kernels.blend import adapters, sharded, vjp
 from esper_jax.kernels.blend.adapters import Read
+from esper_jax.kernels.blend.backend import Results
 from esper_jax.kernels.blend.checks import (
     check_arguments,
     check_bias,
@@ -96,7 +97,8 @@ def blend(
       sharding: how ``y`` is laid out over a mesh, for use in plain `jax.jit`. Each
         device then computes the chunks and rows that it holds, with any implementation.
         Without it, XLA divides plain JAX as it sees fit, and gathers ``y`` on every
-        device for a kernel. All other arguments must be replicated. No chunk may lie
+        device for a kernel. (On a mesh of explicit axes, too; the output lies as ``y``
+        does.) All other arguments must be replicated. No chunk may lie
         on two devices.
       forward_mode: whether forward-mode derivatives (`jax.jvp`, `jacfwd`, `hessian`,
         `linearize`) work too, by plain JAX. They follow the rules above: the tangent of
@@ -139,7 +141,11 @@ def blend(
         y, bias = _apart(implementation, s, y, bias, slots)
     local = functools.partial(_on_one_device, implementation, forward_mode)
     if sharding is None:
-        return local(s, Read(y, x), bias, bank, slots)
+
+        def one(y: Array, x: Any, *rest: Any) -> Results:
+            return local(s, Read(y, x), *rest)
+
+        return collectives.automatic(one, y, x, bias, bank, slots, others=2)
     check_whole_layer(s, sharding, y.ndim)
     return sharded.blend(local, s, sharding, (Read(y, x), bias), bank, slots)
 

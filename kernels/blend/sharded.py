@@ -60,7 +60,8 @@ def check_sharding(sharding: Any) -> None:
     if any(axis_type != AxisType.Auto for axis_type in types):
         raise ValueError(
             f"sharding: the axes of the mesh must be Auto, got {types}; make it with "
-            "jax.make_mesh(sizes, names, axis_types=(AxisType.Auto, ...))"
+            "jax.make_mesh(sizes, names, axis_types=(AxisType.Auto, ...)), or leave "
+            "sharding out: an array on explicit axes says itself how it lies"
         )
 
 

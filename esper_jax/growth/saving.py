@@ -1,0 +1,134 @@
+"""What a loop of one's own saves, in the form of the state of a run.
+
+That form, `TrainState`, is the one whose layout is frozen: a checkpoint of it is
+brought to a later version, and to another capacity, by the `Checkpointer`.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from esper_jax.groups import flat_slots, slots_of_layers
+from esper_jax.growth.functions import Remembered, Sums
+from esper_jax.growth.gradients import GradientSums
+from esper_jax.growth.recipe import Recipe
+from esper_jax.growth.state import Arrays, GovernorMemory, GrowthState, TrainState
+
+__all__ = ["others_of", "put_others", "remembered_of", "run_state", "values_in"]
+
+
+def run_state(
+    recipe: Recipe, remembered: Remembered, values: Arrays, others: Any
+) -> TrainState:
+    """The state of a run.
+
+    Args:
+      recipe: what the model is grown by.
+      remembered: by growth.
+      values: of the model's variables, by name.
+      others: what stands beside the model and growth, as `others_of` returns it.
+    """
+    parts, groups = recipe.parts, recipe.parts.groups
+    growth, sums = remembered.growth, remembered.sums
+    gains, errors = groups.split(sums.gains), groups.split(sums.errors)
+    moments = {
+        key: slots_of_layers(of, len(groups.of[key].layers))
+        for key, of in remembered.moments.items()
+    }
+    # Whole, so that what is not measured is not taken for missing.
+    sampled = growth.monitor.gradients
+    gradients = {
+        name: sampled.get(name, GradientSums.start(parts.layouts[name].num_seeds))
+        for name in parts.beds
+    }
+    params = parts.host_params()
+    apart = {*params, *_of_beds(recipe)}
+    return TrainState(
+        step=growth.step,
+        ticks=growth.ticks,
+        rng=growth.rng,
+        params={name: values[name] for name in params},
+        opt_state=others,
+        banks=parts.take(values, "bank"),
+        bank_opt=groups.split(moments),
+        seeds={
+            name: dataclasses.replace(s, gain=gains[name], errors=errors[name])
+            for name, s in parts.take(values, "seeds").items()
+        },
+        rest={name: value for name, value in values.items() if name not in apart},
+        memory=growth.memory,
+        monitor=dataclasses.replace(growth.monitor, gradients=gradients),
+        governor=GovernorMemory.start(),
+    )
+
+
+def remembered_of(recipe: Recipe, state: TrainState, now: Remembered) -> Remembered:
+    """What growth remembers, from the state of a run.
+
+    Args:
+      recipe: what the model is grown by.
+      state: as `run_state` returns it.
+      now: what it remembers now: which gradients are measured.
+    """
+    groups = recipe.parts.groups
+    measured = now.growth.monitor.gradients
+    gradients = {name: state.monitor.gradients[name] for name in measured}
+    growth = GrowthState(
+        step=state.step,
+        ticks=state.ticks,
+        rng=state.rng,
+        memory=state.memory,
+        monitor=dataclasses.replace(state.monitor, gradients=gradients),
+    )
+    sums = Sums(
+        calls=groups.stack({name: s.steps for name, s in state.seeds.items()}),
+        gains=groups.stack({name: s.gain for name, s in state.seeds.items()}),
+        errors=groups.stack({name: s.errors for name, s in state.seeds.items()}),
+    )
+    return Remembered(growth, flat_slots(groups.stack(state.bank_opt)), sums)
+
+
+def values_in(recipe: Recipe, state: TrainState) -> Arrays:
+    """The values of the model's variables, by name, in the state of a run."""
+    parts = recipe.parts
+    # Between ticks growth remembers these sums, and the model holds zeros.
+    seeds = {
+        name: dataclasses.replace(
+            s, gain=jnp.zeros_like(s.gain), errors=jnp.zeros_like(s.errors)
+        )
+        for name, s in state.seeds.items()
+    }
+    banks = parts.joined("bank", state.banks)
+    return {**state.params, **state.rest, **banks, **parts.joined("seeds", seeds)}
+
+
+def _of_beds(recipe: Recipe) -> list[str]:
+    """Names of the variables of banks and seeds."""
+    beds = recipe.parts.beds.values()
+    kinds = ("bank", "seeds")
+    return [name for bed in beds for kind in kinds for name in bed.variables(kind)]
+
+
+def others_of(others: tuple[Any, ...], model: nnx.Module) -> tuple[Any, ...]:
+    """The arrays of NNX objects, without those of the model that they may hold."""
+    return tuple(nnx.as_pure(_state(other, model)) for other in others)
+
+
+def put_others(others: tuple[Any, ...], state: TrainState) -> None:
+    """Inverse of `others_of`."""
+    for other, saved in zip(others, state.opt_state, strict=True):
+        nnx.update(other, saved)
+
+
+def _state(other: Any, model: nnx.Module) -> Any:
+    inside = [path for path, node in nnx.iter_graph(other) if node is model]
+    flat = nnx.to_flat_state(nnx.state(other))
+    return nnx.from_flat_state(
+        [
+            (path, leaf)
+            for path, leaf in flat
+            if not any(path[: len(start)] == start for start in inside)
+        ]
+    )
