@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from esper_jax.kernels.blend import vjp
+from esper_jax.kernels.blend.adapters import Read
 from esper_jax.kernels.blend.arg_specs import ArgSpec
 from esper_jax.kernels.blend.registry import backends
 from esper_jax.kernels.blend.static import Slots, Static
@@ -67,7 +68,7 @@ def blended(
         bias = rest.get("bias")
         if bias is not None:
             bias = bias.astype(y.dtype)
-        return vjp.blend(backend, s, y, rest["bank"], slots, bias=bias)
+        return vjp.blend(backend, s, Read(y, None), rest["bank"], slots, bias=bias)
 
     return call
 

@@ -15,6 +15,7 @@ import pytest
 
 from esper_jax.blueprints import Custom, residual_mlp
 from esper_jax.kernels.blend import oracle, registry, vjp
+from esper_jax.kernels.blend.adapters import Read
 from esper_jax.kernels.blend.arg_specs import KINDS, ArgSpec
 from esper_jax.kernels.blend.static import Slots, Static
 
@@ -172,7 +173,9 @@ def call_of(name: str, s: Static) -> Callable[[dict[str, Any]], Any]:
         y, bias = args["y"], args.get("bias")
         if bias is not None:
             bias = bias.astype(y.dtype)
-        return vjp.blend(BACKENDS[name], s, y, args["bank"], slots, bias=bias)
+        return vjp.blend(
+            BACKENDS[name], s, Read(y, None), args["bank"], slots, bias=bias
+        )
 
     return call
 

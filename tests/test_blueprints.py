@@ -151,8 +151,8 @@ def test_a_registered_blueprint_is_found_by_its_name() -> None:
         (["noop"] * 128, ValueError, "got 128"),
         (["nop"], ValueError, "unknown blueprint 'nop'; expected one of .*affine"),
         ("noop", TypeError, r"write \['noop'\]"),
-        ([bp.noop], TypeError, "blueprints must hold names, Dense or Custom"),
-        ([GATE, GATE], ValueError, "two custom blueprints are named 'gate'"),
+        ([bp.noop], TypeError, "blueprints must hold names, Dense, Custom or Adapter"),
+        ([GATE, GATE], ValueError, "two blueprints are named 'gate'"),
     ],
 )
 def test_bad_lists_of_blueprints_are_refused(

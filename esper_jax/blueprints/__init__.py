@@ -7,11 +7,13 @@ newborn's correction is 0. The built-in ones are one form,
 
 with some of its parts switched off, so that all of them share one set of arrays and one
 kernel, and a seed's blueprint is a run-time number. `Custom` takes any function;
-`glu`, `context` and `context_glu` are made with it.
+`glu`, `context` and `context_glu` are made with it. An `Adapter` (`group`, `neurons`,
+`lora`) reads the whole layer's output or input, and writes the whole layer.
 
 The `Bank` of a layer holds the parameters of its ``K`` slots.
 """
 
+from esper_jax.blueprints.adapters import group, lora, neurons
 from esper_jax.blueprints.bank import (
     Bank,
     dense_masks,
@@ -28,26 +30,31 @@ from esper_jax.blueprints.dense import (
     noop,
     residual_mlp,
 )
-from esper_jax.blueprints.kinds import ACTIVATIONS, Blueprint, Custom, Dense
-from esper_jax.blueprints.registry import register, registered, resolve
+from esper_jax.blueprints.kinds import ACTIVATIONS, Adapter, Blueprint, Custom, Dense
+from esper_jax.blueprints.registry import bound, register, registered, resolve
 
 __all__ = [
     "ACTIVATIONS",
+    "Adapter",
     "Bank",
     "Blueprint",
     "Custom",
     "Dense",
     "affine",
     "bottleneck",
+    "bound",
     "context",
     "context_glu",
     "dense_masks",
     "glu",
+    "group",
     "hidden_width",
     "init_bank",
     "init_slots",
     "living_parameters",
+    "lora",
     "low_rank",
+    "neurons",
     "noop",
     "operations",
     "param_counts",

@@ -11,7 +11,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from esper_jax.blueprints.kinds import Blueprint, Custom, Dense
+from esper_jax.blueprints.kinds import Adapter, Blueprint, Custom, Dense
 
 __all__ = ["Bank", "dense_masks", "hidden_width", "init_bank", "init_slots"]
 
@@ -29,7 +29,7 @@ class Bank:
     b2: Float[Array, "*K C"]
     scale: Float[Array, "*K C"]
     custom: dict[str, Any]
-    """A pytree for each `Custom` blueprint, by name."""
+    """A pytree for each `Custom` and each `Adapter`, by name."""
 
 
 def hidden_width(blueprints: Sequence[Blueprint], width: int) -> int:
@@ -62,7 +62,7 @@ def _init_slot(
         custom={
             b.name: b.fresh(key, width, features)
             for b in blueprints
-            if isinstance(b, Custom)
+            if isinstance(b, Custom | Adapter)
         },
     )
 
@@ -81,7 +81,8 @@ def init_slots(
       kinds: the blueprint id of each slot; a run-time value.
       blueprints: the layer's blueprints, as `resolve` returns them.
       width: chunk width ``C``.
-      features: width of the layer ``F``; needed where a blueprint reads all of it.
+      features: width of the layer ``F``; needed where a blueprint reads or writes all
+        of it.
 
     Returns:
       The bank.
@@ -110,7 +111,7 @@ def dense_masks(
 ) -> tuple[Bool[np.ndarray, "N H"], Bool[np.ndarray, " N"], Bool[np.ndarray, " N"]]:
     """Which parts of the common form each blueprint uses: hidden units, biases, scale.
 
-    All false for a custom blueprint.
+    All false for blueprints that are not `Dense`.
     """
     hidden = np.arange(hidden_width(blueprints, width))
     return (

@@ -1,4 +1,4 @@
-"""The two kinds of blueprint: `Dense`, the built-in form, and `Custom`."""
+"""The kinds of blueprint: `Dense` and `Custom` write a chunk, `Adapter` the layer."""
 
 import dataclasses
 import math
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-__all__ = ["ACTIVATIONS", "Blueprint", "Custom", "Dense"]
+__all__ = ["ACTIVATIONS", "Adapter", "Blueprint", "Custom", "Dense"]
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": jax.nn.gelu,
@@ -50,12 +50,20 @@ class Dense:
                 f"expansion must be a finite number, at least 0; got {self.expansion}"
             )
 
+    @property
+    def reads(self) -> Literal["chunk"]:
+        """What it reads: the seed's chunk."""
+        return "chunk"
+
     def hidden(self, width: int) -> int:
         """Hidden width over a chunk of ``width`` features."""
         return max(1, round(self.expansion * width)) if self.expansion else 0
 
     def param_count(
-        self, width: int, widest: int | None = None, features: int | None = None
+        self,
+        width: int,
+        widest: int | None = None,
+        features: int | None = None,
     ) -> int:
         """Number of parameters over a chunk of ``width`` features.
 
@@ -103,7 +111,10 @@ class Custom:
         return self.init(key, width, features)
 
     def param_count(
-        self, width: int, widest: int | None = None, features: int | None = None
+        self,
+        width: int,
+        widest: int | None = None,
+        features: int | None = None,
     ) -> int:
         """Number of parameters over a chunk of ``width`` of a layer's ``features``.
 
@@ -117,5 +128,92 @@ class Custom:
         return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
 
 
-Blueprint = Dense | Custom
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """A blueprint that writes the whole layer: ``scaling * (W2 act(W1 x + b1) + b2)``.
+
+    The seed watches its chunk; what grows from it is added to every feature. All slots
+    of a layer are computed as two matrix products over their hidden units together.
+
+    Args:
+      name: its name.
+      hidden: number of hidden units, the rank where the activation is the identity.
+      reads: what ``x`` is: the whole ``"layer"``'s output, or the layer's ``"input"``.
+      activation: a key of `ACTIVATIONS`.
+      bias: whether ``b1`` and ``b2`` are used.
+      scaling: of the correction.
+      inputs: width of the layer's input, which a layer fills in if it knows.
+    """
+
+    name: str
+    hidden: int
+    reads: Literal["layer", "input"] = "layer"
+    activation: str = "identity"
+    bias: bool = False
+    scaling: float = 1.0
+    inputs: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.reads not in ("layer", "input"):
+            raise ValueError(f"reads must be 'layer' or 'input', got {self.reads!r}")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(
+                f"activation must be one of {sorted(ACTIVATIONS)}, "
+                f"got {self.activation!r}"
+            )
+        whole = isinstance(self.hidden, int) and not isinstance(self.hidden, bool)
+        if not whole or self.hidden < 1:
+            raise ValueError(
+                f"hidden must be an int, at least 1 unit; got {self.hidden!r}"
+            )
+        if not (math.isfinite(self.scaling) and self.scaling != 0):
+            raise ValueError(
+                f"scaling must be a finite number other than 0, got {self.scaling!r}"
+            )
+
+    def bound(self, inputs: int | None) -> "Adapter":
+        """The same for a layer whose input has that width, if it reads the input."""
+        if self.reads == "layer" or self.inputs is not None:
+            return self
+        return dataclasses.replace(self, inputs=inputs)
+
+    def width_read(self, features: int) -> int:
+        """Width of what it reads, ``D``, in a layer of ``features``.
+
+        Raises:
+          ValueError: if it reads the input, and ``inputs`` is not known.
+        """
+        width = features if self.reads == "layer" else self.inputs
+        if width is None:
+            raise ValueError(
+                f"inputs must be given: blueprint {self.name!r} reads the layer's "
+                "input, whose width is not known. Give Adapter(inputs=...), or use it "
+                "in a layer that tells"
+            )
+        return width
+
+    def fresh(self, key: Any, width: int, features: int | None) -> dict[str, Array]:
+        """New parameters: ``W1`` is LeCun-normal, all else 0."""
+        written = width if features is None else features
+        read = self.width_read(written)
+        w1 = jax.random.normal(key, (read, self.hidden), jnp.float32)
+        params = {
+            "w1": w1 / math.sqrt(read),
+            "w2": jnp.zeros((self.hidden, written), jnp.float32),
+        }
+        if self.bias:
+            params["b1"] = jnp.zeros(self.hidden, jnp.float32)
+            params["b2"] = jnp.zeros(written, jnp.float32)
+        return params
+
+    def param_count(
+        self, width: int, widest: int | None = None, features: int | None = None
+    ) -> int:
+        """Number of parameters in a layer of ``features``, on whatever chunk."""
+        written = width if features is None else features
+        biases = self.hidden + written if self.bias else 0
+        return self.hidden * (self.width_read(written) + written) + biases
+
+
+Blueprint = Dense | Custom | Adapter
 """What may grow in a slot."""

@@ -2,10 +2,10 @@
 
 from collections.abc import Callable, Sequence
 
-from esper_jax.blueprints.kinds import Blueprint, Custom, Dense
+from esper_jax.blueprints.kinds import Adapter, Blueprint, Custom, Dense
 from esper_jax.lifecycle.state import MAX_BLUEPRINTS
 
-__all__ = ["register", "registered", "resolve"]
+__all__ = ["bound", "register", "registered", "resolve"]
 
 _REGISTRY: dict[str, Callable[[], Blueprint]] = {}
 
@@ -30,8 +30,8 @@ def resolve(blueprints: Sequence[str | Blueprint]) -> tuple[Blueprint, ...]:
     """Blueprints from names and blueprints; a seed's id is the index into them.
 
     Raises:
-      ValueError: if there are none or more than 127, a name is unknown, or two
-        custom ones share a name.
+      ValueError: if there are none or more than 127, a name is unknown, or two that
+        are not `Dense` share a name.
       TypeError: if an entry is neither.
     """
     if isinstance(blueprints, str):
@@ -48,21 +48,25 @@ def resolve(blueprints: Sequence[str | Blueprint]) -> tuple[Blueprint, ...]:
                     f"{sorted(_REGISTRY)}"
                 )
             resolved.append(_REGISTRY[entry]())
-        elif isinstance(entry, (Dense, Custom)):
+        elif isinstance(entry, Dense | Custom | Adapter):
             resolved.append(entry)
         else:
             raise TypeError(
-                f"blueprints must hold names, Dense or Custom, got {entry!r}"
+                f"blueprints must hold names, Dense, Custom or Adapter, got {entry!r}"
             )
     if not 1 <= len(resolved) <= MAX_BLUEPRINTS:
         raise ValueError(
             f"blueprints must number 1 to {MAX_BLUEPRINTS}, got {len(resolved)}"
         )
-    names = [b.name for b in resolved if isinstance(b, Custom)]
+    names = [b.name for b in resolved if not isinstance(b, Dense)]
     twice = sorted({n for n in names if names.count(n) > 1})
     if twice:
         raise ValueError(
-            f"blueprints: two custom blueprints are named {twice[0]!r}; give one "
-            "another name"
+            f"blueprints: two blueprints are named {twice[0]!r}; give one another name"
         )
     return tuple(resolved)
+
+
+def bound(blueprints: Sequence[Blueprint], inputs: int | None) -> tuple[Blueprint, ...]:
+    """The blueprints for a layer whose input is ``inputs`` wide."""
+    return tuple(b.bound(inputs) if isinstance(b, Adapter) else b for b in blueprints)

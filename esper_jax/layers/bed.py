@@ -1,7 +1,7 @@
 """`SeedBed`: a Flax NNX module that watches an activation and grows seeds in it."""
 
 from collections.abc import Sequence
-from typing import get_args
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float
 
-from esper_jax.blueprints import Blueprint, init_bank, resolve
+from esper_jax.blueprints import Blueprint, bound, init_bank, resolve
 from esper_jax.chunks import ChunkLayout
 from esper_jax.kernels.blend import (
     blend,
@@ -89,6 +89,8 @@ class SeedBed(nnx.Module):
         among devices, if there is one. Statistics then cover the rows of all devices.
       sharding: layout of the activation over a mesh, for use in plain `jax.jit`; see
         `blend`.
+      inputs: width of the ``x`` that calls get, or number of its ids, for blueprints
+        that read the layer's input.
       rngs: its key ``params`` draws the first bank.
 
     Raises:
@@ -109,10 +111,11 @@ class SeedBed(nnx.Module):
         deterministic: bool = False,
         axis_name: str | None = None,
         sharding: NamedSharding | None = None,
+        inputs: int | None = None,
         rngs: nnx.Rngs,
     ) -> None:
         self.layout = ChunkLayout(features, num_seeds)
-        self.blueprints = resolve(blueprints)
+        self.blueprints = bound(resolve(blueprints), inputs)
         if incubation not in get_args(Incubation):
             raise ValueError(
                 f"incubation must be one of {get_args(Incubation)}, got {incubation!r}"
@@ -140,9 +143,18 @@ class SeedBed(nnx.Module):
         self.probe = GraftProbe(jnp.zeros(capacity, jnp.float32))
 
     def __call__(
-        self, y: Float[Array, "*B F"], bias: Float[Array, " F"] | None = None
+        self,
+        y: Float[Array, "*B F"],
+        bias: Float[Array, " F"] | None = None,
+        x: Any = None,
     ) -> Float[Array, "*B F"]:
-        """``y + bias`` with the living seeds blended in, of y's shape and dtype."""
+        """``y + bias`` with the living seeds blended in, of y's shape and dtype.
+
+        Args:
+          y: the activation.
+          bias: a vector that belongs to it.
+          x: input of the layer, for blueprints that read it; as for `blend`.
+        """
         seeds = self.seeds.get_value()
         # Inside raw JAX transforms (jax.vmap, lax.scan, ...) nothing can be written.
         records = not self.deterministic and self.seeds.writable
@@ -162,12 +174,18 @@ class SeedBed(nnx.Module):
             sharding=self.sharding,
             forward_mode=self.deterministic,
             bias=bias,
+            x=x if self.reads_input else None,
         )
         if records:
             statistics = collectives.total(statistics, self.axis_name)
             reconstruction = collectives.mean(reconstruction, self.axis_name)
             self.seeds.record(seeds, statistics, reconstruction)
         return out
+
+    @property
+    def reads_input(self) -> bool:
+        """Whether a blueprint reads the layer's input."""
+        return any(b.reads == "input" for b in self.blueprints)
 
     def set_view(self, deterministic: bool | None = None) -> None:
         """Lets `nnx.view` switch the collection of statistics off and on."""

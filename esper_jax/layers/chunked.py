@@ -14,6 +14,7 @@ from flax import nnx
 from esper_jax.kernels.blend import takes_bias
 from esper_jax.layers.bed import SeedBed
 from esper_jax.layers.bias import without_bias
+from esper_jax.layers.inputs import check_readers, input_width
 from esper_jax.layers.output import Output, check_output, find_output, with_output
 from esper_jax.lifecycle.state import coefficients
 
@@ -48,7 +49,10 @@ class ChunkedLayer(nnx.Module):
         ``features`` on its last axis grows.
       enabled: if False, a call runs the base layer alone.
       rngs: its key ``params`` draws the first bank.
-      **options: further arguments of `SeedBed`.
+      **options: further arguments of `SeedBed`. ``inputs`` is read from the layer if
+        blueprints can read its input (`inputs.input_width` says of which layers). Give
+        it for a layer of your own whose first argument has that many features on its
+        last axis and otherwise the shape of the output.
 
     Raises:
       TypeError: if ``features`` is not given and the base layer does not tell it.
@@ -70,6 +74,8 @@ class ChunkedLayer(nnx.Module):
         if features is None:
             features = _output_features(base)
         check_output(output)
+        options.setdefault("inputs", input_width(base))
+        check_readers(options.get("blueprints", ()), options["inputs"], base)
         self.base = base
         self.enabled = enabled
         # Private, since layers with an attribute called "output" are common.
@@ -108,7 +114,8 @@ class ChunkedLayer(nnx.Module):
         y, bias = self._base_output(*args, **kwargs)
         name, features = type(self.base).__name__, self.bed.layout.features
         path = find_output(y, vars(self).get("_output"), features, name)
-        return with_output(y, path, functools.partial(self.bed, bias=bias))
+        x = args[0] if args else next(iter(kwargs.values()), None)
+        return with_output(y, path, functools.partial(self.bed, bias=bias, x=x))
 
     def _base_output(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """The base layer's output, and None; or the output before the bias, and that.

@@ -1,7 +1,7 @@
 """Grown corrections as ordinary parameters: what `harvest` puts after a layer."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +9,13 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from esper_jax.blueprints import ACTIVATIONS, Blueprint, Dense
+from esper_jax.blueprints import ACTIVATIONS, Custom, Dense
 from esper_jax.chunks import ChunkLayout
 from esper_jax.layers.folding import wide_dtype
 from esper_jax.layers.variables import VariableTree
 from esper_jax.parallel import collectives
 
-__all__ = ["CorrectedLayer", "Correction", "Corrections", "PartVariable"]
+__all__ = ["Branch", "CorrectedLayer", "Correction", "Corrections", "PartVariable"]
 
 
 class PartVariable(nnx.Variable):
@@ -32,7 +32,7 @@ class Correction(nnx.Module):
     of layers has its axes before that.
 
     Args:
-      blueprint: computes the corrections.
+      blueprint: computes the corrections; no `Adapter`.
       layout: chunks of the layer.
       width: features that each part reads and writes.
       where: of the parts, ``seeds`` (int32, the chunk that each one writes, -1 for
@@ -44,7 +44,7 @@ class Correction(nnx.Module):
 
     def __init__(
         self,
-        blueprint: Blueprint,
+        blueprint: Dense | Custom,
         layout: ChunkLayout,
         width: int,
         where: tuple[np.ndarray, np.ndarray],
@@ -129,38 +129,106 @@ def _dense(
     return out
 
 
+class Branch(nnx.Module):
+    """Hidden units beside a layer: ``W2 act(W1 x + b1) + b2``, added to its output.
+
+    The units of all kept parts of one `Adapter` stand side by side; how much each part
+    counts, and its scaling, is in ``w2`` and ``b2``.
+
+    Args:
+      reads: the ``"layer"``'s output or its ``"input"``: an array (..., D), or integer
+        ids (...).
+      activation: a key of `ACTIVATIONS`.
+      params: ``w1`` (D, N), ``w2`` (N, F), and ``b1`` (N,), ``b2`` (F,) if there are;
+        a stack of layers has its axes before that.
+    """
+
+    def __init__(
+        self,
+        reads: Literal["layer", "input"],
+        activation: str,
+        params: Mapping[str, Array],
+    ) -> None:
+        self.reads = reads
+        self.activation = activation
+        self.w1 = nnx.Param(params["w1"])
+        self.w2 = nnx.Param(params["w2"])
+        biased = "b1" in params
+        self.b1 = nnx.data(nnx.Param(params["b1"]) if biased else None)
+        self.b2 = nnx.data(nnx.Param(params["b2"]) if biased else None)
+
+    def __call__(self, x: Any, dtype: Any) -> Float[Array, "*B F"]:
+        """The correction, in at least float32; products of ``dtype``."""
+        wide = wide_dtype(dtype)
+
+        def matmul(x: Array, w: Array) -> Array:
+            return jnp.matmul(x, w.astype(dtype), preferred_element_type=wide)
+
+        w1 = self.w1[...]
+        if jnp.issubdtype(x.dtype, jnp.integer):
+            z = jnp.take(w1, x, axis=0, mode="fill", fill_value=0).astype(wide)
+        else:
+            z = matmul(x.astype(dtype), w1)
+        if self.b1 is not None:
+            z = z + self.b1[...].astype(wide)
+        out = matmul(ACTIVATIONS[self.activation](z).astype(dtype), self.w2[...])
+        return out if self.b2 is None else out + self.b2[...].astype(wide)
+
+
 class Corrections(nnx.Module):
-    """Adds corrections to the chunks of an activation; the identity without any.
+    """Adds corrections to an activation; the identity without any.
 
     Args:
       features: width of the last axis.
-      groups: the corrections. Each reads the activation as it came; their chunks are
-        disjoint.
+      groups: corrections of chunks. Each reads the activation as it came; their chunks
+        are disjoint.
+      branches: what is added to all features. Each reads the activation as it came, or
+        the layer's input.
     """
 
-    def __init__(self, features: int, groups: Sequence[Correction] = ()) -> None:
+    def __init__(
+        self,
+        features: int,
+        groups: Sequence[Correction] = (),
+        branches: Sequence[Branch] = (),
+    ) -> None:
         self.features = features
         self.groups = nnx.List(groups)
+        self.branches = nnx.List(branches)
 
-    def __call__(self, y: Float[Array, "*B F"]) -> Float[Array, "*B F"]:
-        """``y`` with the corrections added, of the same shape and dtype."""
+    def __call__(self, y: Float[Array, "*B F"], *, x: Any = None) -> Any:
+        """``y`` with the corrections added, of the same shape and dtype.
+
+        Args:
+          y: the activation.
+          x: the layer's input, for branches that read it.
+        """
         if not hasattr(y, "shape") or y.shape[-1:] != (self.features,):
             raise ValueError(
                 f"y must be an array with {self.features} features on its last axis, "
                 f"got {getattr(y, 'shape', type(y).__name__)}"
             )
-        if not self.groups:
+        if not self.groups and not self.branches:
             return y
-        return collectives.automatic(_written, y, self.groups)
+        return collectives.automatic(_written, y, x, self.groups, self.branches)
 
 
 def _written(
-    y: Float[Array, "*B F"], groups: Sequence[Correction]
+    y: Float[Array, "*B F"],
+    x: Any,
+    groups: Sequence[Correction],
+    branches: Sequence[Branch],
 ) -> Float[Array, "*B F"]:
     flat = out = y.reshape(-1, y.shape[-1])
     for group in groups:
         out = group.write(out, flat)
-    return out.reshape(y.shape)
+    out = out.reshape(y.shape)
+    if not branches:
+        return out
+    total = out.astype(wide_dtype(y.dtype))
+    for branch in branches:
+        total += branch(x if branch.reads == "input" else y, y.dtype)
+    return total.astype(y.dtype)
 
 
 class CorrectedLayer(nnx.Module):
@@ -194,4 +262,5 @@ class CorrectedLayer(nnx.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The base's output on the same arguments, with the corrections added."""
-        return self.corrections(self.base(*args, **kwargs))
+        x = args[0] if args else next(iter(kwargs.values()), None)
+        return self.corrections(self.base(*args, **kwargs), x=x)

@@ -10,9 +10,16 @@ from flax import nnx
 from flax.nnx.nn import dtypes
 from jaxtyping import Array
 
-from esper_jax.blueprints import Blueprint, Dense
+from esper_jax.blueprints import Adapter, Blueprint, Custom
 
-__all__ = ["LinearPart", "fold_into", "takes", "takes_corrections", "wide_dtype"]
+__all__ = [
+    "LinearPart",
+    "fold_branch",
+    "fold_into",
+    "takes",
+    "takes_corrections",
+    "wide_dtype",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,9 +74,11 @@ def takes_corrections(
 
 def takes(base: Any, blueprint: Blueprint) -> bool:
     """Whether a layer that takes corrections takes those of a blueprint."""
-    if not isinstance(blueprint, Dense):
+    if isinstance(blueprint, Custom):
         return False
-    if blueprint.expansion:
+    if isinstance(blueprint, Adapter) and blueprint.reads == "layer":
+        return False
+    if isinstance(blueprint, Adapter) or blueprint.expansion:
         # A hidden layer mixes features, which masks and groups of a Conv keep apart.
         mixes = getattr(base, "feature_group_count", 1) == 1
         if not mixes or getattr(base, "mask", None) is not None:
@@ -102,6 +111,25 @@ def fold_into(base: Any, parts: list[LinearPart]) -> None:
             bias = bias.at[columns].set(own + more)
     base.kernel.set_value(kernel.astype(base.kernel.dtype))
     if bias is not None:
+        base.bias.set_value(bias.astype(base.bias.dtype))
+
+
+def fold_branch(base: Any, params: Mapping[str, Array]) -> None:
+    """Adds ``W2 (W1 x + b1) + b2`` of a layer's input to its kernel and bias.
+
+    Args:
+      base: an `nnx.Linear`, an `nnx.Conv` with a kernel of 1, or a stack of them.
+      params: ``w1`` (D, N), ``w2`` (N, F), and ``b1``, ``b2`` if there are; with the
+        axes of the stack before that.
+    """
+    p = {name: _wide(leaf) for name, leaf in params.items()}
+    kernel = _wide(base.kernel.get_value())
+    more = jnp.matmul(p["w1"], p["w2"], precision="highest")
+    kernel = kernel + more.reshape(kernel.shape)
+    base.kernel.set_value(kernel.astype(base.kernel.dtype))
+    if "b1" in p:
+        own = jnp.einsum("...n,...nf->...f", p["b1"], p["w2"], precision="highest")
+        bias = _wide(base.bias.get_value()) + own + p["b2"]
         base.bias.set_value(bias.astype(base.bias.dtype))
 
 

@@ -239,6 +239,7 @@ def _stacked_bed(
     def make(rngs: nnx.Rngs) -> SeedBed:
         layout = bed.layout
         own = {name: value for name, value in options.items() if name != "output"}
+        own["blueprints"] = bed.blueprints  # which know the layer's input
         return SeedBed(layout.features, layout.num_seeds, rngs=rngs, **own)
 
     return make(rngs)

@@ -11,12 +11,18 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
-from esper_jax.blueprints import Bank, Blueprint, Custom, Dense
+from esper_jax.blueprints import Adapter, Bank, Blueprint, Custom, Dense
 from esper_jax.layers.bed import SeedBed, stack_of
 from esper_jax.layers.chunked import ChunkedLayer
-from esper_jax.layers.corrections import CorrectedLayer, Correction, Corrections
+from esper_jax.layers.corrections import (
+    Branch,
+    CorrectedLayer,
+    Correction,
+    Corrections,
+)
 from esper_jax.layers.folding import (
     LinearPart,
+    fold_branch,
     fold_into,
     takes,
     takes_corrections,
@@ -37,14 +43,16 @@ def harvest(
 
     A `ChunkedLayer` becomes its base where nothing is kept, or where all that is kept
     can be folded into the base's weights. Otherwise it becomes a `CorrectedLayer`: the
-    base, and the kept blueprints as `nnx.Param` arrays of their true size. A bare
-    `SeedBed` becomes `Corrections`. A layer whose ``enabled`` is False becomes its
-    base, as it runs. Shared layers stay shared.
+    base, and the kept blueprints as `nnx.Param` arrays of their true size; those of an
+    `Adapter` stand side by side in a `Branch`. A bare `SeedBed` becomes `Corrections`.
+    A layer whose ``enabled`` is False becomes its base, as it runs. Shared layers stay
+    shared.
 
-    Blueprints without an activation (`affine`, `low_rank`) are linear in the base's
-    output. Those over an `nnx.Linear` or `nnx.Conv` are folded into its kernel and
-    bias: exact in real arithmetic, computed in float32 (float64 for float64 weights),
-    then rounded once to the weights' dtype. They are kept as corrections where that
+    Blueprints without an activation are linear in the base's output (`affine`,
+    `low_rank`) or its input (`lora`). Those over an `nnx.Linear` or `nnx.Conv` are
+    folded into its kernel and bias: exact in real arithmetic, computed in float32
+    (float64 for float64 weights), then rounded once to the weights' dtype. They are
+    kept as corrections where that
     would change something else: another part of the model uses the same base or
     weights, a kept blueprint of the layer reads the whole of its output, or the base
     has no bias for theirs. Code of yours that reads the layer's weights directly (as
@@ -199,20 +207,20 @@ def _plain_layer(base: Any, bed: SeedBed, kept: list[_Part], folds: bool) -> Any
     """
     kinds = {part.kind for part in kept}
     # What reads the whole output must find it without the others' corrections.
-    whole = any(_reads_layer(bed.blueprints[kind]) for kind in kinds)
+    whole = any(bed.blueprints[kind].reads == "layer" for kind in kinds)
     folded = {
         kind
         for kind in kinds
         if folds and not whole and takes(base, bed.blueprints[kind])
     }
     if folded:
-        fold_into(base, [_linear(bed, part) for part in kept if part.kind in folded])
+        taken = [part for part in kept if part.kind in folded]
+        of_chunks = [p for p in taken if isinstance(bed.blueprints[p.kind], Dense)]
+        fold_into(base, [_linear(bed, part) for part in of_chunks])
+        for _, params in _branches(bed, [p for p in taken if p not in of_chunks]):
+            fold_branch(base, params)
         kept = [part for part in kept if part.kind not in folded]
     return CorrectedLayer(base, _corrections(bed, kept)) if kept else base
-
-
-def _reads_layer(blueprint: Blueprint) -> bool:
-    return isinstance(blueprint, Custom) and blueprint.reads == "layer"
 
 
 def _linear(bed: SeedBed, part: _Part) -> LinearPart:
@@ -233,7 +241,8 @@ def _corrections(bed: SeedBed, kept: list[_Part]) -> Corrections:
     layout = bed.layout
     stack = bed.probe.get_value().shape[:-1]
     groups: dict[tuple[int, int], list[_Part]] = {}
-    for part in kept:
+    of_chunks = [p for p in kept if not isinstance(bed.blueprints[p.kind], Adapter)]
+    for part in of_chunks:
         # Custom blueprints are made for the widest chunk, and stacks share one shape.
         cut = isinstance(bed.blueprints[part.kind], Dense) and not stack
         width = int(layout.sizes[part.seed]) if cut else layout.width
@@ -241,20 +250,72 @@ def _corrections(bed: SeedBed, kept: list[_Part]) -> Corrections:
     return Corrections(
         layout.features,
         [
-            _group(bed, stack, width, bed.blueprints[kind], parts)
+            _group(bed, stack, width, _of_chunks(bed.blueprints[kind]), parts)
             for (kind, width), parts in groups.items()
         ],
+        [
+            Branch(adapter.reads, adapter.activation, params)
+            for adapter, params in _branches(
+                bed, [part for part in kept if part not in of_chunks]
+            )
+        ],
     )
+
+
+def _of_chunks(blueprint: Blueprint) -> Dense | Custom:
+    assert not isinstance(blueprint, Adapter)
+    return blueprint
+
+
+def _branches(bed: SeedBed, kept: list[_Part]) -> list[tuple[Adapter, dict[str, Any]]]:
+    """What writes the whole layer: each adapter, with the arrays of its `Branch`."""
+    found = []
+    for kind in sorted({part.kind for part in kept}):
+        blueprint = bed.blueprints[kind]
+        assert isinstance(blueprint, Adapter)
+        parts = [part for part in kept if part.kind == kind]
+        found.append((blueprint, _side_by_side(bed, blueprint, parts)))
+    return found
+
+
+def _side_by_side(
+    bed: SeedBed, blueprint: Adapter, parts: list[_Part]
+) -> dict[str, Array]:
+    """The hidden units of parts of one adapter."""
+    bank, _, alpha = _taken(bed, bed.probe.get_value().shape[:-1], parts)
+    params = bank.custom[blueprint.name]
+    weight = jnp.asarray(alpha * blueprint.scaling)[..., None]
+    w1, w2 = jnp.swapaxes(params["w1"], -3, -2), params["w2"] * weight[..., None]
+    joined = {
+        "w1": w1.reshape(*w1.shape[:-2], -1),
+        "w2": w2.reshape(*w2.shape[:-3], -1, w2.shape[-1]),
+    }
+    if blueprint.bias:
+        joined["b1"] = params["b1"].reshape(*params["b1"].shape[:-2], -1)
+        joined["b2"] = jnp.sum(params["b2"] * weight, axis=-2)
+    return joined
 
 
 def _group(
     bed: SeedBed,
     stack: tuple[int, ...],
     width: int,
-    blueprint: Blueprint,
+    blueprint: Dense | Custom,
     parts: list[_Part],
 ) -> Correction:
     """The given parts as one batch, padded where layers of a stack have fewer."""
+    bank, seeds, alpha = _taken(bed, stack, parts)
+    params = _own(bank, blueprint, width, bed.layout.width)
+    return Correction(blueprint, bed.layout, width, (seeds, alpha), params)
+
+
+def _taken(
+    bed: SeedBed, stack: tuple[int, ...], parts: list[_Part]
+) -> tuple[Bank, np.ndarray, np.ndarray]:
+    """Parameters, seeds and alphas of parts, padded where layers of a stack have fewer.
+
+    The padding has parameters of 0, seed -1 and alpha 0.
+    """
     of_layer = collections.Counter(part.at for part in parts)
     shape = (*stack, max(of_layer.values()))
     slots, seeds = np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
@@ -271,9 +332,7 @@ def _group(
         used = (seeds >= 0).reshape(*shape, *[1] * (taken.ndim - len(shape)))
         return taken if used.all() else jnp.where(used, taken, 0)
 
-    bank = jax.tree.map(take, bed.bank.get_value())
-    params = _own(bank, blueprint, width, bed.layout.width)
-    return Correction(blueprint, bed.layout, width, (seeds, alpha), params)
+    return jax.tree.map(take, bed.bank.get_value()), seeds, alpha
 
 
 def _own(bank: Bank, blueprint: Blueprint, width: int, widest: int) -> Any:

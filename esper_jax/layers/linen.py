@@ -12,6 +12,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict
 
 from esper_jax.layers.bed import SeedBed
+from esper_jax.layers.inputs import check_readers, input_width
 from esper_jax.layers.output import Output, check_output, find_output, with_output
 from esper_jax.lifecycle.packing import pack, unpack
 from esper_jax.lifecycle.state import SeedState
@@ -66,7 +67,8 @@ class ChunkedLayer(nn.Module):
         if not self.enabled:
             return y
         bed = _Bed(self.num_seeds, self.options, name="bed")
-        return _grow(y, bed, self.output, self.features, type(self.base).__name__)
+        given = self.base, args, kwargs
+        return _grow(y, bed, self.output, self.features, given)
 
 
 class Growable(nn.Module):
@@ -120,7 +122,8 @@ class Growable(nn.Module):
             scope = layer.scope.push("bed", reuse=True)
             bed = _Bed(seeds, self.options, parent=scope)
             try:
-                return _grow(y, bed, self.output, self.features, type(layer).__name__)
+                given = layer, args, kwargs
+                return _grow(y, bed, self.output, self.features, given)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"layer {path!r}: {error}") from error
 
@@ -162,8 +165,23 @@ def _chosen(where: Any, path: str, layer: nn.Module) -> bool:
 
 
 def _grow(
-    y: Any, bed: nn.Module, output: Output, features: int | None, layer: str
+    y: Any,
+    bed: "_Bed",
+    output: Output,
+    features: int | None,
+    given: tuple[nn.Module, tuple[Any, ...], Mapping[str, Any]],
 ) -> Any:
+    """A layer's output with the seeds blended in.
+
+    Args:
+      y: the layer's output.
+      bed: of the layer.
+      output: which array grows.
+      features: its width, if known.
+      given: the layer, and the arguments that it was called with.
+    """
+    base, args, kwargs = given
+    layer = type(base).__name__
     check_output(output)
     if features is None:
         if not hasattr(y, "shape") or not y.shape:
@@ -172,7 +190,13 @@ def _grow(
                 "one array that tells the width of the output"
             )
         features = y.shape[-1]
-    return with_output(y, find_output(y, output, features, layer), bed)
+    x = args[0] if args else next(iter(kwargs.values()), None)
+    inputs = input_width(base, x)
+    options = bed.options or {}
+    inputs = options.get("inputs", inputs)
+    check_readers(options.get("blueprints", ()), inputs, base)
+    grow = functools.partial(bed, x=x, inputs=inputs)
+    return with_output(y, find_output(y, output, features, layer), grow)
 
 
 def read_seeds(arrays: Mapping[str, Any]) -> SeedState:
@@ -241,10 +265,10 @@ class _Bed(nn.Module):
     options: Mapping[str, Any] | None = None
 
     @nn.compact
-    def __call__(self, y: Any) -> Any:
+    def __call__(self, y: Any, x: Any = None, inputs: int | None = None) -> Any:
         starting = self.is_initializing()
         self._check_collections(starting)
-        features, options = y.shape[-1], dict(self.options or {})
+        features, options = y.shape[-1], {"inputs": inputs, **(self.options or {})}
         make = functools.partial(SeedBed, features, self.num_seeds, **options)
         if (found := _FOUND.get()) is not None:
             found["/".join(_place(self.scope))] = make
@@ -265,7 +289,7 @@ class _Bed(nn.Module):
         bed.probe.set_value(probe)
         counts = not starting and self.is_mutable_collection("seeds")
         bed.deterministic = bed.deterministic or not counts
-        out = bed(y)
+        out = bed(y, x=x)
         if counts and not bed.deterministic:
             self.put_variable("seeds", "seeds", bed.seeds.get_arrays())
         return out

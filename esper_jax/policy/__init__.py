@@ -4,6 +4,7 @@ from esper_jax.policy.config import ControllerConfig
 from esper_jax.policy.heuristic import Decide, decide, heuristic
 from esper_jax.policy.interface import LayerShape, Policy, PolicyFactory, Setting
 from esper_jax.policy.memory import ControllerMemory, Reason, init_memory
+from esper_jax.policy.trial import TrialConfig, TrialMemory, trial, trial_lives
 
 __all__ = [
     "ControllerConfig",
@@ -14,7 +15,11 @@ __all__ = [
     "PolicyFactory",
     "Reason",
     "Setting",
+    "TrialConfig",
+    "TrialMemory",
     "decide",
     "heuristic",
     "init_memory",
+    "trial",
+    "trial_lives",
 ]

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from esper_jax.layers.corrections import Correction
+from esper_jax.layers.corrections import Branch, Correction
 from esper_jax.layers.harvest import Parts, harvest
 from esper_jax.run.folder import RunError, RunFolder, read_config
 from esper_jax.run.own import one_batch
@@ -123,7 +123,7 @@ def _safetensors(path: Path, model: nnx.Module, batch: Any) -> None:
 
 
 def _described(model: nnx.Module) -> dict[str, str]:
-    """What the arrays of each group of corrections do, as JSON by the group's path."""
+    """What the arrays of each correction and branch do, as JSON by its path."""
     described = {}
     for at, node in nnx.iter_graph(model):
         if isinstance(node, Correction) and isinstance(node.seeds, tuple):
@@ -133,6 +133,9 @@ def _described(model: nnx.Module) -> dict[str, str]:
                 "width": node.width,
                 "alpha": node.alpha,
             }
+            described[".".join(map(str, at))] = json.dumps(content)
+        if isinstance(node, Branch):
+            content = {"reads": node.reads, "activation": node.activation}
             described[".".join(map(str, at))] = json.dumps(content)
     return described
 

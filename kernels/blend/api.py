@@ -12,7 +12,9 @@ from jaxtyping import Array, Float, Int
 
 from esper_jax.blueprints import Bank, Blueprint
 from esper_jax.chunks import ChunkLayout
-from esper_jax.kernels.blend import sharded, vjp
+from esper_jax.kernels.blend import adapters, sharded, vjp
+from esper_jax.kernels.blend.adapters import Read
+from esper_jax.kernels.blend.backend import Results
 from esper_jax.kernels.blend.checks import (
     check_arguments,
     check_bias,
@@ -44,6 +46,7 @@ def blend(
     sharding: NamedSharding | None = None,
     forward_mode: bool = False,
     bias: Float[Array, " F"] | None = None,
+    x: Any = None,
 ) -> tuple[Float[Array, "*B F"], Statistics, Float[Array, " K"]]:
     """Blends the living seeds' blueprints into a layer's output.
 
@@ -55,7 +58,9 @@ def blend(
       ``dalpha = sum(g * r(y_c))``.
 
     A blueprint that reads the whole layer has ``r(y)`` in place of ``r(y_c)``, and its
-    ``alpha * J_y(r)^T g`` reaches all of ``y``.
+    ``alpha * J_y(r)^T g`` reaches all of ``y``. An `Adapter` that reads the layer's
+    input ``x`` has ``r(x)``, and its ``alpha * J_x(r)^T g`` goes to ``x``. Adapters add
+    to every feature of the output; where no adapter counts, nothing is added.
 
     A slot with ``alpha 0, beta 1`` learns from the task, while the output and the
     gradient of ``y`` stay bit-identical to those without it (straight-through
@@ -105,6 +110,8 @@ def blend(
         to the output, where it fuses with what follows: so ``y + bias`` never goes to
         memory, nor is the gradient of ``bias`` a pass of its own. For others ``y +
         bias`` is computed first.
+      x: input of the layer, for blueprints that read it: of shape (*B, D), or integer
+        ids of shape (*B), which choose rows of ``W1``.
 
     Returns:
       The output, with y's shape and dtype; `Statistics` of ``y`` for each of the ``S``
@@ -126,17 +133,21 @@ def blend(
         statistics_rows=statistics_rows,
         dtype=jnp.dtype(y.dtype).name,
     )
-    check_arguments(s, y, bank, slots)
+    check_arguments(s, (y, x), bank, slots)
     check_bias(s, bias)
+    s = adapters.split(s)
     check_sharding(sharding)
     if bias is not None:
         y, bias = _apart(implementation, s, y, bias, slots)
     local = functools.partial(_on_one_device, implementation, forward_mode)
     if sharding is None:
-        one = functools.partial(local, s)
-        return collectives.automatic(one, y, bias, bank, slots, others=2)
+
+        def one(y: Array, x: Any, *rest: Any) -> Results:
+            return local(s, Read(y, x), *rest)
+
+        return collectives.automatic(one, y, x, bias, bank, slots, others=2)
     check_whole_layer(s, sharding, y.ndim)
-    return sharded.blend(local, s, sharding, (y, bias), bank, slots)
+    return sharded.blend(local, s, sharding, (Read(y, x), bias), bank, slots)
 
 
 def takes_bias(
@@ -160,6 +171,9 @@ def takes_bias(
       implementation: what is asked for.
     """
     s = Static(layout=layout, blueprints=blueprints, dtype=jnp.dtype(dtype).name)
+    s = adapters.split(s)
+    if any(b.reads == "layer" for _, b in s.adapters):  # they need all of it
+        return False
     try:
         return choose(implementation, s, 1, slots).takes_bias
     except ValueError:  # which blend will say
@@ -176,7 +190,7 @@ def _apart(
     """The bias as kernels take it apart, or ``y`` with its bias."""
     bias = bias.astype(y.dtype)
     backend = choose(implementation, s, math.prod(y.shape[:-1]), len(slots.alpha))
-    if backend.takes_bias:
+    if backend.takes_bias and all(b.reads == "input" for _, b in s.adapters):
         return y, bias
     # As layers of Flax add it, to be the same program.
     return y + bias.reshape((1,) * (y.ndim - 1) + (-1,)), None
@@ -186,18 +200,23 @@ def _on_one_device(
     implementation: str | Sequence[str] | None,
     forward_mode: bool,
     s: Static,
-    y: Array,
+    read: Read,
     bias: Array | None,
     bank: Bank,
     slots: Slots,
 ) -> tuple[Float[Array, "*B F"], Statistics, Float[Array, " K"]]:
     """`blend` of what one device holds, on arguments already checked."""
-    y, bias, bank, slots = collectives.same_varying(y, bias, bank, slots)
+    if not any(b.reads == "input" for _, b in s.adapters):
+        read = Read(read.y, None)
+    read, bias, bank, slots = collectives.same_varying(read, bias, bank, slots)
+    y, x = read
     flat = y.reshape(-1, s.layout.features)
+    if x is not None:
+        x = x.reshape(flat.shape[0], *x.shape[y.ndim - 1 :])
     s = dataclasses.replace(s, statistics_rows=_spread(s.statistics_rows, y.shape))
     backend = choose(implementation, s, flat.shape[0], slots.alpha.shape[0])
     out, statistics, reconstruction = vjp.blend(
-        backend, s, flat, bank, slots, forward_mode, bias
+        backend, s, Read(flat, x), bank, slots, forward_mode, bias
     )
     return out.reshape(y.shape), statistics, reconstruction
 

@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jaxtyping import Array
 
-from esper_jax.blueprints import Bank, Custom, init_bank
+from esper_jax.blueprints import Adapter, Bank, Custom, init_bank
 from esper_jax.kernels.blend import sharded
 from esper_jax.kernels.blend.static import Slots, Static
 from esper_jax.lifecycle.stages import Incubation
@@ -16,6 +16,7 @@ from esper_jax.lifecycle.stages import Incubation
 __all__ = [
     "check_arguments",
     "check_bias",
+    "check_input",
     "check_statistics_rows",
     "check_whole_layer",
 ]
@@ -39,12 +40,21 @@ def check_statistics_rows(statistics_rows: Any) -> None:
         )
 
 
-def check_arguments(s: Static, y: Array, bank: Bank, slots: Slots) -> None:
+def check_arguments(
+    s: Static, read: tuple[Array, Any], bank: Bank, slots: Slots
+) -> None:
     """Refuses arguments of `blend` that do not fit each other.
+
+    Args:
+      s: what is fixed while tracing.
+      read: ``y`` and ``x``.
+      bank: parameters of the blueprints.
+      slots: coefficients, kinds and owners.
 
     Raises:
       ValueError: if a shape or dtype does not fit the layout, or an option is unknown.
     """
+    y, x = read
     if y.ndim < 1 or y.shape[-1] != s.layout.features:
         raise ValueError(
             f"y must have {s.layout.features} features on its last axis, as the layout "
@@ -53,6 +63,7 @@ def check_arguments(s: Static, y: Array, bank: Bank, slots: Slots) -> None:
     if s.dtype not in _DTYPES:
         raise ValueError(f"y must be one of {', '.join(_DTYPES)}; got {y.dtype}")
     _check_slots(slots)
+    check_input(s, y, x)
     _check_bank(s, bank, slots.seed_of_slot.shape[0])
     if s.incubation not in get_args(Incubation):
         raise ValueError(
@@ -95,6 +106,36 @@ def _check_slots(slots: Slots) -> None:
             )
 
 
+def check_input(s: Static, y: Array, x: Any) -> None:
+    """Refuses an input of the layer that the blueprints cannot read.
+
+    Raises:
+      ValueError: if ``x`` is missing, has another width, or no row for each of ``y``.
+    """
+    rows = y.shape[:-1]
+    for b in s.blueprints:
+        if not isinstance(b, Adapter) or b.reads == "layer":
+            continue
+        if x is None:
+            raise ValueError(
+                f"x must be given: blueprint {b.name!r} reads the layer's input, of "
+                f"shape {(*rows, b.inputs)}, or integer ids of shape {rows}"
+            )
+        if jnp.issubdtype(x.dtype, jnp.integer):
+            fits = x.shape == rows
+        else:
+            fits = jnp.issubdtype(x.dtype, jnp.floating) and x.shape == (
+                *rows,
+                b.inputs,
+            )
+        if not fits:
+            raise ValueError(
+                f"x must be floating point of shape {(*rows, b.inputs)}, or integer "
+                f"ids of shape {rows}, because blueprint {b.name!r} reads the layer's "
+                f"input; got {x.dtype} of shape {x.shape}"
+            )
+
+
 def _check_bank(s: Static, bank: Bank, slots: int) -> None:
     expected = jax.eval_shape(
         lambda: init_bank(
@@ -131,6 +172,13 @@ def check_whole_layer(s: Static, sharding: NamedSharding, ndim: int) -> None:
     readers = [
         b.name for b in s.blueprints if isinstance(b, Custom) and b.reads == "layer"
     ]
+    writers = [b.name for _, b in s.adapters]
+    if writers and sharded.divides_features(sharding, ndim):
+        raise ValueError(
+            f"sharding: blueprint {writers[0]!r} writes the whole layer, whose "
+            f"features {sharding.spec} divides among devices; divide the batch "
+            "alone, choose blueprints that write their chunk, or leave sharding out"
+        )
     if readers and sharded.divides_features(sharding, ndim):
         raise ValueError(
             f"sharding: blueprint {readers[0]!r} reads the whole layer, whose "

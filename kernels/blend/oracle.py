@@ -4,12 +4,13 @@ Every backend is tested against it. Nothing else uses it.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from esper_jax.blueprints import ACTIVATIONS, Bank, Blueprint, Custom
+from esper_jax.blueprints import ACTIVATIONS, Adapter, Bank, Blueprint, Custom
 from esper_jax.chunks import ChunkLayout
 from esper_jax.kernels.blend.static import Slots, Static
 from esper_jax.lifecycle.signals import Statistics
@@ -27,8 +28,11 @@ def correction(
       params: of the slot.
       y: its chunk, (N, width), of its true width.
       blueprint: what the slot holds.
-      layer: the whole output, (N, F), for a blueprint that reads it.
+      layer: the whole output, (N, F), for a blueprint that reads it; or the layer's
+        input, (N, D) or ids (N,).
     """
+    if isinstance(blueprint, Adapter):
+        return _adapter(params.custom[blueprint.name], layer, blueprint)
     width, widest = y.shape[-1], params.w1.shape[0]
     if isinstance(blueprint, Custom) and blueprint.reads == "layer":
         return blueprint.apply(params.custom[blueprint.name], layer)[:, :width]
@@ -50,8 +54,22 @@ def correction(
     return out
 
 
+def _adapter(params: Any, x: Any, blueprint: Adapter) -> jax.Array:
+    """``r(x)`` of one slot that writes the whole layer, (N, F)."""
+    w1 = params["w1"]
+    if jnp.issubdtype(x.dtype, jnp.integer):
+        x = jax.nn.one_hot(x, w1.shape[0], dtype=w1.dtype)
+    before = x @ w1
+    if blueprint.bias:
+        before = before + params["b1"]
+    out = ACTIVATIONS[blueprint.activation](before) @ params["w2"]
+    if blueprint.bias:
+        out = out + params["b2"]
+    return blueprint.scaling * out
+
+
 def blend(
-    s: Static, y: jax.Array, bank: Bank, slots: Slots
+    s: Static, y: jax.Array, bank: Bank, slots: Slots, x: Any = None
 ) -> tuple[jax.Array, Statistics, jax.Array]:
     """`esper_jax.kernels.blend.blend` by definition, for concrete stages and slots.
 
@@ -74,11 +92,16 @@ def blend(
         start, size = int(layout.starts[seed]), int(layout.sizes[seed])
         params = jax.tree.map(lambda x, k=k: of_slot(x, k, keepdims=False), bank)
         kind = s.blueprints[int(np.asarray(slots.blueprint)[k])]
+        read = flat
+        if isinstance(kind, Adapter):
+            start, size = 0, layout.features
+            if kind.reads == "input":
+                read = x.reshape(len(flat), *x.shape[y.ndim - 1 :])
         chunk = jax.lax.dynamic_slice_in_dim(flat, start, size, axis=1)
-        r_frozen = correction(stop(params), chunk, kind, flat)
-        r_learning = correction(params, stop(chunk), kind, stop(flat))
+        r_frozen = correction(stop(params), chunk, kind, read)
+        r_learning = correction(params, stop(chunk), kind, stop(read))
         reconstruction.append(stop(jnp.mean(r_frozen**2)))
-        new = chunk + a * r_frozen
+        new = jax.lax.dynamic_slice_in_dim(out, start, size, axis=1) + a * r_frozen
         if s.incubation == "reconstruction" and bool(a == 0):
             # Enters the sum over outputs with a cotangent of 1, whatever the loss.
             loss = jnp.mean(r_learning**2)

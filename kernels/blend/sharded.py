@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from esper_jax.blueprints import Bank
 from esper_jax.chunks import ChunkLayout
+from esper_jax.kernels.blend.adapters import Read
 from esper_jax.kernels.blend.backend import Results
 from esper_jax.kernels.blend.static import Slots, Static
 
@@ -90,10 +91,10 @@ def shard_layout(layout: ChunkLayout, shards: int) -> ChunkLayout:
 
 
 def blend(
-    local: Callable[[Static, Array, Array | None, Bank, Slots], Results],
+    local: Callable[[Static, Read, Array | None, Bank, Slots], Results],
     s: Static,
     sharding: NamedSharding,
-    y_and_bias: tuple[Float[Array, "*B F"], Float[Array, " F"] | None],
+    read_and_bias: tuple[Read, Float[Array, " F"] | None],
     bank: Bank,
     slots: Slots,
 ) -> Results:
@@ -106,14 +107,15 @@ def blend(
       local: blend of one shard.
       s: of the whole array.
       sharding: how ``y`` is laid out; axes without an entry are not sharded.
-      y_and_bias: the activation; and its bias, or None.
+      read_and_bias: the activation and the layer's input, which may be None; and the
+        bias, or None.
       bank: parameters of the blueprints.
       slots: coefficients, kinds and owners, the same on every device.
 
     Raises:
       ValueError: if the sharding does not fit ``y`` or the layout.
     """
-    y, bias = y_and_bias
+    (y, x), bias = read_and_bias
     if len(sharding.spec) > y.ndim:
         raise ValueError(
             f"sharding must have at most {y.ndim} entries, one for each axis of the "
@@ -125,21 +127,26 @@ def blend(
     own = _own_share(s, sharding, rows, columns)
     _check_batch(sharding, y.shape, batch)
 
-    def one(y: Array, bias: Array | None, bank: Bank, slots: Slots) -> Results:
+    def one(read: Read, bias: Array | None, bank: Bank, slots: Slots) -> Results:
         if columns:
             first = jax.lax.axis_index(columns) * own.layout.num_seeds
             slots = _slots_here(slots, first, own.layout.num_seeds)
-        return _gathered(local(own, y, bias, bank, slots), rows, columns)
+        return _gathered(local(own, read, bias, bank, slots), rows, columns)
 
     spec, everywhere = PartitionSpec(*batch, feature), PartitionSpec()
     return jax.shard_map(
         one,
         mesh=sharding.mesh,
-        in_specs=(spec, PartitionSpec(feature), everywhere, everywhere),
+        in_specs=(
+            Read(spec, PartitionSpec(*batch)),
+            PartitionSpec(feature),
+            everywhere,
+            everywhere,
+        ),
         out_specs=(spec, everywhere, everywhere),
         # Kernels do not say along which axes their outputs differ.
         check_vma=False,
-    )(y, bias, bank, slots)
+    )(Read(y, x), bias, bank, slots)
 
 
 def _own_share(

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from esper_jax.blueprints import Blueprint, hidden_width
+from esper_jax.blueprints import Adapter, Blueprint, hidden_width
 from esper_jax.chunks import ChunkLayout
 from esper_jax.lifecycle.stages import Incubation
 
@@ -54,6 +54,8 @@ class Static:
       config: block sizes and the like, of the backend's own type; None until
         `Backend.prepare` has chosen them.
       interpret: whether kernels run as plain JAX, on any device, to test them.
+      adapters: what writes the whole layer, each with its index in ``blueprints``, once
+        it is apart (`adapters.split`). No backend computes it.
     """
 
     layout: ChunkLayout
@@ -64,6 +66,7 @@ class Static:
     biased: bool = False
     config: Any = None
     interpret: bool = False
+    adapters: tuple[tuple[int, Adapter], ...] = ()
 
     @property
     def width(self) -> int:

@@ -11,6 +11,8 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
 
 from esper_jax.blueprints import Bank
+from esper_jax.kernels.blend import adapters
+from esper_jax.kernels.blend.adapters import Read
 from esper_jax.kernels.blend.backend import Backend, Results
 from esper_jax.kernels.blend.static import Slots, Static
 
@@ -20,7 +22,7 @@ __all__ = ["blend"]
 def blend(
     backend: Backend,
     s: Static,
-    y: Float[Array, "N F"],
+    read: Read,
     bank: Bank,
     slots: Slots,
     forward_mode: bool = False,
@@ -31,7 +33,7 @@ def blend(
     Args:
       backend: what computes it.
       s: what is fixed while tracing; a ``config`` of None lets the backend choose.
-      y: the activation, with one batch axis.
+      read: the activation, with one batch axis, and the layer's input, the same.
       bank: parameters of the blueprints.
       slots: coefficients, kinds and owners.
       forward_mode: as for `blend`.
@@ -40,13 +42,14 @@ def blend(
     Raises:
       TypeError: by forward-mode derivatives without ``forward_mode``.
     """
+    y, x = read
     if bias is not None and not backend.takes_bias:
         y, bias = y + bias[None, :], None
     s = backend.prepare(dataclasses.replace(s, biased=bias is not None), y.shape[0])
     if forward_mode and backend.tangent is not None:
-        return _jitted_both(backend, s, y, bank, slots)
+        return _jitted_both(backend, s, Read(y, x), bank, slots)
     try:
-        return _jitted(backend, s, y, bias, bank, slots)
+        return _jitted(backend, s, Read(y, x), bias, bank, slots)
     except TypeError as error:
         if "forward-mode" not in str(error):
             raise
@@ -83,11 +86,23 @@ def _once(backend: Backend, rule: str, *static: Any) -> Callable[..., Any]:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _blend(
-    backend: Backend, s: Static, y: Array, bias: Any, bank: Bank, slots: Slots
+    backend: Backend, s: Static, read: Read, bias: Any, bank: Bank, slots: Slots
 ) -> Results:
-    forward = _once(backend, "forward", s, False)
-    out, statistics, reconstruction, _ = forward(y, bias, bank, slots)
-    return _biased(out, bias), statistics, reconstruction
+    return _results(backend, s, (read, bias, bank, slots), False)[0]
+
+
+def _results(
+    backend: Backend, s: Static, arguments: Any, save: bool
+) -> tuple[Results, Any]:
+    """The results, and what the backend saves of them."""
+    read, bias, bank, slots = arguments
+    forward = _once(backend, "forward", s, save)
+    chunks = adapters.of_chunks(s, bank, slots)
+    out, statistics, reconstruction, saved = forward(read.y, bias, *chunks)
+    if s.adapters:
+        out, more = adapters.forward(s, out, read, bank, slots)
+        reconstruction += more
+    return (_biased(out, bias), statistics, reconstruction), saved
 
 
 def _biased(out: Array, bias: Array | None) -> Array:
@@ -96,30 +111,36 @@ def _biased(out: Array, bias: Array | None) -> Array:
 
 
 def _forward(
-    backend: Backend, s: Static, y: Array, bias: Any, bank: Bank, slots: Slots
+    backend: Backend, s: Static, read: Read, bias: Any, bank: Bank, slots: Slots
 ) -> tuple[Results, Any]:
+    kept = adapters.read_of(s, *read), bank, slots
     if backend.differentiable:
         # By the same rule, so that a second derivative knows alpha and beta too.
-        return _blend(backend, s, y, bias, bank, slots), (y, bank, slots)
-    forward = _once(backend, "forward", s, True)
-    out, statistics, reconstruction, saved = forward(y, bias, bank, slots)
-    results = _biased(out, bias), statistics, reconstruction
-    return results, (saved, bank, slots)
+        return _blend(backend, s, read, bias, bank, slots), (read.y, *kept)
+    results, saved = _results(backend, s, (read, bias, bank, slots), True)
+    return results, (saved, *kept)
 
 
 def _backward(
     backend: Backend, s: Static, kept: Any, cotangents: Any
-) -> tuple[Array, Array | None, Bank, Slots]:
-    saved, bank, slots = kept
+) -> tuple[Read, Array | None, Bank, Slots]:
+    saved, read, bank, slots = kept
     g, total = cotangents[0], None
     if s.biased:
         # As JAX differentiates a bias that is added: the same bits while seeds sleep.
         total = jax.lax.reduce_sum(g, (0,))
     backward = _once(backend, "backward", s)
-    dy, d_bias, d_bank, d_alpha = backward(g, total, saved, bank, slots)
+    chunks = adapters.of_chunks(s, bank, slots)
+    dy, d_bias, d_bank, d_alpha = backward(g, total, saved, *chunks)
+    dx = None
+    if s.adapters:
+        dy, dx, more, d_more = adapters.backward(s, (g, dy), read, bank, slots)
+        d_bank = dataclasses.replace(d_bank, custom={**d_bank.custom, **more})
+        d_alpha = d_alpha + d_more
     # beta has no gradient; None stands for those of integers.
     none: Any = None
-    return dy, d_bias, d_bank, Slots(d_alpha, jnp.zeros_like(slots.beta), none, none)
+    d_slots = Slots(d_alpha, jnp.zeros_like(slots.beta), none, none)
+    return Read(dy, dx), d_bias, d_bank, d_slots
 
 
 _blend.defvjp(_forward, _backward)
@@ -127,7 +148,7 @@ _blend.defvjp(_forward, _backward)
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _blend_both(
-    backend: Backend, s: Static, y: Array, bank: Bank, slots: Slots
+    backend: Backend, s: Static, read: Read, bank: Bank, slots: Slots
 ) -> Results:
     """`_blend` with derivatives in both modes.
 
@@ -135,25 +156,33 @@ def _blend_both(
     which JAX transposes. So it keeps more than ``y`` for the backward pass, and its
     gradients differ by rounding.
     """
-    out, statistics, reconstruction, _ = backend.forward(s, False, y, None, bank, slots)
-    return out, statistics, reconstruction
+    return _results(backend, s, (read, None, bank, slots), False)[0]
 
 
 def _tangents(
     backend: Backend, s: Static, primals: Any, tangents: Any
 ) -> tuple[Results, Results]:
     assert backend.tangent is not None
-    y, bank, slots = primals
-    results = _blend_both(backend, s, y, bank, slots)
-    y_dot, bank_dot, slots_dot = tangents
-    dots = _known(y_dot), _known(bank_dot), _known(slots_dot.alpha)
-    out_dot = backend.tangent(s, y, bank, slots, dots)
+    read, bank, slots = primals
+    results = _blend_both(backend, s, read, bank, slots)
+    read_dot, bank_dot, slots_dot = tangents
+    dots = _known(read_dot.y), _known(bank_dot), _known(slots_dot.alpha)
+    theirs, own = adapters.of_chunks(s, bank, slots)
+    without = dots[1] and adapters.of_chunks(s, dots[1], slots)[0]
+    out_dot = backend.tangent(s, read.y, theirs, own, (dots[0], without, dots[2]))
+    if s.adapters:
+        of_read = Read(dots[0], _known(read_dot.x))
+        of_all = of_read, dots[1], dots[2]
+        out_dot += adapters.tangent(s, read, bank, slots, of_all)
     return results, (out_dot, *jax.tree.map(jnp.zeros_like, results[1:]))
 
 
 def _known(tangent: Any) -> Any:
     """A tangent as arrays; None if all of it is 0 for sure."""
-    zeros = [isinstance(leaf, SymbolicZero) for leaf in jax.tree.leaves(tangent)]
+    zeros = [
+        isinstance(leaf, SymbolicZero) or leaf.dtype == jax.dtypes.float0
+        for leaf in jax.tree.leaves(tangent)
+    ]
     if all(zeros):
         return None
     return jax.tree.map(

@@ -1,0 +1,130 @@
+"""The policy `trial`: births everywhere, then the best for their parameters stay."""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from esper_jax import ChunkedLayer, Growth, harvest, make_growable
+from esper_jax.blueprints import lora
+from esper_jax.lifecycle.stages import Stage
+from esper_jax.policy import Reason, TrialConfig, trial, trial_lives
+
+X = np.random.default_rng(0).normal(size=(64, 6)).astype(np.float32)
+
+
+def grown(config: TrialConfig, **lives: Any) -> tuple[Any, Any, Any, Any]:
+    """A frozen host of two layers, its growth, a step and its held-out loss."""
+    rngs = nnx.Rngs(0)
+    model = nnx.Sequential(
+        nnx.Linear(6, 12, rngs=rngs), nnx.tanh, nnx.Linear(12, 3, rngs=rngs)
+    )
+    y = np.sin(X @ np.random.default_rng(1).normal(size=(6, 3))).astype(np.float32)
+    make_growable(model, nnx.Linear, 3, blueprints=[lora(rank=1)], rngs=rngs)
+    growth = Growth(
+        model,
+        optax.adam(1e-2),
+        wrt=None,
+        policy=trial(config),
+        lifecycle_config=trial_lives(**lives),
+    )
+
+    def loss_fn(m: Any) -> Any:
+        return jnp.mean((m(X) - y) ** 2)
+
+    @nnx.jit
+    def step(model: Any, growth: Any) -> Any:
+        loss, grads = nnx.value_and_grad(loss_fn, argnums=growth.argnums)(model)
+        growth.update(model, grads, loss=loss)
+
+    return model, growth, step, nnx.jit(loss_fn)
+
+
+def stages(report: Any) -> np.ndarray:
+    return np.concatenate([layer.stage for layer in report.layers.values()])
+
+
+COSTS = np.array([18, 18, 18, 15, 15, 15])
+
+
+@pytest.mark.parametrize("budget", [40, -1])
+def test_the_best_for_their_parameters_stay_within_the_budget(budget: int) -> None:
+    model, growth, step, loss = grown(TrialConfig(ticks=2, budget=budget), tuning=2)
+    seen = []
+    for want in (Stage.GERMINATED, Stage.TRAINING, Stage.GRAFTING):
+        report = growth.tick(model, loss)
+        seen.append(int(report.reason))
+        assert set(stages(report).tolist()) == {want}
+    assert seen == [Reason.GERMINATED, Reason.BUSY, Reason.BUSY]
+    start = float(loss(model))
+    for _ in range(20):
+        step(model, growth)
+    assert set(stages(growth.tick(model, loss)).tolist()) == {Stage.GRAFTING}
+    for _ in range(20):
+        step(model, growth)
+    tried = float(loss(model))
+    assert tried < 0.8 * start
+    report = growth.tick(model, loss)
+    worth = np.concatenate([x.signals.worth for x in report.layers.values()])
+    expected, left = set(), budget if budget >= 0 else 1000
+    for i in np.argsort(-worth / COSTS):
+        if worth[i] > 0 and COSTS[i] <= left:
+            expected.add(int(i))
+            left -= COSTS[i]
+    now = stages(report)
+    assert expected == set(np.flatnonzero(now == Stage.STABILIZATION).tolist())
+    assert 0 < len(expected) <= (2 if budget > 0 else 6)
+    assert set(now.tolist()) <= {Stage.STABILIZATION, Stage.ROLLED_BACK}
+    for _ in range(6):
+        for _ in range(10):
+            step(model, growth)
+        report = growth.tick(model, loss)
+    now = stages(report)
+    assert set(np.flatnonzero(now == Stage.FOSSILIZED).tolist()) <= expected
+    assert Stage.FOSSILIZED in now
+    assert set(now.tolist()) <= {Stage.FOSSILIZED, Stage.DORMANT}
+    assert int(report.reason) == Reason.DISABLED  # nothing is born again
+    assert float(loss(harvest(model))) < start
+    harvested = harvest(model)
+    assert all(isinstance(harvested.layers[i], nnx.Linear) for i in (0, 2))
+
+
+def test_a_share_of_the_places_and_a_rent() -> None:
+    model, growth, step, loss = grown(TrialConfig(ticks=1, share=0.5, rent=1e3))
+    report = growth.tick(model, loss)
+    born = int(np.sum(stages(report) == Stage.GERMINATED))
+    assert 0 < born < 6
+    for _ in range(3):
+        report = growth.tick(model, loss)
+        step(model, growth)
+    report = growth.tick(model, loss)
+    assert int(np.sum(stages(report) == Stage.DORMANT)) >= 6 - born
+    assert not np.any(stages(report) == Stage.STABILIZATION)  # none pays that rent
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ticks": 0}, "ticks must be an int from 1"),
+        ({"budget": -2}, "budget must be an int from -1"),
+        ({"blueprint": True}, "blueprint must be an int from 0"),
+        ({"rent": -1.0}, "rent must be finite, at least 0"),
+        ({"share": 0}, "share must be above 0 and at most 1"),
+    ],
+)
+def test_bad_numbers_are_refused(change: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrialConfig(**change)
+
+
+def test_a_model_that_has_no_room_is_refused() -> None:
+    rngs = nnx.Rngs(0)
+    layer = ChunkedLayer(nnx.Linear(4, 8, rngs=rngs), 4, capacity=2, rngs=rngs)
+    model = nnx.List([layer])
+    with pytest.raises(ValueError, match=r"layer '0' has 2 for 4 seeds. Make it grow"):
+        Growth(model, optax.sgd(1.0), policy=trial())
+    with pytest.raises(ValueError, match="blueprint must be an index into the 1 blue"):
+        Growth(model, optax.sgd(1.0), policy=trial(TrialConfig(blueprint=1)))
