@@ -23,11 +23,12 @@ from esper_jax.growth.functions import (
     tick,
     update,
 )
+from esper_jax.growth.held import GrowthVariable, HeldTree
 from esper_jax.growth.parts import split_model, values_of
 from esper_jax.growth.reports import TickReport
 from esper_jax.growth.state import Arrays
 from esper_jax.layers.bed import SeedBed
-from esper_jax.layers.variables import BlueprintParam, GraftProbe, VariableTree
+from esper_jax.layers.variables import BlueprintParam, GraftProbe
 from esper_jax.lifecycle.rules import LifecycleConfig
 from esper_jax.optim import PerSlot
 from esper_jax.policy.config import ControllerConfig
@@ -35,10 +36,6 @@ from esper_jax.policy.heuristic import policy_of
 from esper_jax.policy.interface import Policy, PolicyFactory
 
 __all__ = ["Growth", "GrowthVariable"]
-
-
-class GrowthVariable(nnx.Variable):
-    """An array of what growth `Remembered`."""
 
 
 Evaluate = Callable[[Any], Any]
@@ -114,7 +111,7 @@ class Growth(nnx.Module):
         )
         self.wrt = wrt
         key = (rngs or nnx.Rngs(0)).params()
-        self.state = VariableTree(GrowthVariable, start(self.recipe, values, key))
+        self.state = HeldTree(start(self.recipe, values, key))
 
     @property
     def argnums(self) -> nnx.DiffState:
@@ -145,10 +142,9 @@ class Growth(nnx.Module):
         """
         check_loss(loss)
         values, given = self._values(model), self._gradients(grads)
-        remembered, banks = update(
-            self.recipe, self.state.get_value(), values, given, loss
-        )
-        self.state.set_value(remembered)
+        old = self.state.get_value()
+        remembered, banks = update(self.recipe, old, values, given, loss)
+        self.state.set_value(remembered, old)
         self._put(model, banks)
 
     def tick(self, model: nnx.Module, evaluate: Evaluate) -> TickReport:
