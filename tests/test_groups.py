@@ -311,7 +311,10 @@ def growth_run(model: Any, **options: Any) -> Run:
     }
     sums = tuple(groups.split(of) for of in remembered.sums)
     kept = remembered.growth, groups.split(moments), sums
-    return reports, values_of(model), kept
+    values, parts = values_of(model), growth.recipe.parts
+    seeds = parts.take_beds(values, "seeds")  # numbers, where the model has words
+    others = {name: x for name, x in values.items() if "/seeds/" not in name}
+    return reports, {**others, **seeds}, kept
 
 
 @functools.cache
@@ -384,7 +387,8 @@ def test_a_scanned_stack_is_the_same_layers_written_out() -> None:
     close(in_order(growth.monitor.gradients), memory[0].monitor.gradients)
     for name in (n for n in expected if n.startswith("blocks/")):
         of = [values[name.replace("blocks/", f"blocks/{i}/")] for i in range(3)]
-        close(np.stack(of), np.asarray(expected[name]))
+        stacked = jax.tree.map(lambda *x: np.stack(x), *of)
+        close(stacked, jax.tree.map(np.asarray, expected[name]))
 
 
 def program_of(model: Any) -> Any:

@@ -8,7 +8,6 @@ import functools
 from collections.abc import Callable, Collection
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
@@ -16,7 +15,6 @@ from jaxtyping import Array, Float
 
 from esper_jax.growth.functions import (
     MEASURE_EVERY,
-    Remembered,
     check_loss,
     check_untraced,
     read_measured,
@@ -25,6 +23,7 @@ from esper_jax.growth.functions import (
     tick,
     update,
 )
+from esper_jax.growth.held import GrowthVariable, HeldTree
 from esper_jax.growth.parts import put_values, split_model, values_of
 from esper_jax.growth.recipe import check_trained
 from esper_jax.growth.reports import TickReport
@@ -35,45 +34,16 @@ from esper_jax.growth.saving import (
     run_state,
     values_in,
 )
-from esper_jax.growth.state import Arrays, GrowthState, TrainState
+from esper_jax.growth.state import Arrays, TrainState
 from esper_jax.layers.bed import SeedBed
-from esper_jax.layers.variables import BlueprintParam, GraftProbe, VariableTree
+from esper_jax.layers.variables import BlueprintParam, GraftProbe
 from esper_jax.lifecycle.rules import LifecycleConfig
 from esper_jax.optim import PerSlot
 from esper_jax.policy.config import ControllerConfig
 from esper_jax.policy.heuristic import policy_of
 from esper_jax.policy.interface import Policy, PolicyFactory
-from esper_jax.trees import as_bits, from_bits
 
 __all__ = ["Growth", "GrowthVariable"]
-
-
-class GrowthVariable(nnx.Variable):
-    """An array of what growth `Remembered`."""
-
-
-class _Kept(VariableTree):
-    """What growth `Remembered`, floats that may be NaN as their bits."""
-
-    def __init__(self, remembered: Remembered) -> None:
-        super().__init__(GrowthVariable, _bits(remembered))
-        self.dtypes = tuple(x.dtype for x in jax.tree.leaves(remembered.growth))
-
-    def get_value(self) -> Remembered:
-        """What growth remembers."""
-        kept = super().get_value()
-        leaves, tree = jax.tree.flatten(kept.growth)
-        floats = map(from_bits, leaves, self.dtypes)
-        growth: GrowthState = jax.tree.unflatten(tree, floats)
-        return Remembered(growth, kept.moments, kept.sums)
-
-    def set_value(self, tree: Remembered) -> None:
-        """Sets what growth remembers."""
-        super().set_value(_bits(tree))
-
-
-def _bits(remembered: Remembered) -> Any:
-    return remembered._replace(growth=jax.tree.map(as_bits, remembered.growth))
 
 
 Evaluate = Callable[[Any], Any]
@@ -150,7 +120,7 @@ class Growth(nnx.Module):
         check_trained(self.recipe.parts, self.recipe.policy)
         self.wrt = wrt
         key = (rngs or nnx.Rngs(0)).params()
-        self.state = _Kept(start(self.recipe, values, key))
+        self.state = HeldTree(start(self.recipe, values, key))
 
     @property
     def argnums(self) -> nnx.DiffState:
@@ -181,10 +151,9 @@ class Growth(nnx.Module):
         """
         check_loss(loss)
         values, given = self._values(model), self._gradients(grads)
-        remembered, banks = update(
-            self.recipe, self.state.get_value(), values, given, loss
-        )
-        self.state.set_value(remembered)
+        old = self.state.get_value()
+        remembered, banks = update(self.recipe, old, values, given, loss)
+        self.state.set_value(remembered, old)
         put_values(model, banks)
 
     def tick(self, model: nnx.Module, evaluate: Evaluate) -> TickReport:

@@ -132,7 +132,6 @@ class SeedTree(VariableTree):
             seeds,
             statistics=statistics,
             reconstruction=reconstruction,
-            gain=jnp.zeros_like(seeds.gain),
             steps=jnp.ones_like(seeds.steps),
         )
         for name, array in pack(more, seeds).items():

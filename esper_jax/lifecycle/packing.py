@@ -1,10 +1,8 @@
-"""`SeedState` in few arrays, as a model holds it between calls.
+"""`SeedState` in four arrays, as a model holds it between calls.
 
-A step passes every array of a model through the program. Fields of one dtype that
-change together share an array, so that there are ten of them and not thirty-three.
-
-Those that may be NaN, ``seed_float32``, are held as the integers of their bits: see
-`trees.as_bits`.
+A step passes every array of a model through the program, and each costs the host time.
+So what a step does not change shares arrays of 32-bit words, and the sums that it adds
+to share one.
 """
 
 import functools
@@ -15,10 +13,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from esper_jax.bits import from_words, to_words, words_of
 from esper_jax.lifecycle.state import SeedState, init_seeds
-from esper_jax.trees import as_bits, from_bits
 
 __all__ = ["NAMES", "pack", "unpack"]
+
+NAMES = ("seeds", "slots", "steps", "sums")
+"""Names of the arrays: uint32 words of what is known of each seed, ``(*stack, n, S)``,
+and of each slot, ``(*stack, n, K)``; calls, int32; sums of all calls, float32
+``(*stack, 4 S + K)``: `Statistics`, then ``reconstruction``."""
+
+_SUMS = ("statistics", "reconstruction")
 
 
 def _shapes(seeds: int, slots: int) -> Any:
@@ -27,35 +32,23 @@ def _shapes(seeds: int, slots: int) -> Any:
 
 
 @functools.cache
-def _places() -> dict[str, list[int]]:
-    """Name of each array, and the indices of the leaves that it holds, in order."""
+def _places() -> tuple[dict[str, tuple[int, ...]], tuple[Any, ...]]:
+    """Indices of the leaves that each array holds, in order, and all leaves' dtypes."""
     seeds, slots = 3, 2
-    together: dict[str, dict[str, int]] = {}
+    places: dict[str, list[int]] = {name: [] for name in NAMES}
     leaves = jax.tree_util.tree_leaves_with_path(_shapes(seeds, slots))
     for index, (path, leaf) in enumerate(leaves):
-        kind = {(seeds,): "seed", (slots,): "slot", (): "layer"}[leaf.shape]
-        field = path[0].name
-        key = field if field == "statistics" else f"{kind}_{leaf.dtype}"
-        together.setdefault(key, {})["_".join(k.name for k in path)] = index
-    return {
-        key if len(fields) > 1 else next(iter(fields)): list(fields.values())
-        for key, fields in together.items()
-    }
+        kind = {(seeds,): "seeds", (slots,): "slots", (): "steps"}[leaf.shape]
+        places["sums" if path[0].name in _SUMS else kind].append(index)
+    dtypes = tuple(leaf.dtype for _, leaf in leaves)
+    return {name: tuple(indices) for name, indices in places.items()}, dtypes
 
-
-NAMES = tuple(_places())
-"""Names of the arrays."""
-
-_UNMEASURED = "seed_float32"
-"""The array whose fields are NaN where nothing was measured."""
 
 _TREE = jax.tree.structure(_shapes(1, 1))
 
 
 def pack(state: SeedState, old: SeedState | None = None) -> dict[str, Any]:
-    """The arrays by name: ``(*stack, n, S)`` or ``(*stack, n, K)`` of ``n`` fields.
-
-    An array that holds one field alone has its name and shape.
+    """The arrays by name.
 
     Args:
       state: of a layer, or of a stack of them.
@@ -64,48 +57,62 @@ def pack(state: SeedState, old: SeedState | None = None) -> dict[str, Any]:
     """
     leaves = jax.tree.leaves(state)
     before = [None] * len(leaves) if old is None else jax.tree.leaves(old)
-    packed = {}
-    for name, places in _places().items():
-        if all(leaves[i] is before[i] for i in places):
-            continue
-        array = _stacked([leaves[i] for i in places])
-        packed[name] = as_bits(array) if name == _UNMEASURED else array
-    return packed
+    return {
+        name: _packed(name, [leaves[i] for i in places])
+        for name, places in _places()[0].items()
+        if any(leaves[i] is not before[i] for i in places)
+    }
 
 
 def unpack(packed: Mapping[str, Any]) -> SeedState:
     """Inverse of `pack`. Takes shapes (`jax.ShapeDtypeStruct`) as well."""
+    if any(isinstance(packed[name], jax.ShapeDtypeStruct) for name in NAMES):
+        return jax.eval_shape(unpack, {name: packed[name] for name in NAMES})
+    places, dtypes = _places()
+    widths = {name: packed[name].shape[-1] for name in ("seeds", "slots")}
     leaves: dict[int, Any] = {}
-    for name, places in _places().items():
-        array = packed[name]
-        if name == _UNMEASURED:
-            array = from_bits(array, jnp.float32)
-        rows = _rows(array) if len(places) > 1 else [array]
-        leaves |= zip(places, rows, strict=True)
+    for name in NAMES:
+        of = [dtypes[i] for i in places[name]]
+        leaves |= zip(
+            places[name], _fields(name, packed[name], of, widths), strict=True
+        )
     return jax.tree.unflatten(_TREE, [leaves[i] for i in range(len(leaves))])
 
 
-def _stacked(fields: list[Any]) -> Any:
-    if len(fields) == 1:
+def _packed(name: str, fields: list[Any]) -> Any:
+    if name == "steps":
         return fields[0]
-    if any(isinstance(field, jax.core.Tracer) for field in fields):
-        return jnp.stack(fields, axis=-2)
-    array = np.stack([np.asarray(field) for field in fields], axis=-2)
-    host = all(isinstance(field, np.ndarray) for field in fields)
-    return array if host else _on_device(array)
+    if name == "sums":
+        return _computed(lambda xp, *x: xp.concatenate(x, axis=-1), *fields)
+    return _computed(lambda xp, *x: xp.stack(to_words(x), axis=-2), *fields)
 
 
-def _rows(array: Any) -> list[Any]:
+def _fields(
+    name: str, array: Any, dtypes: list[Any], widths: Mapping[str, int]
+) -> list[Any]:
     """The fields that an array holds."""
-    if isinstance(array, jax.ShapeDtypeStruct):
-        shape = (*array.shape[:-2], array.shape[-1])
-        return [jax.ShapeDtypeStruct(shape, array.dtype)] * array.shape[-2]
-    if isinstance(array, jax.core.Tracer):
-        return [array[..., row, :] for row in range(array.shape[-2])]
-    rows = [np.asarray(array)[..., row, :] for row in range(array.shape[-2])]
-    return rows if isinstance(array, np.ndarray) else [_on_device(row) for row in rows]
+    if name == "steps":
+        return [array]
+    if name == "sums":
+        ends = np.cumsum([widths["seeds"]] * (len(dtypes) - 1))
+        return _computed(lambda xp, x: xp.split(x, ends, axis=-1), array)
+
+    def rows(_: Any, x: Any) -> list[Any]:
+        return from_words([x[..., row, :] for row in range(words_of(dtypes))], dtypes)
+
+    return _computed(rows, array)
 
 
-def _on_device(array: np.ndarray) -> jax.Array:
+def _computed(f: Any, *arrays: Any) -> Any:
+    """``f(numpy or jax.numpy, *arrays)``: on the host, unless an array is traced.
+
+    On the device, each operation on a new shape would compile. Arrays of a device come
+    back on one.
+    """
+    if any(isinstance(x, jax.core.Tracer) for x in arrays):
+        return f(jnp, *arrays)
+    out = f(np, *map(np.asarray, arrays))
+    if all(isinstance(x, np.ndarray) for x in arrays):
+        return out
     with jax.debug_nans(False):  # NaN is "not measured" here
-        return jnp.asarray(array)
+        return jax.tree.map(jnp.asarray, out)
