@@ -1,6 +1,6 @@
 """What growth costs in a whole model: a train step with seeds over the plain step.
 
-    python benchmarks/model.py gpt [--blocks 12] [--layers 12|36|all] [--rounds N]
+    python benchmarks/model.py gpt [--blocks 12] [--layers 12|36] [--blueprint group]
     python benchmarks/model.py depth        # 4, 12, 24 blocks, scanned and unrolled
     python benchmarks/model.py small        # an MLP and a ViT, in float32
 
@@ -52,12 +52,14 @@ class Case:
       batch: makes the batch of a step, given its number.
       growable: names of the layers that can grow.
       stack: blocks of a scanned trunk, if it is one.
+      blueprint: what grows.
     """
 
     host: Callable[[], nnx.Module]
     batch: Callable[[int], tuple[jax.Array, jax.Array]]
     growable: tuple[str, ...]
     stack: int | None = None
+    blueprint: str = "residual_mlp"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +134,7 @@ def grown_model(case: Case, living: int) -> nnx.Module:
         lambda path, _: bool(path) and path[-1] in case.growable,
         lambda _, layer: layer.out_features // CHUNK,
         stack=case.stack,
+        blueprints=[case.blueprint],
         rngs=nnx.Rngs(1),
     )
     for _, node in nnx.iter_graph(model):
@@ -298,9 +301,10 @@ def gpt(args: argparse.Namespace) -> None:
             batch=tokens(size, args.batch),
             growable=names[layers],
             stack=size.blocks if size.scanned else None,
+            blueprint=args.blueprint,
         )
         count = size.blocks * len(case.growable)
-        title = f"GPT, {size.blocks} blocks, {count} layers can grow"
+        title = f"GPT, {size.blocks} blocks, {count} layers grow {args.blueprint}"
         if not args.no_time:
             table = compare(case, args.living, args.rounds, args.steps)
             show(title, HEAD, table)
@@ -380,6 +384,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--scanned", action="store_true")
     parser.add_argument("--layers", nargs="+", default=["12", "36"])
+    parser.add_argument("--blueprint", default="residual_mlp")
     parser.add_argument("--living", nargs="+", type=int, default=[0, 1, 8])
     parser.add_argument("--depths", nargs="+", type=int, default=[4, 12, 24])
     parser.add_argument("--rounds", type=int, default=15)
