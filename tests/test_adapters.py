@@ -9,11 +9,16 @@ import numpy as np
 import pytest
 
 from esper_jax.blueprints import (
+    Adapter,
+    bound,
     group,
     init_bank,
     lora,
     neurons,
+    param_counts,
+    registered,
     residual_mlp,
+    resolve,
 )
 from esper_jax.chunks import ChunkLayout
 from esper_jax.kernels.blend import blend, oracle
@@ -188,6 +193,31 @@ def test_a_broken_slot_spoils_no_other() -> None:
         jax.tree.leaves(broken["bank"]), jax.tree.leaves(sound["bank"]), strict=True
     ):
         np.testing.assert_array_equal(a[others], b[others])
+
+
+REGISTERED = {n: b for n, b in registered().items() if isinstance(b, Adapter)}
+
+
+@pytest.mark.parametrize("name", REGISTERED)
+def test_a_newborn_corrects_nothing_and_can_learn(name: str) -> None:
+    kinds = bound(resolve([name]), INPUTS)
+    args, g = arguments("float32", 1, False, kinds), cotangent("float32")
+    slots, width = len(args["alpha"]), LAYOUT.width
+    args["bank"] = init_bank(jax.random.key(1), slots, kinds, width, LAYOUT.features)
+    args["beta"] = jnp.ones(slots)
+    newborn = outputs_and_gradients(args, g, "task", kinds)
+    np.testing.assert_array_equal(newborn["out"], args["y"])
+    np.testing.assert_array_equal(newborn["y"], g)
+    assert not np.any(newborn["rest"][1])
+    learned = newborn["bank"].custom[name]
+    assert np.any(learned["w2"][0])
+    ripe = {**args, "bank": arguments("float32", 1, False, kinds)["bank"]}
+    ripe["bank"] = jax.tree.map(lambda v: jnp.abs(v) + 0.1, ripe["bank"])
+    of_first = jax.tree.map(
+        lambda v: v[0], outputs_and_gradients(ripe, g, "task", kinds)["bank"].custom
+    )
+    entries = sum(np.count_nonzero(v) for v in jax.tree.leaves(of_first))
+    assert entries == param_counts(kinds, LAYOUT.sizes)[0, 0]
 
 
 def test_forward_mode_follows_the_same_rules() -> None:

@@ -37,15 +37,19 @@ from esper_jax.train.program import build
 
 SIGNALS = [field.name for field in dataclasses.fields(Signals)]
 
-# --- Blueprints: each of the registry, and one that a user would write.
+# --- Blueprints that write their chunk: each of the registry, and one that a user would
+# write. Those that write the layer are in test_adapters.py.
 
 GATE = bp.Custom(
     name="gate",
     init=lambda key, width: {"gate": jnp.zeros(width), "slope": jnp.ones(())},
     apply=lambda p, y: p["gate"] * jnp.tanh(p["slope"] * y),
 )
-NAMES = [*bp.registered(), "gate"]
-KINDS = bp.resolve([*bp.registered(), GATE])
+NAMES = [
+    *(n for n, b in bp.registered().items() if not isinstance(b, bp.Adapter)),
+    "gate",
+]
+KINDS = bp.resolve([*NAMES[:-1], GATE])
 N, WIDTH = len(KINDS), 5
 LAYOUT = ChunkLayout(2 * N * WIDTH - N, 2 * N)
 WIDE, NARROW = np.arange(N, dtype=np.int32), np.arange(N, 2 * N, dtype=np.int32)
