@@ -69,6 +69,11 @@ class Static:
     adapters: tuple[tuple[int, Adapter], ...] = ()
 
     @property
+    def adapters_alone(self) -> bool:
+        """Whether all that may grow writes the whole layer: nothing for a backend."""
+        return bool(self.adapters) and len(self.adapters) == len(self.blueprints)
+
+    @property
     def width(self) -> int:
         """``C``, of the widest chunk."""
         return self.layout.width

@@ -11,7 +11,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
 
 from esper_jax.blueprints import Bank
-from esper_jax.kernels.blend import adapters
+from esper_jax.kernels.blend import adapters, reference
 from esper_jax.kernels.blend.adapters import Read
 from esper_jax.kernels.blend.backend import Backend, Results
 from esper_jax.kernels.blend.static import Slots, Static
@@ -96,9 +96,14 @@ def _results(
 ) -> tuple[Results, Any]:
     """The results, and what the backend saves of them."""
     read, bias, bank, slots = arguments
-    forward = _once(backend, "forward", s, save)
-    chunks = adapters.of_chunks(s, bank, slots)
-    out, statistics, reconstruction, saved = forward(read.y, bias, *chunks)
+    if s.adapters_alone:
+        out, saved, reconstruction = read.y, None, jnp.zeros_like(slots.alpha)
+        y = _biased(read.y, bias)
+        statistics = reference.statistics(y, s.layout, s.statistics_rows)
+    else:
+        forward = _once(backend, "forward", s, save)
+        chunks = adapters.of_chunks(s, bank, slots)
+        out, statistics, reconstruction, saved = forward(read.y, bias, *chunks)
     if s.adapters:
         out, more = adapters.forward(s, out, read, bank, slots)
         reconstruction += more
@@ -129,17 +134,21 @@ def _backward(
     if s.biased:
         # As JAX differentiates a bias that is added: the same bits while seeds sleep.
         total = jax.lax.reduce_sum(g, (0,))
-    backward = _once(backend, "backward", s)
-    chunks = adapters.of_chunks(s, bank, slots)
-    dy, d_bias, d_bank, d_alpha = backward(g, total, saved, *chunks)
+    theirs, own = adapters.of_chunks(s, bank, slots)
+    if s.adapters_alone:
+        none = jax.tree.map(jnp.zeros_like, (theirs, own.alpha))
+        dy, d_bias, (d_bank, d_alpha) = g, total, none
+    else:
+        backward = _once(backend, "backward", s)
+        dy, d_bias, d_bank, d_alpha = backward(g, total, saved, theirs, own)
     dx = None
     if s.adapters:
         dy, dx, more, d_more = adapters.backward(s, (g, dy), read, bank, slots)
         d_bank = dataclasses.replace(d_bank, custom={**d_bank.custom, **more})
         d_alpha = d_alpha + d_more
     # beta has no gradient; None stands for those of integers.
-    none: Any = None
-    d_slots = Slots(d_alpha, jnp.zeros_like(slots.beta), none, none)
+    ids: Any = None
+    d_slots = Slots(d_alpha, jnp.zeros_like(slots.beta), ids, ids)
     return Read(dy, dx), d_bias, d_bank, d_slots
 
 
