@@ -14,6 +14,7 @@ from jaxtyping import Array, UInt32
 from esper_jax.bits import from_words, to_words
 from esper_jax.growth.functions import Remembered
 from esper_jax.layers.variables import VariableTree, named_leaves
+from esper_jax.parallel.collectives import on_every_device
 from esper_jax.trees import as_bits, from_bits, is_key
 
 __all__ = ["GrowthVariable", "HeldTree"]
@@ -142,8 +143,8 @@ def _data(leaf: Array) -> Array:
 
 @jax.jit
 def _pack(leaves: list[Array]) -> UInt32[Array, " N"]:
-    words = [to_words([_data(leaf).reshape(-1)])[0] for leaf in leaves]
-    return jnp.concatenate(words)
+    whole = [on_every_device(_data(leaf)).reshape(-1) for leaf in leaves]
+    return jnp.concatenate([to_words([data])[0] for data in whole])
 
 
 def _unpack(words: UInt32[Array, " N"], kinds: tuple["_Kind", ...]) -> list[Array]:
