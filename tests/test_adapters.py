@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_triton import for_cuda
 
 from esper_jax.blueprints import (
     Adapter,
@@ -262,13 +263,9 @@ def test_kernels_leave_adapters_to_plain_jax(monkeypatch: pytest.MonkeyPatch) ->
     )
     args, g = arguments("float32", 1, False, kinds), cotangent("float32")
     plain = outputs_and_gradients(args, g, "task", kinds, "xla")
-    lowered = (
-        jax.jit(
-            lambda a: outputs_and_gradients(a, g, "task", kinds, "triton"),
-        )
-        .trace(args)
-        .lower(lowering_platforms=("cuda",))
-    )
+    with for_cuda():
+        call = jax.jit(lambda a: outputs_and_gradients(a, g, "task", kinds, "triton"))
+        lowered = call.trace(args).lower(lowering_platforms=("cuda",))
     assert "dot_general" in lowered.as_text()
     assert "triton" in lowered.as_text()
     assert plain["out"].shape == (2, 3, 22)

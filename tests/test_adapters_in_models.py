@@ -36,6 +36,8 @@ AFFINE = Adapter(name="affine_input", hidden=2, reads="input", bias=True)
         (KINDS, fossils("group", "neurons", "lora", "low_rank"), False),
         (KINDS, fossils("lora", "low_rank", "lora"), True),
         (KINDS, fossils("lora", "neurons"), False),
+        # A chunk's reader that is not folded must not find what lora adds.
+        (("residual_mlp", lora(rank=2)), fossils("residual_mlp", "lora"), False),
         ((AFFINE,), fossils("affine_input", "affine_input"), True),
     ],
 )
@@ -53,9 +55,9 @@ def test_what_is_harvested_computes_the_same(kinds: Any, parts: Any, folds: bool
     names = [b.name for b in bed.blueprints]
     grown = sum(costs[names.index(b), seed] for seed, (b, _) in parts.items())
     host = count(model, nnx.All(nnx.Param, nnx.Not(nnx.PathContains("bed"))))
-    shared = {"group": 11, "neurons": 11, "affine_input": 11, "lora": 0, "low_rank": 0}
+    shared = {"group": 11, "neurons": 11, "affine_input": 11}
     kept = [b for b, _ in parts.values()]
-    twice = sum((kept.count(b) - 1) * shared[b] for b in set(kept))
+    twice = sum((kept.count(b) - 1) * shared.get(b, 0) for b in set(kept))
     assert count(plain) == host + grown - twice  # one b2 for all parts of an adapter
 
 
@@ -207,7 +209,11 @@ LIVES = LifecycleConfig(
 
 @pytest.mark.parametrize(
     ("kind", "base"),
-    [("group", "float32"), ("neurons", "bfloat16"), ("lora", "bfloat16")],
+    [
+        pytest.param("group", "float32", marks=pytest.mark.slow),
+        pytest.param("neurons", "bfloat16", marks=pytest.mark.slow),
+        ("lora", "bfloat16"),
+    ],
 )
 def test_a_frozen_host_learns_by_what_grows(kind: str, base: str) -> None:
     rngs = nnx.Rngs(0)
@@ -266,3 +272,42 @@ def test_a_bare_bed_reads_what_it_is_given() -> None:
         bed(y)
     with pytest.raises(ValueError, match="inputs must be given: blueprint 'neurons'"):
         SeedBed(8, 2, blueprints=["neurons"], rngs=nnx.Rngs(0))
+
+
+def test_a_layer_that_takes_integers_takes_them_with_adapters_too() -> None:
+    rngs = nnx.Rngs(0)
+    layer = ChunkedLayer(
+        nnx.Linear(6, 8, rngs=rngs), 2, blueprints=[neurons(hidden=2)], rngs=rngs
+    )
+    grow(layer.bed, fossils("neurons"))
+    layer.eval()
+    x = np.arange(12).reshape(2, 6)
+    np.testing.assert_array_equal(layer(x), layer(x.astype(np.float32)))
+    close(harvest(nnx.List([layer]))[0](x), layer(x))
+
+
+def test_a_convolution_read_through_inputs_is_not_folded() -> None:
+    rngs = nnx.Rngs(0)
+    layer = ChunkedLayer(
+        nnx.Conv(3, 8, (3, 3), rngs=rngs), 2, blueprints=["lora"], inputs=3, rngs=rngs
+    )
+    grow(layer.bed, fossils("lora"))
+    layer.eval()
+    x = np.random.default_rng(0).normal(size=(2, 5, 5, 3)).astype(np.float32)
+    close(harvest(nnx.List([layer]))[0](x), layer(x))
+
+
+def test_gradients_in_evaluation_over_a_mapped_axis() -> None:
+    rngs = nnx.Rngs(0)
+    kinds = [lora(rank=2), group(hidden=2)]
+    layer = ChunkedLayer(nnx.Linear(6, 8, rngs=rngs), 2, blueprints=kinds, rngs=rngs)
+    grow(layer.bed, fossils("lora", "group"))
+    layer.eval()
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def slope(x: Any) -> Any:
+        return jax.grad(lambda x: jnp.sum(jnp.sin(layer(x))))(x)
+
+    spec = PartitionSpec("d")
+    apart = jax.jit(jax.shard_map(slope, mesh=mesh, in_specs=spec, out_specs=spec))
+    close(apart(X), slope(X))

@@ -266,8 +266,8 @@ class Own(nnx.Module):
 @pytest.mark.parametrize(
     ("wrt", "moved"),
     [
-        (Weight, {"w"}),
-        (lambda path, x: path[-1] == "b", {"b"}),
+        pytest.param(Weight, {"w"}, marks=pytest.mark.slow),
+        pytest.param(lambda path, x: path[-1] == "b", {"b"}, marks=pytest.mark.slow),
         (nnx.Any(Weight, nnx.PathContains("b")), {"w", "b"}),
         (None, set()),
     ],
@@ -370,6 +370,7 @@ def test_a_variable_that_grows_in_each_call_is_refused():
         program.step(start(program), (X, Y))
 
 
+@pytest.mark.slow
 def test_batches_over_a_mesh_are_those_of_one_device():
     devices = len(jax.devices())
     program = build(Net(), SGD, SGD, axis_name="data", eval_batch=8)

@@ -205,7 +205,7 @@ def through_disk(folder, state, like):
     return found.state["run"], found.resized
 
 
-@pytest.mark.parametrize("slot", [0, 1])
+@pytest.mark.parametrize("slot", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_restored_into_a_larger_capacity(program, wide, slot, tmp_path):
     state, like = living(program, slot), wide.init(jax.random.key(5))
     # New slots are fresh in the new state, whatever is in them: here something to see.

@@ -412,6 +412,7 @@ def go_on(program: Any, state: Any, ticks: int) -> tuple[Any, list[Any]]:
     return state, reports
 
 
+@pytest.mark.slow
 def test_build_goes_on_where_one_layer_of_a_group_has_more_slots(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -116,7 +116,15 @@ def test_every_nth_step_is_measured_beginning_with_the_first_after_a_tick() -> N
     assert np.isnan(signals.grad_norm)
 
 
-@pytest.mark.parametrize("steps", [1, 4, 5, 9])
+@pytest.mark.parametrize(
+    "steps",
+    [
+        pytest.param(1, marks=pytest.mark.slow),
+        pytest.param(4, marks=pytest.mark.slow),
+        5,
+        9,
+    ],
+)
 def test_sums_are_divided_by_the_steps_that_were_measured(steps: int) -> None:
     """A seed is in TRAINING, and its optimizer does not move: gradients stay."""
     found = [

@@ -224,3 +224,13 @@ def test_the_error_of_an_optimizer_that_was_not_given_is_the_documented_one() ->
     with pytest.raises(ValueError, match="different numbers of pytree children") as e:
         optimizer.update(model, nnx.grad(loss_fn)(model))
     assert "base" in str(e.value)
+
+
+def test_one_that_is_given_twice_is_moved_once() -> None:
+    rngs = nnx.Rngs(0)
+    model = nnx.Sequential(nnx.Linear(3, 4, rngs=rngs), nnx.Linear(4, 2, rngs=rngs))
+    optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)
+    make_growable(model, "layers/0", 2, rngs=rngs, optimizer=[optimizer, optimizer])
+    grads = nnx.grad(lambda m: jnp.sum(m(jnp.ones((2, 3)))))(model)
+    optimizer.update(model, grads)
+    assert int(optimizer.step[...]) == 1

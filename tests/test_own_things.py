@@ -183,7 +183,13 @@ def test_configs_of_ones_own_survive_a_round_trip(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("kind", "steps"), [("loader", 3), ("list", 3), ("list", 0), ("generator", 3)]
+    ("kind", "steps"),
+    [
+        ("loader", 3),
+        pytest.param("list", 3, marks=pytest.mark.slow),
+        pytest.param("list", 0, marks=pytest.mark.slow),
+        ("generator", 3),
+    ],
 )
 def test_batches_of_ones_own_resume_where_they_were(kind, steps, tmp_path, caplog):
     def run(folder, ticks, **options):
@@ -400,6 +406,7 @@ loss = "own_module:loss"
     assert evaluate_run(run)["loss"] == pytest.approx(summary["final_loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_two_processes_stop_and_fail_together(tmp_path):
     shutil.copy(HERE / "own_module.py", tmp_path)
     (tmp_path / "c.toml").write_text(

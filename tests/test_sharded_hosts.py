@@ -49,7 +49,11 @@ class Net(nnx.Module):
 
 
 BOTH_KINDS = pytest.mark.parametrize(
-    "kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"]
+    "kind",
+    [
+        pytest.param(AxisType.Auto, id="auto", marks=pytest.mark.slow),
+        pytest.param(AxisType.Explicit, id="explicit"),
+    ],
 )
 
 

@@ -149,7 +149,8 @@ def test_a_whole_life_beside_a_loop_under_debug_nans():
         pytest.raises(FloatingPointError) as error,
     ):
         step(*own, x)
-    assert "de-optimized function did not produce" not in str(error.value)
+    if jax.__version_info__ < (0, 11):  # later ones find it in the compiled step alone
+        assert "de-optimized function did not produce" not in str(error.value)
 
 
 def test_dictionaries_under_debug_nans():

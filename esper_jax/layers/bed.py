@@ -70,7 +70,7 @@ class SeedBed(nnx.Module):
       capacity: number of slots of the bank, which is how many seeds can live at once.
         From 1 to ``num_seeds``; by default the smaller of ``num_seeds`` and
         `DEFAULT_CAPACITY`.
-      blueprints: blueprints that may grow: names, `Dense` or `Custom`. A seed's
+      blueprints: what may grow: names, `Dense`, `Custom` or `Adapter`. A seed's
         blueprint id is an index into this sequence.
       strategy: grafting strategy that each seed starts with.
       incubation: what a seed in TRAINING learns from: ``"task"`` or

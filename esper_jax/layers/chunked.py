@@ -8,13 +8,14 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from esper_jax.kernels.blend import takes_bias
 from esper_jax.layers.bed import SeedBed
 from esper_jax.layers.bias import without_bias
-from esper_jax.layers.inputs import check_readers, input_width
+from esper_jax.layers.inputs import check_readers, input_of, input_width
 from esper_jax.layers.output import Output, check_output, find_output, with_output
 from esper_jax.lifecycle.state import coefficients
 
@@ -114,8 +115,11 @@ class ChunkedLayer(nnx.Module):
         y, bias = self._base_output(*args, **kwargs)
         name, features = type(self.base).__name__, self.bed.layout.features
         path = find_output(y, vars(self).get("_output"), features, name)
-        x = args[0] if args else next(iter(kwargs.values()), None)
-        return with_output(y, path, functools.partial(self.bed, bias=bias, x=x))
+        grow = functools.partial(self.bed, bias=bias)
+        if self.bed.reads_input:
+            dtype = jnp.result_type(*jax.tree.leaves(y))
+            grow = functools.partial(grow, x=input_of(self.base, args, kwargs, dtype))
+        return with_output(y, path, grow)
 
     def _base_output(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """The base layer's output, and None; or the output before the bias, and that.

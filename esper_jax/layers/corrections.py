@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from esper_jax.blueprints import ACTIVATIONS, Custom, Dense
 from esper_jax.chunks import ChunkLayout
 from esper_jax.layers.folding import wide_dtype
+from esper_jax.layers.inputs import input_of
 from esper_jax.layers.variables import VariableTree
 from esper_jax.parallel import collectives
 
@@ -262,5 +263,8 @@ class CorrectedLayer(nnx.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The base's output on the same arguments, with the corrections added."""
-        x = args[0] if args else next(iter(kwargs.values()), None)
-        return self.corrections(self.base(*args, **kwargs), x=x)
+        y = self.base(*args, **kwargs)
+        x = None
+        if any(branch.reads == "input" for branch in self.corrections.branches):
+            x = input_of(self.base, args, kwargs, y.dtype)
+        return self.corrections(y, x=x)

@@ -11,6 +11,7 @@ from flax.nnx.nn import dtypes
 from jaxtyping import Array
 
 from esper_jax.blueprints import Adapter, Blueprint, Custom
+from esper_jax.layers.inputs import input_width
 
 __all__ = [
     "LinearPart",
@@ -76,7 +77,9 @@ def takes(base: Any, blueprint: Blueprint) -> bool:
     """Whether a layer that takes corrections takes those of a blueprint."""
     if isinstance(blueprint, Custom):
         return False
-    if isinstance(blueprint, Adapter) and blueprint.reads == "layer":
+    if isinstance(blueprint, Adapter) and (
+        blueprint.reads == "layer" or input_width(base) != blueprint.inputs
+    ):
         return False
     if isinstance(blueprint, Adapter) or blueprint.expansion:
         # A hidden layer mixes features, which masks and groups of a Conv keep apart.

@@ -52,10 +52,10 @@ def harvest(
     `low_rank`) or its input (`lora`). Those over an `nnx.Linear` or `nnx.Conv` are
     folded into its kernel and bias: exact in real arithmetic, computed in float32
     (float64 for float64 weights), then rounded once to the weights' dtype. They are
-    kept as corrections where that
-    would change something else: another part of the model uses the same base or
-    weights, a kept blueprint of the layer reads the whole of its output, or the base
-    has no bias for theirs. Code of yours that reads the layer's weights directly (as
+    kept as corrections where that would change something else: another part of the
+    model uses the same base or weights, a kept blueprint of the layer reads the whole
+    of its output, the base has no bias for theirs, or (`lora`) a correction that is not
+    folded reads a chunk. Code of yours that reads the layer's weights directly (as
     tied embeddings do) reads the folded ones; pass ``fold=False`` there.
 
     If every part that counts is kept, the outputs are those of the grown model in
@@ -213,6 +213,10 @@ def _plain_layer(base: Any, bed: SeedBed, kept: list[_Part], folds: bool) -> Any
         for kind in kinds
         if folds and not whole and takes(base, bed.blueprints[kind])
     }
+    # An adapter writes every feature: folded, what reads a chunk would find it there.
+    if any(bed.blueprints[kind].reads == "chunk" for kind in kinds - folded):
+        adapters = {k for k in kinds if isinstance(bed.blueprints[k], Adapter)}
+        folded -= adapters
     if folded:
         taken = [part for part in kept if part.kind in folded]
         of_chunks = [p for p in taken if isinstance(bed.blueprints[p.kind], Dense)]

@@ -1,13 +1,15 @@
 """Which layers' inputs blueprints can read."""
 
+from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 from flax import linen as nn
 from flax import nnx
 
 from esper_jax.blueprints import Adapter, bound, resolve
 
-__all__ = ["check_readers", "input_width"]
+__all__ = ["check_readers", "input_of", "input_width"]
 
 
 def input_width(base: Any, x: Any = None) -> int | None:
@@ -42,6 +44,25 @@ def input_width(base: Any, x: Any = None) -> int | None:
         case nn.DenseGeneral() if _one_axis(base, base.batch_dims):
             return width
     return None
+
+
+def input_of(
+    base: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], dtype: Any
+) -> Any:
+    """The input of a layer as blueprints read it: its first argument.
+
+    Integers are ids for ``Embed`` alone; other layers compute with them as numbers.
+
+    Args:
+      base: the layer.
+      args: of its call.
+      kwargs: of its call.
+      dtype: of its output.
+    """
+    x: Any = args[0] if args else next(iter(kwargs.values()), None)
+    if isinstance(base, nnx.Embed | nn.Embed) or not hasattr(x, "dtype"):
+        return x
+    return x if jnp.issubdtype(x.dtype, jnp.floating) else jnp.asarray(x, dtype)
 
 
 def check_readers(blueprints: Any, inputs: int | None, base: Any) -> None:

@@ -12,7 +12,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict
 
 from esper_jax.layers.bed import SeedBed
-from esper_jax.layers.inputs import check_readers, input_width
+from esper_jax.layers.inputs import check_readers, input_of, input_width
 from esper_jax.layers.output import Output, check_output, find_output, with_output
 from esper_jax.lifecycle.packing import pack, unpack
 from esper_jax.lifecycle.state import SeedState
@@ -190,7 +190,7 @@ def _grow(
                 "one array that tells the width of the output"
             )
         features = y.shape[-1]
-    x = args[0] if args else next(iter(kwargs.values()), None)
+    x = input_of(base, args, kwargs, jnp.result_type(*jax.tree.leaves(y)))
     inputs = input_width(base, x)
     options = bed.options or {}
     inputs = options.get("inputs", inputs)

@@ -91,8 +91,7 @@ def check_holders(optimizer: Any, wrapped: Wrapped) -> None:
 
 def move_holders(optimizer: Any, wrapped: Wrapped) -> None:
     """Moves what holders keep by the model's paths, in place; see `check_holders`."""
-    for holder in _sequence(optimizer):
-        wrapped.move(holder)
+    wrapped.move(_sequence(optimizer))  # at once: what two of them hold moves once
 
 
 def _sequence(optimizer: Any) -> list[Any]:

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Bool, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from esper_jax.blueprints import living_parameters
 from esper_jax.groups import Groups
@@ -123,7 +123,7 @@ def trial(config: TrialConfig | None = None) -> PolicyFactory:
 
     Returns:
       A function that makes the policy for a model. It raises ValueError if a layer has
-      fewer slots than seeds, or no such blueprint.
+      no such blueprint, and its ``init`` if one has fewer slots than seeds.
     """
     numbers = config or TrialConfig()
 
@@ -136,6 +136,7 @@ def trial(config: TrialConfig | None = None) -> PolicyFactory:
         }
 
         def init(shapes: Mapping[str, LayerShape], key: Key[Array, ""]) -> TrialMemory:
+            _check_room(shapes, numbers)  # afterwards slots may be given back
             return TrialMemory(
                 begun=jnp.asarray(False),
                 judged=jnp.asarray(False),
@@ -156,18 +157,22 @@ def trial(config: TrialConfig | None = None) -> PolicyFactory:
     return make
 
 
+def _check_room(shapes: Mapping[str, LayerShape], config: TrialConfig) -> None:
+    for name, layer in shapes.items():
+        if config.share == 1 and layer.capacity < layer.num_seeds:
+            raise ValueError(
+                f"policy: a trial in every place needs a slot for each seed; layer "
+                f"{name!r} has {layer.capacity} for {layer.num_seeds} seeds. Make it "
+                "growable with capacity=num_seeds, or try a share of the places"
+            )
+
+
 def _check(setting: Setting, config: TrialConfig) -> None:
     for name, layer in setting.layers.items():
         if config.blueprint >= len(layer.costs):
             raise ValueError(
                 f"blueprint must be an index into the {len(layer.costs)} blueprints of "
                 f"layer {name!r}, got {config.blueprint}"
-            )
-        if config.share == 1 and layer.capacity < layer.num_seeds:
-            raise ValueError(
-                f"policy: a trial in every place needs a slot for each seed; layer "
-                f"{name!r} has {layer.capacity} for {layer.num_seeds} seeds. Make it "
-                "growable with capacity=num_seeds, or try a share of the places"
             )
 
 
@@ -184,8 +189,10 @@ def _decide(
     # All are judged together, when all have had their time.
     grafted = stage == Stage.GRAFTING
     early = (stage == Stage.GERMINATED) | (stage == Stage.TRAINING)
-    early |= grafted & (age.astype(jnp.int32) < config.ticks)
-    judges = ~memory.judged & jnp.any(grafted) & ~jnp.any(early)
+    ticks = max(config.ticks, gates.min_epochs[Stage.GRAFTING])
+    early |= grafted & (age.astype(jnp.int32) < ticks)
+    measured = jnp.isfinite(_worth(seen)) & grafted  # else waits for the next tick
+    judges = ~memory.judged & jnp.any(measured) & ~jnp.any(early)
     verdict = jnp.where(_kept(seen, config), Stage.STABILIZATION, Stage.ROLLED_BACK)
     verdict = jnp.where(grafted & judges, verdict, NO_REQUEST)
     verdict = jnp.where(birth, Stage.GERMINATED, verdict)
@@ -203,12 +210,13 @@ def _decide(
         kind = jnp.where(born, config.blueprint, NO_REQUEST).astype(jnp.int8)
         commands[name] = Commands(target=goal, blueprint=kind, strategy=nothing)
     judged = memory.judged | judges
-    reason = jnp.where(judged, Reason.DISABLED, Reason.BUSY)
     return commands, TrialMemory(
         begun=memory.begun | jnp.any(birth),
         judged=judged,
         key=key,
-        reason=jnp.where(jnp.any(birth), Reason.GERMINATED, reason).astype(jnp.int8),
+        reason=jnp.where(jnp.any(birth), Reason.GERMINATED, Reason.NOT_YET).astype(
+            jnp.int8
+        ),
     )
 
 
@@ -218,7 +226,7 @@ def _kept(seen: Seen, config: TrialConfig) -> Bool[Array, " P"]:
     In the order of worth for each parameter. One that the budget does not cover is
     passed over for those after it that it does.
     """
-    groups, seeds, signals, costs = seen
+    groups, seeds, _, costs = seen
     each = {
         name: jax.vmap(functools.partial(living_parameters, costs[name]))(
             s.blueprint, s.slot_of_seed >= 0
@@ -226,7 +234,7 @@ def _kept(seen: Seen, config: TrialConfig) -> Bool[Array, " P"]:
         for name, s in seeds.items()
     }
     cost = groups.flat(each)
-    worth = groups.flat({n: by_seed(signals[n].worth, s) for n, s in seeds.items()})
+    worth = _worth(seen)
     stage = groups.flat({name: s.stage for name, s in seeds.items()})
     rate = worth / jnp.maximum(cost, 1)
     able = (stage == Stage.GRAFTING) & jnp.isfinite(rate) & (worth > 0)
@@ -244,6 +252,13 @@ def _kept(seen: Seen, config: TrialConfig) -> Bool[Array, " P"]:
     return jnp.zeros(able.shape, bool).at[order].set(fits)
 
 
+def _worth(seen: Seen) -> Float[Array, " P"]:
+    """What each seed is worth now, over all places; NaN where it was not measured."""
+    signals = seen.signals
+    by_group = {n: by_seed(signals[n].worth, s) for n, s in seen.seeds.items()}
+    return seen.groups.flat(by_group)
+
+
 def _advance(
     state: SeedState, signals: Signals, gates: LifecycleConfig
 ) -> Int[Array, " S"]:
@@ -254,6 +269,8 @@ def _advance(
         return gates_pass(state, jnp.full(stage.shape, target), signals, gates)
 
     old = state.epochs_in_stage >= minimum_epochs(stage, gates)
+    # What was not measured is no reason to remove anything.
+    known = jnp.isfinite(signals.mean_worth) & jnp.isfinite(signals.stability)
     over: dict[Stage, Any] = {
         Stage.GERMINATED: Stage.TRAINING,
         Stage.TRAINING: Stage.GRAFTING,
@@ -262,7 +279,9 @@ def _advance(
             passes(Stage.CULLED), Stage.CULLED, Stage.FINE_TUNING
         ),
         Stage.FINE_TUNING: jnp.where(
-            passes(Stage.FOSSILIZED), Stage.FOSSILIZED, Stage.CULLED
+            passes(Stage.FOSSILIZED),
+            Stage.FOSSILIZED,
+            jnp.where(known, Stage.CULLED, NO_REQUEST),
         ),
         Stage.CULLED: Stage.DORMANT,
         Stage.CANCELLED: Stage.DORMANT,

@@ -76,7 +76,8 @@ def forward(
     each = [_Own.of(s, i, b, bank, slots) for i, b in s.adapters]
 
     def living() -> tuple[Array, Array]:
-        total, mean = jnp.zeros(out.shape, wide(out)), jnp.zeros_like(slots.alpha)
+        total = jnp.zeros_like(out, wide(out))
+        mean = jnp.zeros_like(slots.alpha)
         for own in each:
             hidden = own.hidden(own.reads(read), out.dtype)
             total += own.write(hidden, own.alpha, own.alpha != 0)
@@ -115,8 +116,8 @@ def backward(
     )
 
     def living() -> tuple[Array, Any, dict[str, Any], Array]:
-        to_y = jnp.zeros(dy.shape, wide(g))
-        to_x = jnp.zeros(read.x.shape, wide(g)) if floating else None
+        to_y = jnp.zeros_like(dy, wide(g))
+        to_x = jnp.zeros_like(read.x, wide(g)) if floating else None
         params, d_alpha = {}, jnp.zeros_like(slots.alpha)
         for own in each:
             back, params[own.kind.name], more = own.gradients(
@@ -158,10 +159,10 @@ def tangent(
     """
     of_read, bank_dot, alpha_dot = dots
     each = [_Own.of(s, i, b, bank, slots) for i, b in s.adapters]
-    shape, dtype = read.y.shape, read.y.dtype
+    dtype = read.y.dtype
 
     def living() -> Array:
-        total = jnp.zeros(shape, wide(read.y))
+        total = jnp.zeros_like(read.y, wide(read.y))
         for own in each:
             x, x_dot = own.reads(read), own.reads(of_read)
             counts = own.alpha != 0
@@ -189,7 +190,7 @@ def tangent(
                 total += other.total(x, dtype, own.lives)
         return total.astype(dtype)
 
-    return jax.lax.cond(_any(each, "lives"), living, lambda: jnp.zeros(shape, dtype))
+    return jax.lax.cond(_any(each, "lives"), living, lambda: jnp.zeros_like(read.y))
 
 
 @jax.tree_util.register_dataclass
