@@ -45,6 +45,7 @@ class MLP(nnx.Module):
                 ChunkedLayer(
                     _Activated(nnx.Linear(a, b, rngs=rngs), act),
                     features=b,
+                    inputs=a,
                     rngs=rngs,
                     **options,
                 )

@@ -21,6 +21,7 @@ from esper_jax import (
     make_growable,
 )
 from esper_jax.blueprints import Adapter, group, lora, neurons, param_counts
+from esper_jax.hosts import MLP
 from esper_jax.layers import ChunkedLayer, CorrectedLayer, SeedBed, linen
 from esper_jax.lifecycle.stages import Stage
 from esper_jax.policy.config import ControllerConfig
@@ -311,3 +312,12 @@ def test_gradients_in_evaluation_over_a_mapped_axis() -> None:
     spec = PartitionSpec("d")
     apart = jax.jit(jax.shard_map(slope, mesh=mesh, in_specs=spec, out_specs=spec))
     close(apart(X), slope(X))
+
+
+def test_the_perceptron_of_the_command_line_takes_adapters() -> None:
+    kinds = ["lora", "group"]
+    model = MLP(6, (8, 8), 3, num_seeds=2, blueprints=kinds, rngs=nnx.Rngs(0))
+    for layer in model.layers:
+        grow(layer.bed, fossils("lora", "group"))
+    model.eval()
+    close(harvest(model)(X), model(X))
