@@ -1,12 +1,29 @@
-"""Small arrays as 32-bit words, bit for bit."""
+"""Arrays as integers of the same bits: small ones as words, floats that may be NaN."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["from_words", "to_words", "words_of"]
+__all__ = ["as_bits", "from_bits", "from_words", "to_words", "words_of"]
+
+
+def as_bits(x: Any) -> Any:
+    """Floats as unsigned integers of the same bits; anything else as it is.
+
+    NaN stands for what was not measured. As integers such arrays pass through a user's
+    jitted functions under ``jax_debug_nans``, which looks at all floats.
+    """
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return x
+    return _view(x, f"uint{8 * x.dtype.itemsize}")
+
+
+def from_bits(x: Any, dtype: Any) -> Any:
+    """Inverse of `as_bits`. Takes shapes, and what is of ``dtype`` already, as well."""
+    return x if x.dtype == dtype else _view(x, dtype)
 
 
 def words_of(dtypes: Sequence[Any]) -> int:
@@ -67,6 +84,9 @@ def _shared(dtypes: Sequence[Any]) -> list[list[tuple[int, int]]]:
 
 
 def _view(array: Any, dtype: Any) -> Any:
-    if isinstance(array, jax.Array):
+    if isinstance(array, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(array.shape, dtype)
+    if not isinstance(array, jax.Array):
+        return np.asarray(array).view(dtype)
+    with jax.debug_nans(False):
         return jax.lax.bitcast_convert_type(array, dtype)
-    return np.asarray(array).view(dtype)

@@ -262,13 +262,11 @@ def test_kernels_leave_adapters_to_plain_jax(monkeypatch: pytest.MonkeyPatch) ->
         group(hidden=3),
     )
     args, g = arguments("float32", 1, False, kinds), cotangent("float32")
-    plain = outputs_and_gradients(args, g, "task", kinds, "xla")
     with for_cuda():
         call = jax.jit(lambda a: outputs_and_gradients(a, g, "task", kinds, "triton"))
         lowered = call.trace(args).lower(lowering_platforms=("cuda",))
     assert "dot_general" in lowered.as_text()
     assert "triton" in lowered.as_text()
-    assert plain["out"].shape == (2, 3, 22)
 
 
 @pytest.mark.parametrize(

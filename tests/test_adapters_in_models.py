@@ -174,6 +174,16 @@ def test_linen_layers_too() -> None:
         (2, 6, 2),
         (2, 8, 2),
     ]
+
+    class Two(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            return nn.Dense(4)(x), x.astype("i4")
+
+    pair = linen.ChunkedLayer(Two(), 2, features=4)
+    with jax.numpy_dtype_promotion("strict"):  # outputs of two dtypes
+        out, rest = pair.init_with_output(jax.random.key(0), np.ones((2, 3), "f4"))[0]
+    assert (out.dtype, rest.dtype) == (np.float32, np.int32)
     wide = linen.ChunkedLayer(nn.Conv(4, (3,)), 2, options)
     with pytest.raises(ValueError, match=r"'lora' reads the input of its layer"):
         wide.init(jax.random.key(0), np.ones((1, 5, 3)))

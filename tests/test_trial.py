@@ -2,14 +2,16 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from flax import nnx
 
-from esper_jax import ChunkedLayer, Growth, grow_capacity, harvest, make_growable
+from esper_jax import ChunkedLayer, Growth, build, harvest, make_growable
 from esper_jax.blueprints import lora
+from esper_jax.hosts import MLP
 from esper_jax.lifecycle.stages import Stage
 from esper_jax.policy import Reason, TrialConfig, trial, trial_lives
 
@@ -113,7 +115,7 @@ def test_what_is_not_measured_removes_nothing() -> None:
     seen = []
     for number in range(12):
         unknown = number in (5, 10)  # where they would be judged, and become fossils
-        report = growth.tick(model, lambda m: jnp.nan if unknown else loss(m))  # noqa: B023
+        report = growth.tick(model, (lambda m: jnp.nan) if unknown else loss)
         seen.append(stages(report))
         for _ in range(8):
             step(model, growth)
@@ -126,13 +128,22 @@ def test_what_is_not_measured_removes_nothing() -> None:
 
 
 def test_slots_can_be_given_back() -> None:
-    model, growth, step, loss = grown(TrialConfig(ticks=1, rent=1e3))
+    model = MLP(6, (8, 8), 3, num_seeds=2, blueprints=["lora"], rngs=nnx.Rngs(0))
+    program = build(
+        model,
+        optax.adam(1e-2),
+        optax.adam(1e-2),
+        policy=trial(TrialConfig(ticks=1, rent=1e3)),
+        lifecycle_config=trial_lives(),
+    )
+    data = X, np.zeros(len(X), np.int32)
+    state = program.init(jax.random.key(0))
     for _ in range(6):
-        growth.tick(model, loss)
-        step(model, growth)
-    grow_capacity(model, 1, rngs=nnx.Rngs(3))
-    rest = Growth(model, optax.adam(1e-2), wrt=None)
-    assert int(rest.tick(model, loss).tick) == 1
+        state, report = program.tick(program.step(state, data), data)
+    assert set(stages(report).tolist()) == {Stage.DORMANT}
+    state = program.grow_capacity(state, {"layers/0": 1})  # no longer one group
+    _, report = program.tick(program.step(state, data), data)
+    assert int(report.reason) == Reason.NOT_YET
 
 
 @pytest.mark.parametrize(

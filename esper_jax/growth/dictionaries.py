@@ -17,6 +17,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, Key
 
+from esper_jax.bits import as_bits, from_bits
 from esper_jax.growth.functions import (
     Remembered,
     check_loss,
@@ -40,7 +41,7 @@ from esper_jax.optim import PerSlot
 from esper_jax.policy.config import ControllerConfig
 from esper_jax.policy.heuristic import policy_of
 from esper_jax.policy.interface import Policy, PolicyFactory
-from esper_jax.trees import as_bits, from_bits, is_key
+from esper_jax.trees import is_key
 
 __all__ = ["GrowthFunctions", "Variables", "growth_functions", "linen_growth"]
 
@@ -205,7 +206,7 @@ def _named(remembered: Remembered) -> Arrays:
     """What growth remembers, as the collection ``growth``.
 
     Random keys are plain integers there, which every file format takes, and so are
-    floats that may be NaN: see `trees.as_bits`.
+    floats that may be NaN: see `bits.as_bits`.
     """
     kept = remembered._replace(growth=jax.tree.map(as_bits, remembered.growth))
     leaves = named_leaves(kept)

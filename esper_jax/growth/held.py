@@ -11,11 +11,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, UInt32
 
-from esper_jax.bits import from_words, to_words
+from esper_jax.bits import as_bits, from_bits, from_words, to_words
 from esper_jax.growth.functions import Remembered
 from esper_jax.layers.variables import VariableTree, named_leaves
 from esper_jax.parallel.collectives import on_every_device
-from esper_jax.trees import as_bits, from_bits, is_key
+from esper_jax.trees import is_key
 
 __all__ = ["GrowthVariable", "HeldTree"]
 
@@ -36,7 +36,7 @@ class HeldTree(VariableTree):
     A step passes every variable through the program, and each costs the host time. The
     policy's memory, the random key and the running means change at ticks alone: the
     variable ``words`` holds their bits. The other floats of `GrowthState` are held as
-    their bits too, since they may be NaN (`trees.as_bits`).
+    their bits too, since they may be NaN (`bits.as_bits`).
 
     Args:
       remembered: before the first step.

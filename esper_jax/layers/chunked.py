@@ -1,6 +1,5 @@
 """`ChunkedLayer`: a Flax NNX module that lets any layer grow."""
 
-import functools
 import inspect
 import numbers
 import warnings
@@ -8,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -115,10 +113,12 @@ class ChunkedLayer(nnx.Module):
         y, bias = self._base_output(*args, **kwargs)
         name, features = type(self.base).__name__, self.bed.layout.features
         path = find_output(y, vars(self).get("_output"), features, name)
-        grow = functools.partial(self.bed, bias=bias)
-        if self.bed.reads_input:
-            dtype = jnp.result_type(*jax.tree.leaves(y))
-            grow = functools.partial(grow, x=input_of(self.base, args, kwargs, dtype))
+
+        def grow(y: Any) -> Any:
+            if not self.bed.reads_input:
+                return self.bed(y, bias)
+            return self.bed(y, bias, input_of(self.base, args, kwargs, y.dtype))
+
         return with_output(y, path, grow)
 
     def _base_output(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:

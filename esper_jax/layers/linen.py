@@ -190,12 +190,14 @@ def _grow(
                 "one array that tells the width of the output"
             )
         features = y.shape[-1]
-    x = input_of(base, args, kwargs, jnp.result_type(*jax.tree.leaves(y)))
-    inputs = input_width(base, x)
     options = bed.options or {}
-    inputs = options.get("inputs", inputs)
-    check_readers(options.get("blueprints", ()), inputs, base)
-    grow = functools.partial(bed, x=x, inputs=inputs)
+
+    def grow(y: Any) -> Any:
+        x = input_of(base, args, kwargs, y.dtype)
+        inputs = options.get("inputs", input_width(base, x))
+        check_readers(options.get("blueprints", ()), inputs, base)
+        return bed(y, x, inputs)
+
     return with_output(y, find_output(y, output, features, layer), grow)
 
 

@@ -29,9 +29,8 @@ class Wrapped:
 
     def __init__(self, model: nnx.Module, beds: Mapping[Path, nnx.Module]) -> None:
         self.model = model
-        self.layers = sorted(
-            beds, key=len, reverse=True
-        )  # what lies inside comes first
+        # What lies inside comes first.
+        self.layers = sorted(beds, key=len, reverse=True)
         self.before: Flat = list(nnx.to_flat_state(nnx.state(model)))
         self.after: Flat = [(self._moved(path), leaf) for path, leaf in self.before]
         for path, bed in beds.items():

@@ -115,8 +115,9 @@ def trial(config: TrialConfig | None = None) -> PolicyFactory:
     count and learn in GRAFTING for ``ticks``, at each of which the held-out data are
     evaluated once for each part: one long tick is cheapest. Then those that are not
     kept are rolled back. The others pass STABILIZATION and EVALUATING as the gates
-    allow, and learn on in FINE_TUNING. Nothing is born any more: ``grow_capacity``
-    gives back the slots. Use it with gates that let parts through (`trial_lives`).
+    allow, and learn on in FINE_TUNING. Nothing is born any more, and
+    `Program.grow_capacity` gives back the slots of `build`. Use it with gates that let
+    parts through (`trial_lives`).
 
     Args:
       config: its numbers.
@@ -263,7 +264,7 @@ def _advance(
     state: SeedState, signals: Signals, gates: LifecycleConfig
 ) -> Int[Array, " S"]:
     """The next stage of a part as time goes by and the gates allow; -1 to stay."""
-    stage, none = state.stage, jnp.full(state.stage.shape, NO_REQUEST, jnp.int32)
+    stage = state.stage
 
     def passes(target: Stage) -> Array:
         return gates_pass(state, jnp.full(stage.shape, target), signals, gates)
@@ -287,7 +288,7 @@ def _advance(
         Stage.CANCELLED: Stage.DORMANT,
         Stage.ROLLED_BACK: Stage.DORMANT,
     }
-    goal = none
+    goal = jnp.full(stage.shape, NO_REQUEST, jnp.int32)
     for source, target in over.items():
         goal = jnp.where((stage == source) & old, target, goal)
     return goal
