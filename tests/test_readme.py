@@ -22,6 +22,7 @@ SUBJECTS = (
     "design",
     "devices",
     "lifecycle",
+    "monitoring",
     "policies",
     "shipping",
     "your-loop",

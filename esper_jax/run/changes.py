@@ -7,7 +7,14 @@ from esper_jax.run.config import ConfigError, RunConfig, to_dict
 
 __all__ = ["check_resumable", "differences"]
 
-_FREE = ("train.ticks", "growth.capacity", "governor", "checkpoint", "compare")
+_FREE = (
+    "train.ticks",
+    "growth.capacity",
+    "governor",
+    "checkpoint",
+    "compare",
+    "monitor",
+)
 """Keys and tables that may differ when a run goes on."""
 
 
@@ -16,8 +23,8 @@ def check_resumable(
 ) -> list[tuple[str, Any, Any]]:
     """Checks that a run that was started with ``saved`` can go on with ``config``.
 
-    ``train.ticks``, ``growth.capacity`` and the tables ``governor``, ``checkpoint`` and
-    ``compare`` may differ.
+    ``train.ticks``, ``growth.capacity`` and the tables ``governor``, ``checkpoint``,
+    ``compare`` and ``monitor`` may differ.
 
     Args:
       config: to go on with.

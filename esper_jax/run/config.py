@@ -15,6 +15,7 @@ from esper_jax.data import DATASETS
 from esper_jax.lifecycle.grafting import Strategy
 from esper_jax.lifecycle.rules import LifecycleConfig
 from esper_jax.lifecycle.stages import Incubation, Stage
+from esper_jax.monitor.config import MonitorConfig
 from esper_jax.policy.config import ControllerConfig
 from esper_jax.run.overrides import set_key
 from esper_jax.run.references import (
@@ -239,6 +240,7 @@ class RunConfig:
     governor: GovernorConfig = dataclasses.field(default_factory=GovernorConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     compare: CompareConfig = dataclasses.field(default_factory=CompareConfig)
+    monitor: MonitorConfig = dataclasses.field(default_factory=MonitorConfig)
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:

@@ -82,6 +82,21 @@ class RunFolder:
         return self.path / "summary.json"
 
     @property
+    def metrics(self) -> Path:
+        """What the monitor's writer ``jsonl`` writes, one JSON object a line."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        """Folder of the monitor's writer ``tensorboard``."""
+        return self.path / "tensorboard"
+
+    @property
+    def profile(self) -> Path:
+        """Folder of the profiler's traces."""
+        return self.path / "profile"
+
+    @property
     def picture(self) -> Path:
         """Accuracy over time, if the config asks for a plot."""
         return self.path / "accuracy.png"

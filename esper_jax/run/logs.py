@@ -3,17 +3,14 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from esper_jax.growth.reports import TickReport
 from esper_jax.lifecycle.rules import LifecycleConfig
-from esper_jax.lifecycle.signals import Signals
-from esper_jax.lifecycle.stages import Outcome, Stage
-from esper_jax.monitor.words import Event, drain
+from esper_jax.lifecycle.stages import Outcome
+from esper_jax.monitor.news import News, rollback_entry
 from esper_jax.run.folder import (
     RunError,
     RunFolder,
@@ -219,14 +216,13 @@ class EventLog:
     def __init__(
         self, folder: RunFolder, lifecycle: LifecycleConfig, history: History
     ) -> None:
-        self._lifecycle = lifecycle
         self.rollbacks = list(history.rollbacks)
         self.events = list(history.events)
         self.journals = {
             "events": Journal(folder.events, self.events),
             "rollbacks": Journal(folder.rollbacks, self.rollbacks, empty=False),
         }
-        self._last = dict(map(_seed_and_move, self.events))
+        self._news = News(lifecycle, self.events)
 
     def add_changes(self, changes: Sequence[Mapping[str, Any]]) -> None:
         """Writes changes of the config, those that are not there yet.
@@ -261,12 +257,7 @@ class EventLog:
         Returns:
           Those events.
         """
-        events = [
-            _entry(int(report.tick), name, event)
-            for name, layer in report.layers.items()
-            for event in drain(layer, layer.signals, self._lifecycle)
-        ]
-        new = [event for event in events if self._is_new(event)]
+        new = self._news.tick(report)
         self._append(new)
         return new
 
@@ -276,64 +267,14 @@ class EventLog:
         Returns:
           Lines that tell of them.
         """
-        text = (
-            f"rollback {rollback.number}, from tick {rollback.failed_tick} to "
-            f"{rollback.tick}: {rollback.reason}"
-        )
-        entry = {
-            "number": rollback.number,
-            "failed_tick": rollback.failed_tick,
-            "tick": rollback.tick,
-            "fault": rollback.fault.name,
-            "text": text,
-        }
+        entry = rollback_entry(rollback)
         self.rollbacks.append(entry)
         self.journals["rollbacks"].append([entry])
-        new = list(self._rolled_back(rollback))
+        new = self._news.rollback(rollback)
         self._append(new)
-        return [text, *(f"tick {e['tick']}: {e['layer']} {e['text']}" for e in new)]
-
-    def _rolled_back(self, rollback: Rollback) -> Iterator[dict[str, Any]]:
-        for name, layer in rollback.layers.items():
-            for event in drain(layer, Signals.unmeasured(), self._lifecycle):
-                entry = _entry(rollback.tick, name, event)
-                entry["text"] += f" (governor: {rollback.reason})"
-                yield {**entry, "rollback": rollback.number}
-
-    def _is_new(self, event: dict[str, Any]) -> bool:
-        """False if the seed's last event was the same refusal."""
-        seed, move = _seed_and_move(event)
-        return event["outcome"] == Outcome.OK.name or self._last.get(seed) != move
+        told = (f"tick {e['tick']}: {e['layer']} {e['text']}" for e in new)
+        return [entry["text"], *told]
 
     def _append(self, events: list[dict[str, Any]]) -> None:
         self.journals["events"].append(events)
         self.events += events
-        self._last |= map(_seed_and_move, events)
-
-
-def _seed_and_move(
-    event: dict[str, Any],
-) -> tuple[tuple[str, int], tuple[str, str, str]]:
-    """Which seed an event is about, and what happened to it."""
-    return (
-        (event["layer"], event["seed"]),
-        (event["from"], event["to"], event["outcome"]),
-    )
-
-
-def _entry(tick: int, layer: str, event: Event) -> dict[str, Any]:
-    """An event as it stands in the file."""
-    return {
-        "tick": tick,
-        "layer": layer,
-        "seed": event.seed,
-        "slot": event.slot,
-        "from": event.source.name,
-        "to": Stage(event.target).name,
-        "outcome": event.outcome.name,
-        "measured": {
-            name: value if np.isfinite(value) else None
-            for name, value in event.measured.items()
-        },
-        "text": event.text,
-    }

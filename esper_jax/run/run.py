@@ -19,6 +19,7 @@ from esper_jax.data import Dataset
 from esper_jax.growth.reports import TickReport
 from esper_jax.growth.state import TrainState
 from esper_jax.monitor.live import LiveView
+from esper_jax.monitor.monitor import Monitor
 from esper_jax.monitor.words import why
 from esper_jax.parallel.processes import together
 from esper_jax.policy.memory import Reason
@@ -27,6 +28,7 @@ from esper_jax.run.config import ConfigError, RunConfig
 from esper_jax.run.devices import AXIS, mesh_of, over
 from esper_jax.run.folder import RunError, RunFolder, read_config
 from esper_jax.run.logs import History
+from esper_jax.run.monitoring import check_writers, open_monitor
 from esper_jax.run.opening import check_data, check_ticks, examine
 from esper_jax.run.own import check_one_step, has_own_loss, is_own
 from esper_jax.run.record import check_seal, newest_seal, read_record, seal_of
@@ -84,6 +86,7 @@ def train_run(
     )
     # All processes look before one of them writes.
     together(lambda: look(warn=False), RunError)
+    together(lambda: check_writers(config.monitor), ConfigError)
     data, program = together(lambda: _built(config, devices), ConfigError)
     state = program.init(jax.random.key(config.seed))
     if is_own(config):
@@ -99,8 +102,8 @@ def train_run(
             state, history = restored(start, opening, state)
         check_ticks(config, state)
         session = begin(start, opening, state, history)
-        state = _train(session, state, console, stop)
-    return conclude(session, state)
+        state, lost = _train(session, state, console, stop)
+    return conclude(session, state, lost)
 
 
 def evaluate_run(out: Path) -> dict[str, Any]:
@@ -166,14 +169,34 @@ def _retention(config: RunConfig) -> Retention:
 
 def _train(
     session: Session, state: TrainState, console: Console | None, stop: Stop | None
+) -> tuple[TrainState, dict[str, Any]]:
+    """Trains to the last tick, with live view, logs, checkpoints and governor.
+
+    Returns:
+      The state, and what the monitor lost.
+    """
+    monitor, told = together(lambda: open_monitor(session, state), RunError)
+    with monitor:
+        state = _trained(session, state, (monitor, told), console, stop)
+    return state, monitor.lost
+
+
+def _trained(
+    session: Session,
+    state: TrainState,
+    monitored: tuple[Monitor, Sequence[str]],
+    console: Console | None,
+    stop: Stop | None,
 ) -> TrainState:
-    """Trains to the last tick, with live view, logs, checkpoints and governor."""
     config, data = session.config, session.data
     batches = is_iterable(data.train)
     if jax.process_index():  # one of several processes shows it
         console = Console(quiet=True)
     with LiveView(config.train.ticks, console) as view:
-        reporter = _Reporter(session, view)
+        monitor, told = monitored
+        reporter = _Reporter(session, view, monitor)
+        for line in told:
+            view.note(line)
         try:
             return fit(
                 session.program,
@@ -208,9 +231,10 @@ class _Reporter:
     Remembers which reason for not germinating it has shown, to show each once in a row.
     """
 
-    def __init__(self, session: Session, view: LiveView) -> None:
+    def __init__(self, session: Session, view: LiveView, monitor: Monitor) -> None:
         self._session = session
         self._view = view
+        self._monitor = monitor
         self._shown = Reason.NOT_YET
         self._saved = -1  # the last step
 
@@ -236,10 +260,13 @@ class _Reporter:
         add = self._session.log.add_rollback
         for line in together(lambda: add(rollback), RunError):
             self._view.note(line)
+        self._monitor.write_rollback(rollback)
 
     def _write(self, report: TickReport) -> None:
-        self._view.update(report, self._session.log.add(report))
+        events = self._session.log.add(report)
+        self._view.update(report, events)
         self._session.metrics.add(report)
+        self._monitor.write(report, events)
 
 
 def _governor(session: Session, reporter: _Reporter) -> Governor | None:

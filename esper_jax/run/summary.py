@@ -1,5 +1,6 @@
 """What a run leaves behind when it has ended."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -22,13 +23,22 @@ from esper_jax.trees import state_hash
 __all__ = ["conclude", "test_result"]
 
 
-def conclude(session: Session, state: TrainState) -> dict[str, Any]:
+def conclude(
+    session: Session, state: TrainState, lost: Mapping[str, Any]
+) -> dict[str, Any]:
     """Writes the summary, and beside it what ``compare`` asks for.
+
+    Args:
+      session: of the run.
+      state: that it ended with.
+      lost: what the monitor's writers lost, by writer.
 
     Raises:
       RunError: if that fails; in all processes.
     """
     summary = _summary(session, state)
+    if lost:
+        summary["monitor_lost"] = dict(lost)
     if session.config.compare.static:
         parameters = summary["host_params"] + summary["grown_params"]
         summary["static"] = train_static(session.config, session.data, parameters)

@@ -1,0 +1,97 @@
+"""Events as they are written down, each told once."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from esper_jax.growth.reports import TickReport
+from esper_jax.lifecycle.rules import LifecycleConfig
+from esper_jax.lifecycle.signals import Signals
+from esper_jax.lifecycle.stages import Outcome, Stage
+from esper_jax.monitor.words import Event, drain
+from esper_jax.train.retreat import Rollback
+
+__all__ = ["News", "rollback_entry"]
+
+
+class News:
+    """Finds what is new: a refusal that repeats tick after tick is told once.
+
+    Args:
+      lifecycle: minima and gates in force; the words of the events quote them.
+      past: events that were told before, oldest first.
+    """
+
+    def __init__(
+        self, lifecycle: LifecycleConfig, past: Sequence[Mapping[str, Any]] = ()
+    ) -> None:
+        self._lifecycle = lifecycle
+        self._last = dict(map(_seed_and_move, past))
+
+    def tick(self, report: TickReport) -> list[dict[str, Any]]:
+        """The new events of a tick, as JSON, given its report with host values."""
+        events = [
+            _entry(int(report.tick), name, event)
+            for name, layer in report.layers.items()
+            for event in drain(layer, layer.signals, self._lifecycle)
+        ]
+        return self._told([event for event in events if self._is_new(event)])
+
+    def rollback(self, rollback: Rollback) -> list[dict[str, Any]]:
+        """What a rollback did to the seeds, as JSON."""
+        events = []
+        for name, layer in rollback.layers.items():
+            for event in drain(layer, Signals.unmeasured(), self._lifecycle):
+                entry = _entry(rollback.tick, name, event)
+                entry["text"] += f" (governor: {rollback.reason})"
+                events.append({**entry, "rollback": rollback.number})
+        return self._told(events)
+
+    def _told(self, events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        self._last |= map(_seed_and_move, events)
+        return events
+
+    def _is_new(self, event: Mapping[str, Any]) -> bool:
+        """False if the seed's last event was the same refusal."""
+        seed, move = _seed_and_move(event)
+        return event["outcome"] == Outcome.OK.name or self._last.get(seed) != move
+
+
+def rollback_entry(rollback: Rollback) -> dict[str, Any]:
+    """A rollback as JSON."""
+    return {
+        "number": rollback.number,
+        "failed_tick": rollback.failed_tick,
+        "tick": rollback.tick,
+        "fault": rollback.fault.name,
+        "text": f"rollback {rollback.number}, from tick {rollback.failed_tick} to "
+        f"{rollback.tick}: {rollback.reason}",
+    }
+
+
+def _seed_and_move(
+    event: Mapping[str, Any],
+) -> tuple[tuple[str, int], tuple[str, str, str]]:
+    """Which seed an event is about, and what happened to it."""
+    return (
+        (event["layer"], event["seed"]),
+        (event["from"], event["to"], event["outcome"]),
+    )
+
+
+def _entry(tick: int, layer: str, event: Event) -> dict[str, Any]:
+    return {
+        "tick": tick,
+        "layer": layer,
+        "seed": event.seed,
+        "slot": event.slot,
+        "from": event.source.name,
+        "to": Stage(event.target).name,
+        "outcome": event.outcome.name,
+        "measured": {
+            name: value if np.isfinite(value) else None
+            for name, value in event.measured.items()
+        },
+        "text": event.text,
+    }
