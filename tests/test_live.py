@@ -5,43 +5,19 @@ import re
 
 import numpy as np
 import pytest
+import reports
+from reports import seeds
 from rich.console import Console
 
-from esper_jax.growth.reports import LayerReport, TickReport
-from esper_jax.lifecycle.signals import Signals
 from esper_jax.lifecycle.stages import Stage
+from esper_jax.monitor.curves import Curve
 from esper_jax.monitor.live import LiveView
 
 YELLOW, CYAN, DIM = "\x1b[33m", "\x1b[36m", "\x1b[2m"
 
 
-def report(tick, **layers):
-    return TickReport(
-        tick=np.int32(tick),
-        step=np.int32(8 * tick),
-        train_loss=np.float32(0.75),
-        loss=np.float32(1.5),
-        accuracy=np.float32(0.625),
-        reason=np.int8(0),
-        replicas_agree=np.True_,
-        layers={name: seeds(stages) for name, stages in layers.items()},
-    )
-
-
-def seeds(stages):
-    stage = np.array(stages, np.int8)
-    zero = np.zeros(len(stages), np.int32)
-    return LayerReport(
-        outcome=zero,
-        source=stage,
-        target=zero - 1,
-        slot=zero - 1,
-        stage=stage,
-        alpha=np.zeros(len(stages), np.float32),
-        epochs=zero.astype(np.uint16),
-        errors=zero.astype(np.uint8),
-        signals=Signals.unmeasured(),
-    )
+def report(tick, layers=None, **named):
+    return reports.report(tick, layers or named)
 
 
 def event(tick, text):
@@ -81,26 +57,100 @@ def terminal(monkeypatch):
 
 def test_a_terminal_shows_one_panel(terminal):
     dormant, training, grafting = Stage.DORMANT, Stage.TRAINING, Stage.GRAFTING
-    with LiveView(40, terminal) as view:
+    now = iter([0.0, 0.5, 2.0]).__next__
+    with LiveView(40, terminal, clock=now) as view:
         view.update(report(1, first=[dormant] * 3, second=[dormant]), [])
-        view.update(
-            report(2, first=[grafting, training, training], second=[dormant]),
-            [event(2, "seed 0: TRAINING -> GRAFTING")],
+        view.update(report(2, first=[dormant] * 3, second=[dormant]), [])
+        first = seeds([grafting, training, grafting], alpha=[0.25, 0.0, 1.0])
+        third = reports.report(
+            3,
+            {"first": first, "second": seeds([dormant])},
+            loss=0.75,
+            train_loss=np.nan,
         )
+        view.update(third, [event(3, "seed 0: TRAINING -> GRAFTING")])
     output = terminal.file.getvalue()
     shown = screen(output)
-    # The panel of tick 2 stands where the first lines stood, and nothing else does.
-    assert re.match(r"tick .*2/40", shown[0])
-    assert shown[1:] == [
-        "tick 2/40  step 16  train loss 0.7500  held-out loss 1.5000  accuracy 0.6250",
-        " layer   seeds by stage",
-        " first   TRAINING 2  GRAFTING 1",
-        " second  DORMANT 1",
-        "tick 2: first seed 0: TRAINING -> GRAFTING",
+    # The panel of tick 3 stands where the first lines stood, and nothing else does.
+    # 16 steps in 2 seconds; 37 ticks are left, of a second each.
+    bar = "━" * 2 + "─" * 31
+    assert shown == [
+        f"tick 3/40  step 24  {bar}  8.0 steps/s  0:00:37 left",
+        "train loss          nan  ▁▁!",
+        "held-out loss    0.7500  ██▁",
+        "accuracy         0.6250  ▁▁▁",
+        "first  ▒░█",
+        "second ·",
+        "DORMANT 1  TRAINING 1  GRAFTING 2",
+        "tick 3: first seed 0: TRAINING -> GRAFTING",
     ]
-    assert f"{YELLOW}TRAINING 2" in output
-    assert f"{CYAN}GRAFTING 1" in output
-    assert f"{DIM}DORMANT 1" in output
+    assert all(len(line) <= 80 for line in shown)
+    assert f"{CYAN}▒" in output
+    assert f"{YELLOW}░" in output
+    assert f"{CYAN}█" in output
+    assert f"{DIM}·" in output
+    assert f"{YELLOW}TRAINING 1" in output
+
+
+@pytest.mark.parametrize(("layers", "each"), [(1, 10_000), (50, 200), (3, 100)])
+def test_many_seeds_are_summarised_and_nothing_scrolls(terminal, layers, each):
+    terminal.height = 24
+    stages = [Stage.FOSSILIZED, *[Stage.DORMANT] * (each - 2), Stage.TRAINING]
+    alpha = np.zeros(each)
+    alpha[0] = 1
+    many = {f"blocks/{i}/a_long_name/mlp": seeds(stages, alpha) for i in range(layers)}
+    with LiveView(40, terminal) as view:
+        events = [event(1, f"{'long ' * 30}{i}") for i in range(9)]
+        view.update(report(1, many), events)
+    shown = screen(terminal.file.getvalue())
+    assert len(shown) <= 23
+    assert max(map(len, shown)) <= 80
+    assert all(line.endswith("…") for line in shown[-6:])
+    text = "\n".join(shown)
+    assert f"DORMANT {layers * (each - 2)}" in text
+    assert f"FOSSILIZED {layers}" in text
+    marks = {mark: sum(line.count(mark) for line in shown) for mark in "·░█"}
+    match layers:
+        case 1:  # 59 characters in each of the 11 lines that are left
+            assert "up to 16 seeds a character" in text
+            assert marks == {"·": 10_000 // 16 - 2, "░": 1, "█": 1}
+        case 50:
+            assert "40 more layers" in text
+            assert "~/9/a_long_name/mlp" not in text
+        case 3:  # a character each
+            assert marks["·"] == 3 * 98
+            assert "a character" not in text
+
+
+def test_a_terminal_that_only_knows_ascii_gets_ascii(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    file = io.TextIOWrapper(io.BytesIO(), "ascii", write_through=True)
+    narrow = Console(file=file, force_terminal=True, width=80, color_system=None)
+    with LiveView(4, narrow) as view:
+        layer = seeds([Stage.DORMANT, Stage.GRAFTING], alpha=[0, 0.5])
+        view.update(report(1, first=layer), [event(1, "long " * 30)])
+    shown = screen(file.buffer.getvalue().decode("ascii"))
+    assert "first .%" in shown
+    assert shown[1].endswith("0.7500  _")
+
+
+def test_a_curve_shows_all_of_a_run_in_bounded_memory():
+    curve = Curve(room=8)
+    for value in range(1000):
+        curve.add(value)
+    assert len(curve._points) < 8
+    line = curve.line(8)
+    assert line[0] == "▁"
+    assert line[-1] == "█"
+    assert list(line) == sorted(line)
+    assert len(curve.line(4)) == 4
+    curve.add(np.nan)
+    assert curve.line(8)[-1] == "!"
+    assert Curve().line(8) == ""
+    huge = Curve()
+    for value in (-1e308, 1e308, 0.0):
+        huge.add(value)
+    assert huge.line(8) == "▁▁▁"  # their distance is not finite
 
 
 def test_a_terminal_shows_the_last_six_lines(terminal):
@@ -130,7 +180,7 @@ def test_a_terminal_is_given_back_when_training_fails(terminal):
     output = terminal.file.getvalue()
     hidden, shown = output.rindex("\x1b[?25l"), output.rindex("\x1b[?25h")
     assert hidden < shown  # the cursor
-    assert any("accuracy 0.6250" in line for line in screen(output))
+    assert any("accuracy         0.6250" in line for line in screen(output))
 
 
 def test_a_file_gets_plain_lines():
@@ -152,3 +202,11 @@ def test_a_file_gets_plain_lines():
         "  first: DORMANT 2  TRAINING 1",
         "a note",
     ]
+
+
+def test_a_file_gets_one_line_for_many_layers():
+    console = Console(file=io.StringIO(), width=40)
+    with LiveView(1, console) as view:
+        view.update(report(1, {f"layer/{i}": [0, 0, 2] for i in range(13)}), [])
+    lines = console.file.getvalue().splitlines()
+    assert lines[2:] == ["  13 layers: DORMANT 26  TRAINING 13"]
