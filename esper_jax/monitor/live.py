@@ -23,6 +23,10 @@ __all__ = ["LiveView"]
 _MOST_LAYERS = 12
 """Layers that plain lines tell apart."""
 
+_ECHO = 3
+"""Columns that stay free. A terminal writes ``^C`` there; in a full line, it would go
+on to the next one, and the panel be drawn again below itself."""
+
 _NOTES = 6
 """Lines of what has happened in the panel."""
 
@@ -133,6 +137,7 @@ class LiveView:
         if self._report is None:
             return Text(_WAITING, style="dim")
         width, height = self.console.size
+        width = max(1, width - _ECHO)
         narrow = self.console.options.ascii_only
         marks, shades = (PLAIN, PLAIN_SHADES) if narrow else (BLOCKS, SHADES)
         curves = [
@@ -153,8 +158,7 @@ class LiveView:
             *notes,
         ]
         for line in lines:
-            line.no_wrap = True
-            line.overflow = "crop" if narrow else "ellipsis"
+            line.truncate(width, overflow="crop" if narrow else "ellipsis")
         return Group(*lines)
 
     def _progress(self, width: int, marks: str) -> str:
