@@ -267,6 +267,7 @@ def _train(command: Train, stop: Any) -> int:
                 resume=command.resume,
                 allow_change=command.allow_change,
                 devices=command.devices,
+                profile=command.profile,
                 stop=stop,
             )
         except KeyboardInterrupt:
@@ -277,6 +278,8 @@ def _train(command: Train, stop: Any) -> int:
         _print_summary(summary)
         if config.compare.plot:
             print(f"plot: {RunFolder(out).picture}")
+        if command.profile and RunFolder(out).profile.exists():
+            print(f"profile: {RunFolder(out).profile}")
         print(f"run: {out}", flush=True)
     except OSError:  # the run is whole, whether or not anyone reads of it
         _read_no_more()

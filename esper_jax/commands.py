@@ -38,6 +38,9 @@ class Train(_Any):
     devices: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """Devices of each process to train on, which must divide the rows. Default: all,
     or as many as do; one on CPUs."""
+    profile: Annotated[int, tyro.conf.arg(metavar="N")] = 0
+    """Record N steps with JAX's profiler, from the second tick of this command on, into
+    the run's folder profile/. Default: none."""
     distributed: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Train as one of several processes. Slurm, Open MPI and Kubernetes tell the rest;
     elsewhere give the next three options."""

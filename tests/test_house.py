@@ -46,6 +46,7 @@ LONG_LISTS = {
     "esper_jax/train/program.py:build": CONSTRUCTORS,
     "esper_jax/train/loop.py:fit": CONSTRUCTORS,
     "esper_jax/train/scan.py:scan_fit": CONSTRUCTORS,
+    "esper_jax/run/run.py:train_run": CONSTRUCTORS,
     "kernels/blend/api.py:blend": CONSTRUCTORS,
 }
 """Functions with more than `PARAMETERS` parameters, and why they may."""

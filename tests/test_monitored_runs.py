@@ -11,6 +11,7 @@ import threading
 import urllib.request
 from pathlib import Path
 
+import jax
 import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -202,3 +203,43 @@ def test_a_config_from_before_there_were_writers_is_that_of_today():
 def test_values_that_cannot_be_are_refused_by_name(override, said):
     with pytest.raises(ConfigError, match=rf"^monitor\.{said}"):
         config(2, f"monitor.{override}")
+
+
+def steps_of(trace):
+    """The steps that a trace holds, and the text of its file."""
+    data = jax.profiler.ProfileData.from_file(str(trace))
+    found = {
+        dict(event.stats)["step_num"]
+        for plane in data.planes
+        for line in plane.lines
+        for event in line.events
+        if event.name == "step"
+    }
+    return found, trace.read_bytes()
+
+
+def test_a_profile_holds_the_steps_that_were_asked_for(plain, tmp_path):
+    out = tmp_path / "run"
+    chosen = config(6, "monitor.writers=[]")
+    summary = train_run(chosen, out, profile=10, console=quiet())
+    assert summary == plain[1]  # the same state, and nothing was compiled again
+    [trace] = (out / "profile").rglob("*.xplane.pb")
+    steps, content = steps_of(trace)
+    assert steps == {*range(10)}
+    for scope in (b"esper/blend", b"esper/banks", b"esper/lifecycle"):
+        assert scope in content
+
+
+def test_a_profile_that_does_not_come_about_is_told_of(tmp_path, caplog, monkeypatch):
+    train_run(config(1), tmp_path / "short", profile=3, console=quiet())
+    assert "--profile: 0 of 3 steps were recorded" in caplog.text
+    assert not (tmp_path / "short" / "profile").exists()
+    caplog.clear()
+    jax.profiler.start_trace(tmp_path / "mine")  # a program may have only one
+    summary = train_run(config(2), tmp_path / "taken", profile=3, console=quiet())
+    jax.profiler.stop_trace()
+    assert "--profile: nothing is recorded: " in caplog.text
+    assert summary["recompiles"] == 0
+    with pytest.raises(ConfigError, match="--profile: expected at least 1 step, got -"):
+        train_run(config(2), tmp_path / "none", profile=-1, console=quiet())
+    assert not (tmp_path / "none").exists()

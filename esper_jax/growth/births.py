@@ -21,6 +21,7 @@ def born_in(before: SeedState, after: SeedState) -> Bool[Array, "*L K"]:
     return changed & (after.seed_of_slot >= 0)
 
 
+@jax.named_scope("esper/births")
 def births(
     recipe: Recipe,
     seeds: tuple[dict[str, SeedState], dict[str, SeedState]],

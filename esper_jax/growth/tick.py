@@ -67,13 +67,16 @@ def advance(
       seen: what was measured on held-out data.
     """
     old = state.monitor
-    measured = measure(recipe, old, host, seen.loss, seen.accuracy)
-    seeds, signals = group_signals(recipe, seeds, old, seen.worth, measured)
-    older = jax.vmap(functools.partial(lifecycle.age, config=recipe.gates))
-    aged = {key: older(seeds[key], signal) for key, signal in signals.items()}
+    with jax.named_scope("esper/signals"):
+        measured = measure(recipe, old, host, seen.loss, seen.accuracy)
+        seeds, signals = group_signals(recipe, seeds, old, seen.worth, measured)
+    with jax.named_scope("esper/lifecycle"):
+        older = jax.vmap(functools.partial(lifecycle.age, config=recipe.gates))
+        aged = {key: older(seeds[key], signal) for key, signal in signals.items()}
     commands, memory = _commands(recipe, aged, signals, state.memory)
-    move = jax.vmap(functools.partial(_move, recipe.gates))
-    moved = {key: move(aged[key], signals[key], commands[key]) for key in aged}
+    with jax.named_scope("esper/lifecycle"):
+        move = jax.vmap(functools.partial(_move, recipe.gates))
+        moved = {key: move(aged[key], signals[key], commands[key]) for key in aged}
     rng, birth = jax.random.split(state.rng)
     new = dataclasses.replace(
         state,
@@ -102,6 +105,7 @@ def _move(
     return after, report
 
 
+@jax.named_scope("esper/policy")
 def _commands(
     recipe: Recipe,
     seeds: dict[str, SeedState],

@@ -41,6 +41,7 @@ class Learned(NamedTuple):
     """Of the optimizer, for the ``L * K`` slots of each group."""
 
 
+@jax.named_scope("esper/banks")
 def update_banks(
     recipe: Recipe,
     seeds: dict[str, SeedState],

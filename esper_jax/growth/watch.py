@@ -46,6 +46,7 @@ def start_monitor(recipe: Recipe, params: Arrays) -> Monitor:
     )
 
 
+@jax.named_scope("esper/watch")
 def watch(
     recipe: Recipe,
     monitor: Monitor,

@@ -31,6 +31,7 @@ from esper_jax.run.logs import History
 from esper_jax.run.monitoring import check_writers, open_monitor
 from esper_jax.run.opening import check_data, check_ticks, examine
 from esper_jax.run.own import check_one_step, has_own_loss, is_own
+from esper_jax.run.profiling import Profile
 from esper_jax.run.record import check_seal, newest_seal, read_record, seal_of
 from esper_jax.run.session import Session, Start, begin, restored
 from esper_jax.run.summary import conclude, test_result
@@ -51,6 +52,7 @@ def train_run(
     resume: bool = False,
     allow_change: Sequence[str] = (),
     devices: int | None = None,
+    profile: int = 0,
     console: Console | None = None,
     stop: Stop | None = None,
 ) -> dict[str, Any]:
@@ -68,6 +70,7 @@ def train_run(
       allow_change: keys, or tables of keys, that may differ from the run's config, too.
         Each change is written down as an event.
       devices: of each process, to train on; see `run.devices.mesh_of`.
+      profile: steps to record with JAX's profiler; see `run.profiling.Profile`.
       console: where the live view prints; standard output by default.
       stop: signals to end for; SIGINT by default, and only while steps are done.
 
@@ -84,6 +87,8 @@ def train_run(
     look = functools.partial(
         examine, folder, config, resume=resume, allowed=allow_change
     )
+    if profile < 0:
+        raise ConfigError(f"--profile: expected at least 1 step, got {profile}")
     # All processes look before one of them writes.
     together(lambda: look(warn=False), RunError)
     together(lambda: check_writers(config.monitor), ConfigError)
@@ -102,7 +107,9 @@ def train_run(
             state, history = restored(start, opening, state)
         check_ticks(config, state)
         session = begin(start, opening, state, history)
-        state, lost = _train(session, state, console, stop)
+        recorder = Profile(profile, folder.profile)
+        with recorder.recording(session) as recorded:
+            state, lost = _train(recorded, state, console, stop)
     return conclude(session, state, lost)
 
 

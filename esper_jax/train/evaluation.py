@@ -18,6 +18,7 @@ from esper_jax.train.recipe import Batch, TrainRecipe
 __all__ = ["counterfactuals", "evaluate"]
 
 
+@jax.named_scope("esper/evaluate")
 def evaluate(
     recipe: TrainRecipe, values: Arrays, data: Batch | Batches
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
@@ -129,6 +130,7 @@ def _filled(
     return collectives.mean((total[0] / rows, total[1] / rows), recipe.axis_name)
 
 
+@jax.named_scope("esper/worth")
 def counterfactuals(
     recipe: TrainRecipe,
     state: TrainState,

@@ -38,9 +38,10 @@ def train_step(
     """
     recipe = recipe.for_slots(state.seeds)
     learned = _learn(recipe, state, batch)
-    updates, opt_state = recipe.optimizer.update(
-        learned.params, state.opt_state, state.params, value=learned.loss
-    )
+    with jax.named_scope("esper/optimizer"):
+        updates, opt_state = recipe.optimizer.update(
+            learned.params, state.opt_state, state.params, value=learned.loss
+        )
     parts, groups = recipe.parts, recipe.parts.groups
     counted = {n: _counted(s, learned.seeds[n]) for n, s in state.seeds.items()}
     seeds = parts.by_bed(state.seeds)

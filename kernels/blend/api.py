@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int
@@ -30,6 +31,7 @@ from esper_jax.parallel import collectives
 __all__ = ["blend", "takes_bias"]
 
 
+@jax.named_scope("esper/blend")
 def blend(
     y: Float[Array, "*B F"],
     bank: Bank,
