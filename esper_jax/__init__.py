@@ -12,12 +12,11 @@ from esper_jax.kernels.blend import blend
 from esper_jax.layers import ChunkedLayer, SeedBed, grow_capacity, harvest
 from esper_jax.layers.growable import make_growable
 from esper_jax.layers.variables import BlueprintParam, GraftProbe, SeedVariable
-from esper_jax.lifecycle.commands import Commands
+from esper_jax.lifecycle import Commands, Outcome, Signals, Stage
 from esper_jax.lifecycle.grafting import GraftConfig, Strategy
 from esper_jax.lifecycle.rules import LifecycleConfig
-from esper_jax.lifecycle.signals import Signals
-from esper_jax.lifecycle.stages import Outcome, Stage
 from esper_jax.lifecycle.state import SeedState, coefficients, init_seeds
+from esper_jax.monitor.monitor import Monitor
 from esper_jax.optim import per_slot
 from esper_jax.policy.config import ControllerConfig
 from esper_jax.train import Governor, GovernorConfig, build, fit, over_mesh
@@ -36,6 +35,7 @@ __all__ = [
     "GraftProbe",
     "Growth",
     "LifecycleConfig",
+    "Monitor",
     "Outcome",
     "SeedBed",
     "SeedState",
