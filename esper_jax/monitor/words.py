@@ -180,6 +180,9 @@ def drain(moves: SeedMoves, signals: Signals, config: LifecycleConfig) -> list[E
       One `Event` for each seed with a request, in the order of the seeds.
     """
     outcome = np.asarray(moves.outcome)
+    asked = np.flatnonzero(outcome != Outcome.NONE).tolist()
+    if not asked:  # as after most ticks
+        return []
     columns = {
         field.name: np.broadcast_to(getattr(signals, field.name), outcome.shape)
         for field in dataclasses.fields(signals)
@@ -193,7 +196,7 @@ def drain(moves: SeedMoves, signals: Signals, config: LifecycleConfig) -> list[E
         for (a, b), (_, tests) in gates(config).items()
     }
     found = []
-    for seed in np.flatnonzero(outcome != Outcome.NONE).tolist():
+    for seed in asked:
         before, wish = int(moves.source[seed]), int(moves.target[seed])
         names = {"epochs_in_stage": "epochs_in_stage", **reads.get((before, wish), {})}
         measured = {m: float(columns[field][seed]) for m, field in names.items()}
