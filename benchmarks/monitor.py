@@ -3,11 +3,12 @@
     PYTHONPATH=. python3 benchmarks/monitor.py [--rounds 40] [--steps 200]
 
 The arms take turns in one process on one program: a round is ``--steps`` steps of each.
-*wall* and *main* are the medians over rounds of the ratios, with quartiles: of the time
-of a step, and of the CPU time of the main thread, which other work on the machine
-disturbs less. *write* is what `Monitor.write` takes of the main thread, once a tick;
-*threads* is what the writers' own threads take, which a loop pays for only where it
-leaves no core idle. The writers are JSON lines, TensorBoard, and Prometheus, which
+*wall* is the ratio of the times of a step: the median over rounds, with quartiles.
+Other work on the machine disturbs it. *main* does without: to the time of a step
+without writers it adds what the main thread takes more CPU time for with them. *write*
+is what `Monitor.write` takes of the main thread, once a tick; *threads* is what the
+writers' own threads take, which a loop pays for only where it leaves no core idle. The
+writers are JSON lines, TensorBoard, and Prometheus, which
 another process scrapes every second (Weights & Biases needs a server).
 """
 
@@ -112,9 +113,8 @@ def alone(program: Program, monitor: Monitor, ticks: int = 200) -> tuple[float, 
     return 1e6 * main / ticks, 1e6 * (whole - main) / ticks
 
 
-def ratios(times: dict[str, list[tuple[float, float]]], which: int) -> str:
-    pairs = zip(times["all"], times["none"], strict=True)
-    low, middle, high = statistics.quantiles((a[which] / b[which] for a, b in pairs))
+def spread(ratios: list[float]) -> str:
+    low, middle, high = statistics.quantiles(ratios)
     return f"{middle:.3f} ({low:.3f} to {high:.3f})"
 
 
@@ -139,9 +139,12 @@ def main() -> None:
             times = compare(program, per_tick, args.steps, args.rounds, monitor)
             count = max(1, args.steps // per_tick) * per_tick
             step = statistics.median(wall for wall, _ in times["none"]) / count
+            pairs = list(zip(times["all"], times["none"], strict=True))
+            wall = [ours[0] / plain[0] for ours, plain in pairs]
+            typical = step * count
+            main = [1 + (ours[1] - plain[1]) / typical for ours, plain in pairs]
             print(
-                f"| {per_tick} | {1e3 * step:.2f} | {ratios(times, 0)} | "
-                f"{ratios(times, 1)} |",
+                f"| {per_tick} | {1e3 * step:.2f} | {spread(wall)} | {spread(main)} |",
                 flush=True,
             )
         write, threads = alone(program, monitor)

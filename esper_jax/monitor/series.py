@@ -136,11 +136,14 @@ SERIES = (
 )
 """All of them."""
 
-_PASSING = [stage for stage in Stage if LIVING[stage] and stage != Stage.FOSSILIZED]
-"""Stages that a seed should leave again."""
+_STAGES = [stage.name for stage in Stage]
+"""Names by code; an enum takes longer to tell them."""
+
+_PASSING = {s.name: int(s) for s in Stage if LIVING[s] and s != Stage.FOSSILIZED}
+"""Stages that a seed should leave again, and their codes."""
 
 _COUNTED: dict[str, list[str]] = {
-    "esper_transitions_total": [s.name for s in Stage],
+    "esper_transitions_total": _STAGES,
     "esper_refusals_total": [o.name for o in Outcome if o > Outcome.OK],
     "esper_rollbacks_total": [fault.name for fault in Fault if fault != Fault.NONE],
     "esper_nonfinite_ticks_total": [""],
@@ -186,7 +189,9 @@ class Meter:
         # Epochs are counted in the stage that the seed was in before.
         stay = np.where(stage == source, epochs, 0)
         living = LIVING[stage]
-        seeds = np.bincount(stage, minlength=NUM_STAGES)
+        seeds = np.bincount(stage, minlength=NUM_STAGES).tolist()
+        longest = np.zeros(NUM_STAGES)
+        np.maximum.at(longest, stage, stay)
         self._values = {
             "esper_ticks_total": {"": float(report.tick)},
             "esper_steps_total": {"": float(report.step)},
@@ -195,9 +200,9 @@ class Meter:
             "esper_held_out_accuracy": {} if np.isnan(accuracy) else {"": accuracy},
             "esper_step_seconds": self._step_seconds(int(report.step)),
             "esper_last_tick_timestamp_seconds": {"": time.time()},
-            "esper_seeds": {s.name: float(seeds[s]) for s in Stage},
+            "esper_seeds": dict(zip(_STAGES, map(float, seeds), strict=True)),
             "esper_longest_stay_ticks": {
-                s.name: float(stay[stage == s].max(initial=0)) for s in _PASSING
+                name: float(longest[code]) for name, code in _PASSING.items()
             },
             "esper_blended_seeds": {"": float(alpha.sum(dtype=np.float64))},
             **_by_layer(layers),
@@ -219,6 +224,8 @@ class Meter:
         return self._values | {name: dict(c) for name, c in self._counts.items()}
 
     def _count(self, name: str, kind: Any, codes: Any) -> None:
+        if not codes.size:
+            return
         for code, number in zip(*np.unique(codes, return_counts=True), strict=True):
             self._counts[name][kind(code).name] += float(number)
 
