@@ -11,6 +11,8 @@ import threading
 import time
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from reports import report, rollback, seeds, wait_for
@@ -80,6 +82,21 @@ def test_the_series_say_what_a_report_says():
     assert after["esper_transitions_total"]["ROLLED_BACK"] == 1
     assert after["esper_seeds"] == values["esper_seeds"]
     assert values["esper_rollbacks_total"]["JUMP"] == 0  # a record does not change
+
+
+def test_a_report_on_a_device_is_fetched():
+    kept = Kept()
+    with Monitor([kept]) as monitor:
+        monitor.write(jax.tree.map(jnp.asarray, report(1, {"a": [D, T]})))
+    seeds = kept.records[0].values["esper_seeds"]
+    assert (seeds["DORMANT"], seeds["TRAINING"]) == (1, 1)
+
+
+def test_without_writers_there_is_nothing_to_do():
+    with Monitor([]) as monitor:
+        assert monitor.write(report(1, {"a": [D]})) == []
+        monitor.write_rollback(rollback(1))
+    assert not monitor.lost
 
 
 def test_what_is_not_measured_is_left_out():
@@ -300,7 +317,9 @@ def test_a_run_that_goes_on_writes_its_lines_once(tmp_path):
     lines = lines_of(path)
     assert [line["tick"] for line in lines] == [1, 2, 3, 4]
     assert lines[0]["esper_held_out_loss"] is None  # JSON has no infinity
-    assert lines[0]["esper_seeds"]["DORMANT"] == 1
+    assert lines[0]["esper_seeds"] == {"DORMANT": 1}
+    assert lines[0]["esper_rollbacks_total"] == {}
+    assert lines[0]["esper_layer_living_seeds"] == {"a": 0}
     assert lines[0]["esper_blended_seeds"] == 0
     with path.open("a") as file:
         file.write('{"tick": 5, "st')

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
+import jax
 import numpy as np
 
 from esper_jax.growth.reports import TickReport
@@ -108,7 +109,8 @@ class Monitor:
         """Hands on what a tick says. Waits for no writer.
 
         Args:
-          report: of the tick, as `Growth.tick` returns it and `fit` hands it over.
+          report: of the tick, as `Growth.tick` returns it and `fit` hands it over. One
+        that is on a device is fetched, which waits for it.
           events: of the tick, if they are known already; by default the report's.
 
         Returns:
@@ -129,10 +131,13 @@ class Monitor:
                 f"{np.shape(report.tick)}: write them one by one"
             )
         self._check_open()
+        if isinstance(report.tick, jax.Array):
+            report = jax.device_get(report)
         if events is None:
             events = self._news.tick(report)
         self._at = int(report.tick), int(report.step)
-        self._hand_out(self._meter.tick(report), events)
+        if self._lanes:
+            self._hand_out(self._meter.tick(report), events)
         return events
 
     def write_rollback(self, rollback: Rollback) -> None:
@@ -168,8 +173,6 @@ class Monitor:
             raise ValueError("the monitor is closed: make a new one")
 
     def _hand_out(self, values: Values, events: Sequence[Mapping[str, Any]]) -> None:
-        if not self._lanes:
-            return
         lost = {lane.name: float(lane.lost) for lane in self._lanes}
         values = {**values, "esper_monitor_lost_total": lost}
         record = Record(*self._at, time.time(), values, events)

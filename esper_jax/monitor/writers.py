@@ -17,8 +17,14 @@ from typing import Any
 import numpy as np
 
 from esper_jax.monitor.protocol import Record
+from esper_jax.monitor.series import SERIES
 
 __all__ = ["JsonLines", "TensorBoard", "WeightsAndBiases", "optional"]
+
+_LABELLED = {series.name for series in SERIES if series.label}
+
+_SPARSE = {s.name for s in SERIES if s.label in ("stage", "to", "outcome", "fault")}
+"""Series whose labels are known; most values are 0, and most of a file would be."""
 
 _TOLD = 50
 """Lines of events that TensorBoard gets of one record, at most."""
@@ -47,7 +53,8 @@ class JsonLines:
     """Appends one JSON object for each record to a file.
 
     It has ``tick``, ``step``, ``time``, each series by its name (an object of values by
-    label, where it has one), and ``events``. ``null`` is not finite.
+    label, where it has one), and ``events``. ``null`` is not finite. Stages, outcomes
+    and faults that are left out are 0.
 
     Args:
       path: of the file; its folder must be there.
@@ -90,8 +97,12 @@ def _append(file: Any, data: bytes) -> None:
 def _line(record: Record) -> bytes:
     values: dict[str, Any] = {}
     for name, of in record.values.items():
-        finite = {k: v if np.isfinite(v) else None for k, v in of.items()}
-        values[name] = finite.get("") if set(of) <= {""} else finite
+        finite = {
+            label: value if np.isfinite(value) else None
+            for label, value in of.items()
+            if value or name not in _SPARSE
+        }
+        values[name] = finite if name in _LABELLED else finite.get("")
     told = {"tick": record.tick, "step": record.step, "time": record.time}
     return (json.dumps({**told, **values, "events": [*record.events]}) + "\n").encode()
 
@@ -106,9 +117,12 @@ def _cut(path: Path, after: int) -> None:
             return False
 
     scratch = path.with_name(path.name + ".tmp")
-    with path.open("rb") as old, scratch.open("wb") as new:
-        new.writelines(line for line in old if line.endswith(b"\n") and stays(line))
-    scratch.replace(path)
+    try:
+        with path.open("rb") as old, scratch.open("wb") as new:
+            new.writelines(x for x in old if x.endswith(b"\n") and stays(x))
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def _ends_within_a_line(file: Any) -> bool:
