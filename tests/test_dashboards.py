@@ -4,11 +4,14 @@ import json
 import re
 import shutil
 import subprocess
+import urllib.request
 from pathlib import Path
 
 import pytest
+from reports import report
 
-from esper_jax.monitor import DASHBOARDS, SERIES
+from esper_jax.monitor import DASHBOARDS, SERIES, Monitor, Prometheus
+from esper_jax.train.faults import Fault
 
 LABELS = {s.name: {s.label} - {""} for s in SERIES}
 TARGET = {"job", "instance"}
@@ -81,21 +84,23 @@ def test_the_alerts_read_series_that_are_there():
 
 
 def test_the_faults_and_stages_that_alerts_name_are_those_of_the_code():
-    from esper_jax.train.faults import Fault
-
     [named] = re.findall(r'fault=~"([^"]*)"', RULES)
     assert set(named.split("|")) <= set(Fault.__members__)
 
 
-def promtool(*arguments):
+def promtool(*arguments, told=""):
     tool = shutil.which("promtool")
     if tool is None:
         pytest.skip("promtool is not installed; Debian's package prometheus has it")
     ended = subprocess.run(
-        [tool, *map(str, arguments)], capture_output=True, text=True, timeout=60
+        [tool, *map(str, arguments)],
+        input=told,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    return ended.stdout
+    return ended.stdout + ended.stderr
 
 
 def test_prometheus_takes_the_rules_and_each_fires_when_it_should():
@@ -106,6 +111,15 @@ def test_prometheus_takes_the_rules_and_each_fires_when_it_should():
     assert "SUCCESS" in promtool("test", "rules", fixture)
     tested = fixture.read_text()
     assert all(name in tested for name in rules())
+
+
+def test_prometheus_finds_nothing_to_lint_in_what_is_served():
+    writer = Prometheus(port=0)
+    with Monitor([writer]) as monitor:
+        monitor.write(report(1, {"layers/0": [0, 2]}))
+        with urllib.request.urlopen(writer.url, timeout=10) as answer:
+            served = answer.read().decode()
+    assert promtool("check", "metrics", told=served) == ""
 
 
 def test_prometheus_can_read_what_the_dashboard_asks(tmp_path):

@@ -168,6 +168,17 @@ def test_a_terminal_shows_the_last_six_lines(terminal):
     ]
 
 
+def test_what_is_told_before_the_panel_stays_above_it(terminal):
+    view = LiveView(40, terminal)
+    view.note("metrics are at http://127.0.0.1:9464/metrics")
+    with view:
+        view.update(report(1, first=[0]), [event(1, f"event {i}") for i in range(9)])
+    shown = screen(terminal.file.getvalue())
+    assert shown[0] == "metrics are at http://127.0.0.1:9464/metrics"
+    assert shown[1].startswith("tick 1/40")
+    assert len(shown) == 1 + 6 + 6
+
+
 def test_a_terminal_is_given_back_when_training_fails(terminal):
     def train():
         with LiveView(40, terminal) as view:

@@ -337,6 +337,20 @@ def test_a_run_that_goes_on_writes_its_lines_once(tmp_path):
     assert (half, json.loads(last)["tick"]) == ('{"tick": 5, "st', 6)
 
 
+def test_json_lines_go_into_what_is_no_plain_file(tmp_path):
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    for after in (None, 8):  # nothing can be taken out of a pipe
+        with Monitor([JsonLines(path, after)]) as monitor:
+            monitor.write(report(1, {"a": [D]}))
+        assert json.loads(os.read(reader, 1 << 16))["tick"] == 1
+    os.close(reader)
+    with Monitor([JsonLines("/dev/full", after=8)]) as monitor:
+        monitor.write(report(1, {"a": [D]}))
+    assert "No space left on device" in monitor.lost["JsonLines"]["error"]
+
+
 def test_what_is_no_report_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with Monitor() as monitor:

@@ -126,8 +126,11 @@ class LiveView:
                 self._print(f"  {line}")
 
     def note(self, line: str) -> None:
-        """Shows a line; on a terminal from the next drawing on, among the last six."""
-        if self._live is None:
+        """Shows a line; on a terminal from the next drawing on, among the last six.
+
+        Before the view is entered, and after it is left, it is a line of its own.
+        """
+        if self._live is None or not self._live.is_started:
             self._print(line)
         else:
             self._recent.append(line)

@@ -67,7 +67,7 @@ class JsonLines:
 
     def __init__(self, path: str | os.PathLike[str], after: int | None = None) -> None:
         self._path = Path(path)
-        if after is not None and self._path.exists():
+        if after is not None and self._path.is_file():
             _cut(self._path, after)
         self._file = self._path.open("a+b", buffering=0)
         if _ends_within_a_line(self._file):  # a process was killed
@@ -126,8 +126,8 @@ def _cut(path: Path, after: int) -> None:
 
 
 def _ends_within_a_line(file: Any) -> bool:
-    if not file.seek(0, os.SEEK_END):
-        return False
+    if not file.seekable() or not file.seek(0, os.SEEK_END):
+        return False  # a pipe, or nothing
     file.seek(-1, os.SEEK_END)
     return bool(file.read(1) != b"\n")
 

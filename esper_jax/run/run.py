@@ -199,11 +199,12 @@ def _trained(
     batches = is_iterable(data.train)
     if jax.process_index():  # one of several processes shows it
         console = Console(quiet=True)
-    with LiveView(config.train.ticks, console) as view:
-        monitor, told = monitored
+    monitor, told = monitored
+    view = LiveView(config.train.ticks, console)
+    for line in told:
+        view.note(line)
+    with view:
         reporter = _Reporter(session, view, monitor)
-        for line in told:
-            view.note(line)
         try:
             return fit(
                 session.program,
