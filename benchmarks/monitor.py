@@ -4,12 +4,14 @@
 
 The arms take turns in one process on one program: a round is ``--steps`` steps of each.
 *wall* is the ratio of the times of a step: the median over rounds, with quartiles.
-Other work on the machine disturbs it. *main* does without: to the time of a step
-without writers it adds what the main thread takes more CPU time for with them. *write*
-is what `Monitor.write` takes of the main thread, once a tick; *threads* is what the
-writers' own threads take, which a loop pays for only where it leaves no core idle. The
-writers are JSON lines, TensorBoard, and Prometheus, which
-another process scrapes every second (Weights & Biases needs a server).
+Other work on the machine disturbs it, the other two less. *cpu* is the ratio of the CPU
+times of all threads, which is what a loop pays whose device is the same cores. *main*
+is what one pays whose device is another: to the time of a step without writers it adds
+what the main thread takes more CPU time for with them. *write* is what `Monitor.write`
+takes of the main thread, once a tick; *threads* is what the writers' own threads take.
+
+The writers are JSON lines, TensorBoard, and Prometheus, which another process scrapes
+every second (Weights & Biases needs a server).
 """
 
 import argparse
@@ -44,6 +46,7 @@ while True:
 """
 
 OnTick = Callable[[Any, Any], Any]
+Times = tuple[float, float, float]
 
 
 def rows(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -69,28 +72,30 @@ def all_writers() -> Iterator[Monitor]:
 
 def timed(
     program: Program, data: Any, held_out: Any, ticks: int, on_tick: OnTick
-) -> tuple[float, float]:
-    """Wall time, and CPU time of the main thread, of a run of so many ticks."""
+) -> Times:
+    """Wall time, and CPU time of all threads and of the main one, of so many ticks."""
     state = program.init(jax.random.key(0))
     jax.block_until_ready(state.params)
-    wall, main = time.perf_counter(), time.thread_time()
+    clocks = (time.perf_counter, time.process_time, time.thread_time)
+    began = [clock() for clock in clocks]
     state = fit(
         program, state, data, held_out, ticks=ticks, batch_size=BATCH, on_tick=on_tick
     )
     jax.block_until_ready(state.params)
-    return time.perf_counter() - wall, time.thread_time() - main
+    wall, cpu, main = (clock() - b for clock, b in zip(clocks, began, strict=True))
+    return wall, cpu, main
 
 
 def compare(
     program: Program, per_tick: int, steps: int, rounds: int, monitor: Monitor
-) -> dict[str, list[tuple[float, float]]]:
+) -> dict[str, list[Times]]:
     """Both arms' times of each round."""
     data, held_out = rows(BATCH * per_tick, 0), rows(BATCH, 1)
     arms: dict[str, OnTick] = {
         "none": lambda state, report: None,
         "all": lambda state, report: monitor.write(report),
     }
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in arms}
+    found: dict[str, list[Times]] = {name: [] for name in arms}
     for number in range(rounds + 1):
         for name in sorted(arms, reverse=bool(number % 2)):
             ticks = max(1, steps // per_tick)
@@ -132,19 +137,21 @@ def main() -> None:
         f"{platform.python_version()}, jax {jax.__version__}; {args.rounds} rounds of "
         f"{args.steps} steps\n"
     )
-    print("| steps a tick | step ms, no writer | with all: wall | main |")
-    print("|---|---|---|---|")
+    print("| steps a tick | step ms, no writer | with all: wall | cpu | main |")
+    print("|---|---|---|---|---|")
     with all_writers() as monitor:
         for per_tick in (10, 50, 200):
             times = compare(program, per_tick, args.steps, args.rounds, monitor)
             count = max(1, args.steps // per_tick) * per_tick
-            step = statistics.median(wall for wall, _ in times["none"]) / count
+            step = statistics.median(wall for wall, *_ in times["none"]) / count
             pairs = list(zip(times["all"], times["none"], strict=True))
             wall = [ours[0] / plain[0] for ours, plain in pairs]
             typical = step * count
-            main = [1 + (ours[1] - plain[1]) / typical for ours, plain in pairs]
+            cpu = [ours[1] / plain[1] for ours, plain in pairs]
+            main = [1 + (ours[2] - plain[2]) / typical for ours, plain in pairs]
             print(
-                f"| {per_tick} | {1e3 * step:.2f} | {spread(wall)} | {spread(main)} |",
+                f"| {per_tick} | {1e3 * step:.2f} | {spread(wall)} | {spread(cpu)} | "
+                f"{spread(main)} |",
                 flush=True,
             )
         write, threads = alone(program, monitor)

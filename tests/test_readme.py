@@ -153,6 +153,7 @@ def test_the_benchmarks_of_results_exist():
             "growth",
             "lifecycle",
             "model",
+            "monitor",
             "scaling",
         )
     }
