@@ -369,6 +369,34 @@ def test_what_is_no_report_is_refused(tmp_path, monkeypatch):
         Prometheus(port=None)
 
 
+@pytest.mark.parametrize(
+    ("writers", "said"),
+    [
+        (Kept(), " must be a list of writers, got Kept; put a single one into a list"),
+        ("metrics.jsonl", " must be a list of writers, got str"),
+        (
+            [Kept(), print],
+            r"\[1\] must be an object with write.*<built-in function pri",
+        ),
+        ([JsonLines], r"\[0\] must be an object with .*JsonLines\(path\); got <class"),
+    ],
+)
+def test_what_is_no_writer_is_refused(writers, said):
+    before = threading.active_count()
+    with pytest.raises(TypeError, match=f"writers{said}"):
+        Monitor(writers)
+    assert threading.active_count() == before
+
+
+def test_a_rollback_before_the_first_tick_is_a_record():
+    kept = Kept()
+    with Monitor([kept]) as monitor:
+        monitor.write_rollback(rollback(1))
+    [record] = kept.records
+    assert record.values["esper_rollbacks_total"]["TRAIN_LOSS"] == 1
+    assert "esper_train_loss" not in record.values
+
+
 def test_a_forked_child_leaves_the_threads_alone(monkeypatch):
     monitor = Monitor([Kept()])
     parent = os.getpid()

@@ -52,6 +52,7 @@ class Monitor:
       patience: seconds that `close` waits for all writers together.
 
     Raises:
+      TypeError: if ``writers`` are none.
       ValueError: if ``room`` is below 1, or ``patience`` is not a number of seconds.
     """
 
@@ -72,6 +73,7 @@ class Monitor:
             )
         if writers is None:
             writers = [JsonLines("metrics.jsonl")]
+        _check_writers(writers)
         self._patience = patience
         self._news = News(lifecycle_config or LifecycleConfig())
         self._meter = Meter()
@@ -258,6 +260,22 @@ class _Lane:
         if self._error is None:
             first = (str(error).splitlines() or [""])[0][:200]
             self._error = f"{type(error).__name__}: {first}".removesuffix(": ")
+
+
+def _check_writers(writers: Any) -> None:
+    """Refuses what would only fail in a thread, where nobody sees it."""
+    if not isinstance(writers, Sequence) or isinstance(writers, str | bytes):
+        raise TypeError(
+            f"writers must be a list of writers, got {type(writers).__name__}; put a "
+            "single one into a list"
+        )
+    for number, writer in enumerate(writers):
+        for name in ("write", "close"):
+            if isinstance(writer, type) or not callable(getattr(writer, name, None)):
+                raise TypeError(
+                    f"writers[{number}] must be an object with write(record) and "
+                    f"close(), such as JsonLines(path); got {writer!r:.80}"
+                )
 
 
 def _named(writers: Sequence[Writer]) -> Iterator[tuple[str, Writer]]:
