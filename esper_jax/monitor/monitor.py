@@ -96,12 +96,13 @@ class Monitor:
 
     @property
     def lost(self) -> dict[str, dict[str, Any]]:
-        """What was lost so far, for each writer that lost something.
+        """What was lost so far, for each writer that lost something or failed.
 
         ``records`` lost of how many it was ``given``, and the first ``error``, None
         where it only was too slow. After `close`, what was not written by then is lost.
         """
-        return {lane.name: lane.account() for lane in self._lanes if lane.lost}
+        accounts = {lane.name: lane.account() for lane in self._lanes}
+        return {n: a for n, a in accounts.items() if a["records"] or a["error"]}
 
     def write(
         self,
@@ -112,7 +113,7 @@ class Monitor:
 
         Args:
           report: of the tick, as `Growth.tick` returns it and `fit` hands it over. One
-        that is on a device is fetched, which waits for it.
+            that is on a device is fetched, which waits for it.
           events: of the tick, if they are known already; by default the report's.
 
         Returns:
