@@ -14,6 +14,7 @@ The `Bank` of a layer holds the parameters of its ``K`` slots.
 """
 
 from esper_jax.blueprints.adapters import group, lora, neurons
+from esper_jax.blueprints.aim import aim, aiming, aims, collect, collected
 from esper_jax.blueprints.bank import (
     Bank,
     dense_masks,
@@ -41,8 +42,13 @@ __all__ = [
     "Custom",
     "Dense",
     "affine",
+    "aim",
+    "aiming",
+    "aims",
     "bottleneck",
     "bound",
+    "collect",
+    "collected",
     "context",
     "context_glu",
     "dense_masks",

@@ -3,6 +3,8 @@
 To add one, write a function here that returns an `Adapter`, and register it.
 """
 
+from typing import Literal
+
 from esper_jax.blueprints.kinds import Adapter
 from esper_jax.blueprints.registry import register
 
@@ -24,12 +26,20 @@ def neurons(*, hidden: int = 8, activation: str = "gelu") -> Adapter:
     )
 
 
-def lora(*, rank: int = 4, scaling: float = 1.0) -> Adapter:
+def lora(
+    *,
+    rank: int = 4,
+    scaling: float = 1.0,
+    start: Literal["random", "gradient"] = "random",
+) -> Adapter:
     """``scaling * B A x`` of the layer's input ``x`` (LoRA, arXiv:2106.09685).
 
     The matrices of `low_rank` act on the output of a chunk; these on the whole kernel.
+    With ``start="gradient"``, `A` begins as left singular vectors of its gradient.
     """
-    return Adapter(name="lora", hidden=rank, reads="input", scaling=scaling)
+    return Adapter(
+        name="lora", hidden=rank, reads="input", scaling=scaling, start=start
+    )
 
 
 for _make in (group, neurons, lora):

@@ -142,6 +142,10 @@ class Adapter:
       activation: a key of `ACTIVATIONS`.
       bias: whether ``b1`` and ``b2`` are used.
       scaling: of the correction.
+      start: what a newborn begins from. ``"random"``: ``W1`` LeCun-normal. Or
+        ``"gradient"``, without activation and bias: ``W1`` is the left singular vectors
+        of the gradient of the layer's kernel, summed over the steps in which the seed
+        is GERMINATED; see `blueprints.aim`. ``W2`` is 0 when it begins to train.
       inputs: width of the layer's input, which a layer fills in if it knows.
     """
 
@@ -151,6 +155,7 @@ class Adapter:
     activation: str = "identity"
     bias: bool = False
     scaling: float = 1.0
+    start: Literal["random", "gradient"] = "random"
     inputs: int | None = None
 
     def __post_init__(self) -> None:
@@ -169,6 +174,16 @@ class Adapter:
         if not (math.isfinite(self.scaling) and self.scaling != 0):
             raise ValueError(
                 f"scaling must be a finite number other than 0, got {self.scaling!r}"
+            )
+
+        if self.start not in ("random", "gradient"):
+            raise ValueError(
+                f"start must be 'random' or 'gradient', got {self.start!r}"
+            )
+        if self.start == "gradient" and (self.bias or self.activation != "identity"):
+            raise ValueError(
+                "start='gradient' takes a part of two matrices: bias must be False and "
+                f"activation 'identity'; got {self.bias} and {self.activation!r}"
             )
 
     def bound(self, inputs: int | None) -> "Adapter":
@@ -193,9 +208,17 @@ class Adapter:
         return width
 
     def fresh(self, key: Any, width: int, features: int | None) -> dict[str, Array]:
-        """New parameters: ``W1`` is LeCun-normal, all else 0."""
+        """New parameters: ``W1`` is LeCun-normal, all else 0.
+
+        One that starts in the gradient's direction has ``W1`` 0 and ``W2`` random.
+        """
         written = width if features is None else features
         read = self.width_read(written)
+        if self.start == "gradient":
+            return {
+                "w1": jnp.zeros((read, self.hidden), jnp.float32),
+                "w2": jax.random.normal(key, (self.hidden, written), jnp.float32),
+            }
         w1 = jax.random.normal(key, (read, self.hidden), jnp.float32)
         params = {
             "w1": w1 / math.sqrt(read),

@@ -15,8 +15,9 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int, Key, UInt
 
+from esper_jax.blueprints import aims
 from esper_jax.groups import flat_slots
-from esper_jax.growth.births import births, born_in
+from esper_jax.growth.births import births, born_in, collected_by, starting
 from esper_jax.growth.measure import asked_for_worth
 from esper_jax.growth.parts import ModelParts
 from esper_jax.growth.recipe import Recipe, check_measured, policy_for, what_is_read
@@ -26,6 +27,7 @@ from esper_jax.growth.tick import Seen, advance
 from esper_jax.growth.update import BankGradients, Learned, update_banks
 from esper_jax.growth.watch import StepGradients, start_monitor, watch
 from esper_jax.lifecycle.rules import LifecycleConfig
+from esper_jax.lifecycle.stages import Stage
 from esper_jax.lifecycle.state import SeedState, slot_coefficients
 from esper_jax.optim import PerSlot, per_slot
 from esper_jax.policy.interface import Policy, PolicyFactory
@@ -263,7 +265,11 @@ def _tick(
         for path, (alpha, slots) in asked.items()
     }
     seen = Seen(
-        jnp.float32(loss), jnp.float32(score), groups.join(worth), jnp.ones((), bool)
+        jnp.float32(loss),
+        jnp.float32(score),
+        groups.join(worth),
+        jnp.ones((), bool),
+        _what_was_collected(recipe, before, values),
     )
     drifts = parts.host_params() if recipe.wants("drift") else ()
     host = {name: values[name] for name in drifts}
@@ -272,7 +278,7 @@ def _tick(
     )
     after, report = jax.device_get((after, report))
     new, moments = parts.put_beds("seeds", groups.part(after)), remembered.moments
-    if any(np.any(born_in(before[key], after[key])) for key in before):
+    if _changes_banks(recipe, before, after):
         banks = groups.join(jax.device_get(parts.take_beds(values, "bank")))
         banks, moments = _births(recipe, (before, after), banks, moments, birth)
         new |= parts.put_beds("bank", groups.part(jax.device_get(banks)))
@@ -283,6 +289,31 @@ def _tick(
 
 _advance = jax.jit(advance, static_argnums=0)
 _births = jax.jit(births, static_argnums=0)
+_starting = jax.jit(starting, static_argnums=0)
+_collected = jax.jit(collected_by, static_argnums=0)
+
+
+def _what_was_collected(
+    recipe: Recipe, seeds: dict[str, SeedState], values: Arrays
+) -> dict[str, Any]:
+    """What each layer's newborn parts collected; NaN where nothing was."""
+    parts = recipe.parts
+    newborn = any(np.any(s.stage == Stage.GERMINATED) for s in seeds.values())
+    if newborn and any(map(aims, parts.kinds.values())):
+        banks = jax.device_get(parts.take_beds(values, "bank"))
+        collected = _collected(recipe, seeds, parts.groups.join(banks))
+        return jax.device_get(collected)
+    return {key: np.full(len(s.stage), np.nan, np.float32) for key, s in seeds.items()}
+
+
+def _changes_banks(
+    recipe: Recipe, before: dict[str, SeedState], after: dict[str, SeedState]
+) -> bool:
+    """Whether something was born, or got its direction."""
+    if any(np.any(born_in(before[key], after[key])) for key in before):
+        return True
+    starts = jax.device_get(_starting(recipe, before, after))
+    return any(np.any(which) for which in starts.values())
 
 
 def _placed(new: Arrays, old: Arrays) -> Arrays:

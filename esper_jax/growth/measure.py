@@ -94,7 +94,9 @@ def group_signals(
     recipe: Recipe,
     seeds: Mapping[str, SeedState],
     old: Monitor,
-    worth: Mapping[str, Float[Array, "L K"]],
+    of_slots: tuple[
+        Mapping[str, Float[Array, "L K"]], Mapping[str, Float[Array, " L"]]
+    ],
     measured: Measured,
 ) -> tuple[dict[str, SeedState], dict[str, Signals]]:
     """The signals of all seeds, and the seeds with the tick's sums absorbed.
@@ -103,11 +105,13 @@ def group_signals(
       recipe: holds the model and says what is measured.
       seeds: before the tick, by group.
       old: the running measurements before the tick.
-      worth: of the seed in each slot, by group; NaN where it was not measured.
+      of_slots: worth of the seed in each slot, NaN where it was not measured; and what
+        each layer's newborn parts collected; both by group.
       measured: what all seeds share.
     """
+    worth, collected = of_slots
     costs = recipe.costs()
-    of_host = _of_host(recipe, old, measured)
+    of_host = _of_host(recipe, old, measured, collected)
     steps, common = sampled(recipe, old), measured.common
     absorbed, signals = {}, {}
     for key, state in seeds.items():
@@ -123,9 +127,16 @@ class _OfHost(NamedTuple):
 
     drift: Float[Array, "*L"]
     sums: GradientSums
+    weight: Float[Array, "*L"]
+    """Mean squared norm of the kernel's gradient."""
 
 
-def _of_host(recipe: Recipe, old: Monitor, measured: Measured) -> dict[str, _OfHost]:
+def _of_host(
+    recipe: Recipe,
+    old: Monitor,
+    measured: Measured,
+    collected: Mapping[str, Float[Array, " L"]],
+) -> dict[str, _OfHost]:
     """By group; NaN where it was not measured."""
     groups, drift, sums = recipe.parts.groups, measured.drift, old.gradients
     of = {}
@@ -133,7 +144,8 @@ def _of_host(recipe: Recipe, old: Monitor, measured: Measured) -> dict[str, _OfH
         count, seeds = len(group.layers), recipe.parts.layouts[key].num_seeds
         each = jnp.full(count, jnp.nan, jnp.float32)
         every = jnp.full((count, seeds), jnp.nan, jnp.float32)
-        of[key] = _OfHost(each, GradientSums(each, every, every))
+        weight = collected[key] / _or_nan(old.steps) ** 2
+        of[key] = _OfHost(each, GradientSums(each, every, every), weight)
     if recipe.wants("drift"):
         of = {k: of[k]._replace(drift=d) for k, d in groups.stack(drift).items()}
     if sums:
@@ -188,6 +200,7 @@ def _layer_signals(
         gain=_by_seed(layer, -layer.gain / calls),
         gradient_ratio=gradients.gradient_ratio(of.sums, layer),
         chunk_gradient=gradients.chunk_gradient(of.sums, steps),
+        weight_gradient=jnp.full_like(parameters, of.weight),
         parameters=parameters,
         operations=operations(parameters),
     )

@@ -153,6 +153,7 @@ class ModelParts:
                 costs=blueprints.param_counts(
                     self.kinds[layer], self.layouts[layer].sizes
                 ),
+                aims=tuple(blueprints.aims([kind]) for kind in self.kinds[layer]),
             )
             for layer, bed in self.beds.items()
         }

@@ -34,6 +34,8 @@ class Seen(NamedTuple):
     """Worth of the seed in each slot, by group; NaN where it was not measured."""
     agree: Bool[Array, ""]
     """Whether all devices hold the same state, as far as that was looked at."""
+    collected: dict[str, Float[Array, " L"]]
+    """What each layer's newborn parts collected of the gradient, by group."""
 
 
 class Advanced(NamedTuple):
@@ -69,7 +71,9 @@ def advance(
     old = state.monitor
     with jax.named_scope("esper/signals"):
         measured = measure(recipe, old, host, seen.loss, seen.accuracy)
-        seeds, signals = group_signals(recipe, seeds, old, seen.worth, measured)
+        seeds, signals = group_signals(
+            recipe, seeds, old, (seen.worth, seen.collected), measured
+        )
     with jax.named_scope("esper/lifecycle"):
         older = jax.vmap(functools.partial(lifecycle.age, config=recipe.gates))
         aged = {key: older(seeds[key], signal) for key, signal in signals.items()}

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, UInt
 
-from esper_jax.blueprints import Bank
+from esper_jax.blueprints import Bank, aiming, aims, collect
 from esper_jax.groups import flat_slots, slots_of_layers
 from esper_jax.growth.recipe import Recipe
 from esper_jax.lifecycle.stages import Stage
@@ -63,8 +63,10 @@ def update_banks(
       **extra: for the optimizer: ``step``, the run's, and ``value``, the loss.
     """
     stage = jnp.concatenate([state.stage.reshape(-1) for state in seeds.values()])
+    collects = any(map(aims, recipe.parts.kinds.values()))
+    first = Stage.GERMINATED if collects else Stage.TRAINING
     return jax.lax.cond(
-        jnp.any((stage >= Stage.TRAINING) & (stage <= Stage.FOSSILIZED)),
+        jnp.any((stage >= first) & (stage <= Stage.FOSSILIZED)),
         lambda: _learn(recipe, seeds, learned, grads, extra),
         lambda: learned,
     )
@@ -81,6 +83,7 @@ def _learn(
     owners = groups.join({p: _owners(state) for p, state in seeds.items()})
     joined = groups.join(grads.banks), groups.join(grads.gains)
     banks, moments = groups.join(learned.banks), dict(learned.moments)
+    collecting = _collecting(recipe, seeds)
     wrong = {}
     for key, (alpha, beta) in owners.items():
         bank_grads, gains = joined[0][key], joined[1][key]
@@ -103,6 +106,9 @@ def _learn(
         banks[key], moments[key] = jax.lax.cond(
             jnp.any(learning), update, lambda key=key: (banks[key], moments[key])
         )
+        if key in collecting:
+            where, kinds = collecting[key] & finite, recipe.parts.kinds[key]
+            banks[key] = collect(banks[key], bank_grads, where, kinds)
     return Learned(
         banks=groups.part(banks),
         gains={key: old + joined[1][key] for key, old in learned.gains.items()},
@@ -111,6 +117,18 @@ def _learn(
         },
         moments=moments,
     )
+
+
+def _collecting(
+    recipe: Recipe, seeds: dict[str, SeedState]
+) -> dict[str, Bool[Array, "L K"]]:
+    """Slots that collect the gradient, of the groups in which there may be some."""
+    joined = recipe.parts.groups.join(seeds)
+    return {
+        key: jax.vmap(functools.partial(aiming, blueprints=kinds))(joined[key])
+        for key in joined
+        if aims(kinds := recipe.parts.kinds[key])
+    }
 
 
 def _owners(state: SeedState) -> tuple[Float[Array, "*stack K"], ...]:

@@ -9,7 +9,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float
 
-from esper_jax.blueprints import Blueprint, bound, init_bank, resolve
+from esper_jax.blueprints import Blueprint, aiming, aims, bound, init_bank, resolve
 from esper_jax.chunks import ChunkLayout
 from esper_jax.kernels.blend import (
     blend,
@@ -120,6 +120,11 @@ class SeedBed(nnx.Module):
             raise ValueError(
                 f"incubation must be one of {get_args(Incubation)}, got {incubation!r}"
             )
+        if incubation == "reconstruction" and aims(self.blueprints):
+            raise ValueError(
+                "incubation must be 'task' for blueprints with start='gradient', whose "
+                "direction is that of the task's loss; got 'reconstruction'"
+            )
         self.incubation = incubation
         check_statistics_rows(statistics_rows)
         self.statistics_rows = statistics_rows
@@ -159,6 +164,8 @@ class SeedBed(nnx.Module):
         # Inside raw JAX transforms (jax.vmap, lax.scan, ...) nothing can be written.
         records = not self.deterministic and self.seeds.writable
         alpha, beta, blueprint = slot_coefficients(seeds)
+        if aims(self.blueprints):
+            beta = jnp.where(aiming(seeds, self.blueprints), 1.0, beta)
         out, statistics, reconstruction = blend(
             y,
             self.bank.get_value(),

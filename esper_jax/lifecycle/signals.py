@@ -59,6 +59,10 @@ class Signals:
     chunk_gradient: Float[Array, "..."]
     """Gradient norm of the host weights that write the chunk, averaged over this tick's
     steps."""
+    weight_gradient: Float[Array, "..."]
+    """Squared Frobenius norm of the gradient of the layer's kernel, averaged over this
+    tick's steps: what a newborn blueprint that starts in the gradient's direction has
+    collected."""
     parameters: Float[Array, "..."]
     """Parameters of a living seed's blueprint."""
     operations: Float[Array, "..."]

@@ -35,11 +35,14 @@ class LayerShape:
       num_seeds: ``S``.
       capacity: ``K``.
       costs: parameters of each of its ``N`` blueprints on each chunk.
+      aims: which of them start in the gradient's direction, and so have to wait for a
+        gradient; empty for none.
     """
 
     num_seeds: int
     capacity: int
     costs: Int[np.ndarray, "N S"]
+    aims: tuple[bool, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

@@ -1,15 +1,17 @@
 """Everywhere at once, then keep the best: births early and wide, few kept.
 
-At the first tick a part is born in every place, or in a sample of them. For a number of
-ticks all count and learn together. Then each is judged by how much worse the held-out
-loss is without it, for each of its parameters. The best within the budget stay.
+At the first tick a part is born in every place, or in a sample of them. They are judged
+for each of their parameters: by how much worse the held-out loss is without the part,
+after all have counted and learned together for a number of ticks; or, before any of
+them learns, by the gradient of the kernel that it stands beside. The best within the
+budget stay.
 """
 
 import dataclasses
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -37,10 +39,15 @@ class TrialConfig:
     """Numbers of a trial; hashable.
 
     Args:
-      ticks: how long all parts count and learn together before they are judged.
+      judge: what decides which parts are kept. ``"worth"``: the loss without each,
+        after ``ticks``. ``"gradient"``: of newborns with ``start="gradient"``, the
+        squared norm of the gradient of the layer's kernel, divided by how many parts
+        the layer has with it. ``"random"``: nothing, of newborns; for comparison.
+      ticks: how long parts count and learn together before they are judged by worth,
+        or before those that are judged already settle.
       budget: most parameters that are kept; -1 for no limit.
-      rent: worth that a part must have for each of its parameters to be kept, in units
-        of the held-out loss.
+      rent: what ``judge`` measures that a part must have for each of its parameters to
+        be kept; for worth, in units of the held-out loss.
       blueprint: index of the blueprint that is tried.
       share: of the places that are tried, drawn at random; above 0, at most 1.
 
@@ -48,6 +55,7 @@ class TrialConfig:
       ValueError: naming the field that is out of its range.
     """
 
+    judge: Literal["worth", "gradient", "random"] = "worth"
     ticks: int = 8
     budget: int = -1
     rent: float = 0.0
@@ -55,6 +63,9 @@ class TrialConfig:
     share: float = 1.0
 
     def __post_init__(self) -> None:
+        judges = get_args(type(self).__annotations__["judge"])
+        if self.judge not in judges:
+            raise ValueError(f"judge must be one of {judges}, got {self.judge!r}")
         for name, least in (("ticks", 1), ("budget", -1), ("blueprint", 0)):
             value = getattr(self, name)
             whole = isinstance(value, int) and not isinstance(value, bool)
@@ -111,13 +122,14 @@ def trial(config: TrialConfig | None = None) -> PolicyFactory:
     """A trial as a policy for any model.
 
     The parts are born at the first tick, begin to learn at the second and to count at
-    the third: call ``tick`` three times before the first step to begin at once. They
-    count and learn in GRAFTING for ``ticks``, at each of which the held-out data are
-    evaluated once for each part: one long tick is cheapest. Then those that are not
-    kept are rolled back. The others pass STABILIZATION and EVALUATING as the gates
-    allow, and learn on in FINE_TUNING. Nothing is born any more, and
-    `Program.grow_capacity` gives back the slots of `build`. Use it with gates that let
-    parts through (`trial_lives`).
+    the third: call ``tick`` three times before the first step to begin at once. Those
+    with ``start="gradient"`` wait for steps after the first. They count and learn in
+    GRAFTING for ``ticks``, at each of which the held-out data are evaluated once for
+    each part: one long tick is cheapest. Then those that are not kept are rolled back,
+    or cancelled at the second tick if they are judged newborn. The others pass
+    STABILIZATION and EVALUATING as the gates allow, and learn on in FINE_TUNING.
+    Nothing is born any more, and `Program.grow_capacity` gives back the slots of
+    `build`. Use it with gates that let parts through (`trial_lives`).
 
     Args:
       config: its numbers.
@@ -131,10 +143,9 @@ def trial(config: TrialConfig | None = None) -> PolicyFactory:
     def make(setting: Setting) -> Policy:
         _check(setting, numbers)
         groups = setting.groups or Groups.alone(tuple(setting.layers))
-        costs = {
-            key: setting.layers[group.layers[0]].costs
-            for key, group in groups.of.items()
-        }
+        shapes_of = {k: setting.layers[g.layers[0]] for k, g in groups.of.items()}
+        costs = {key: shape.costs for key, shape in shapes_of.items()}
+        aims = {key: numbers.blueprint in _aiming(s) for key, s in shapes_of.items()}
 
         def init(shapes: Mapping[str, LayerShape], key: Key[Array, ""]) -> TrialMemory:
             _check_room(shapes, numbers)  # afterwards slots may be given back
@@ -151,7 +162,7 @@ def trial(config: TrialConfig | None = None) -> PolicyFactory:
             memory: TrialMemory,
         ) -> tuple[dict[str, Commands], TrialMemory]:
             seen = Seen(groups, seeds, signals, costs)
-            return _decide(seen, memory, numbers, setting.gates)
+            return _decide(seen, memory, numbers, (setting.gates, aims))
 
         return Policy(init, decide, reads=frozenset(), stacked=True)
 
@@ -175,42 +186,63 @@ def _check(setting: Setting, config: TrialConfig) -> None:
                 f"blueprint must be an index into the {len(layer.costs)} blueprints of "
                 f"layer {name!r}, got {config.blueprint}"
             )
+        if config.judge == "gradient" and config.blueprint not in _aiming(layer):
+            raise ValueError(
+                "judge='gradient' reads what parts with start='gradient' collect; in "
+                f"layer {name!r}, blueprint {config.blueprint} is none. Try "
+                "lora(start='gradient')"
+            )
+
+
+def _aiming(layer: LayerShape) -> list[int]:
+    """Indices of the blueprints that wait for a gradient."""
+    return [i for i, aims in enumerate(layer.aims) if aims]
 
 
 def _decide(
-    seen: Seen, memory: TrialMemory, config: TrialConfig, gates: LifecycleConfig
+    seen: Seen,
+    memory: TrialMemory,
+    config: TrialConfig,
+    fixed: tuple[LifecycleConfig, Mapping[str, bool]],
 ) -> tuple[dict[str, Commands], TrialMemory]:
+    gates, aims = fixed
     groups, seeds, signals, _ = seen
     widths = {name: s.num_seeds for name, s in seeds.items()}
-    key, places = jax.random.split(memory.key)
+    key, places, lots = jax.random.split(memory.key, 3)
     stage = groups.flat({name: s.stage for name, s in seeds.items()})
-    age = groups.flat({name: s.epochs_in_stage for name, s in seeds.items()})
     drawn = jax.random.uniform(places, stage.shape) < config.share
     birth = drawn & (stage == Stage.DORMANT) & ~memory.begun
-    # All are judged together, when all have had their time.
-    grafted = stage == Stage.GRAFTING
-    early = (stage == Stage.GERMINATED) | (stage == Stage.TRAINING)
-    ticks = max(config.ticks, gates.min_epochs[Stage.GRAFTING])
-    early |= grafted & (age.astype(jnp.int32) < ticks)
-    measured = jnp.isfinite(_worth(seen)) & grafted  # else waits for the next tick
-    judges = ~memory.judged & jnp.any(measured) & ~jnp.any(early)
-    verdict = jnp.where(_kept(seen, config), Stage.STABILIZATION, Stage.ROLLED_BACK)
-    verdict = jnp.where(grafted & judges, verdict, NO_REQUEST)
+    ready = {name: _ready(seeds[name], signals[name], aims[name]) for name in seeds}
+    judges, which = _judged(seen, memory, config, (gates, groups.flat(ready)))
+    rate = _rate(seen, config, which, lots)
+    young = Stage.STABILIZATION if config.judge == "worth" else Stage.TRAINING
+    old = Stage.ROLLED_BACK if config.judge == "worth" else Stage.CANCELLED
+    verdict = jnp.where(_kept(seen, config, rate), young, old)
+    verdict = jnp.where(which & judges, verdict, NO_REQUEST)
     verdict = jnp.where(birth, Stage.GERMINATED, verdict)
     asked = groups.unflat(verdict, widths)
+    judged = memory.judged | judges
 
-    def target(state: SeedState, signals: Signals, asked: Array) -> Array:
+    def target(
+        state: SeedState, signals: Signals, asked: Array, ready: Array
+    ) -> Int[Array, " S"]:
         on = _advance(state, signals, gates)
+        waits = (state.stage == Stage.GERMINATED) & ~ready
+        if config.judge != "worth":
+            waits |= (state.stage == Stage.GERMINATED) & ~judged
+            settled = state.epochs_in_stage.astype(jnp.int32) >= config.ticks
+            settled &= (state.stage == Stage.GRAFTING) & judged
+            on = jnp.where(settled, Stage.STABILIZATION, on)
+        on = jnp.where(waits, NO_REQUEST, on)
         return jnp.where(asked == NO_REQUEST, on, asked).astype(jnp.int8)
 
     commands = {}
     for name, state in seeds.items():
-        goal = jax.vmap(target)(state, signals[name], asked[name])
+        goal = jax.vmap(target)(state, signals[name], asked[name], ready[name])
         nothing = jnp.full(goal.shape, NO_REQUEST, jnp.int8)
         born = goal == Stage.GERMINATED
         kind = jnp.where(born, config.blueprint, NO_REQUEST).astype(jnp.int8)
         commands[name] = Commands(target=goal, blueprint=kind, strategy=nothing)
-    judged = memory.judged | judges
     return commands, TrialMemory(
         begun=memory.begun | jnp.any(birth),
         judged=judged,
@@ -221,25 +253,75 @@ def _decide(
     )
 
 
-def _kept(seen: Seen, config: TrialConfig) -> Bool[Array, " P"]:
-    """Which parts are kept if they are judged now, over all places.
+def _ready(state: SeedState, signals: Signals, aims: bool) -> Bool[Array, "L S"]:
+    """Whether a newborn has what it waits for."""
+    if not aims:
+        return jnp.ones(state.stage.shape, bool)
+    return jnp.isfinite(signals.weight_gradient)
 
-    In the order of worth for each parameter. One that the budget does not cover is
-    passed over for those after it that it does.
-    """
-    groups, seeds, _, costs = seen
+
+def _judged(
+    seen: Seen,
+    memory: TrialMemory,
+    config: TrialConfig,
+    known: tuple[LifecycleConfig, Bool[Array, " P"]],
+) -> tuple[Bool[Array, ""], Bool[Array, " P"]]:
+    """Whether parts are judged now, all when all have had their time; and which."""
+    (gates, ready), groups = known, seen.groups
+    stage = groups.flat({name: s.stage for name, s in seen.seeds.items()})
+    if config.judge != "worth":
+        newborn = stage == Stage.GERMINATED
+        return ~memory.judged & jnp.any(newborn) & ~jnp.any(newborn & ~ready), newborn
+    age = groups.flat({name: s.epochs_in_stage for name, s in seen.seeds.items()})
+    grafted = stage == Stage.GRAFTING
+    early = (stage == Stage.GERMINATED) | (stage == Stage.TRAINING)
+    ticks = max(config.ticks, gates.min_epochs[Stage.GRAFTING])
+    early |= grafted & (age.astype(jnp.int32) < ticks)
+    measured = jnp.isfinite(_worth(seen)) & grafted  # else waits for the next tick
+    return ~memory.judged & jnp.any(measured) & ~jnp.any(early), measured
+
+
+def _rate(
+    seen: Seen, config: TrialConfig, which: Bool[Array, " P"], lots: Key[Array, ""]
+) -> Float[Array, " P"]:
+    """What each part that is judged offers for each of its parameters; else NaN."""
+    groups, seeds = seen.groups, seen.seeds
+    if config.judge == "random":
+        return jnp.where(which, jax.random.uniform(lots, which.shape), jnp.nan)
+    if config.judge == "worth":
+        offers = _worth(seen)
+    else:
+        # Each part of a layer finds less than those before it.
+        newborn = {n: s.stage == Stage.GERMINATED for n, s in seeds.items()}
+        parts = {n: jnp.cumsum(new, axis=-1) for n, new in newborn.items()}
+        energy = groups.flat({n: s.weight_gradient for n, s in seen.signals.items()})
+        offers = energy / jnp.maximum(groups.flat(parts), 1)
+    return jnp.where(which, offers / jnp.maximum(_costs(seen), 1), jnp.nan)
+
+
+def _costs(seen: Seen) -> Int[Array, " P"]:
+    """Parameters of each living part, over all places."""
     each = {
-        name: jax.vmap(functools.partial(living_parameters, costs[name]))(
+        name: jax.vmap(functools.partial(living_parameters, seen.costs[name]))(
             s.blueprint, s.slot_of_seed >= 0
         )
-        for name, s in seeds.items()
+        for name, s in seen.seeds.items()
     }
-    cost = groups.flat(each)
-    worth = _worth(seen)
+    return seen.groups.flat(each)
+
+
+def _kept(
+    seen: Seen, config: TrialConfig, rate: Float[Array, " P"]
+) -> Bool[Array, " P"]:
+    """Which parts are kept if they are judged now, over all places.
+
+    In the order of what they offer for each parameter. One that the budget does not
+    cover is passed over for those after it that it does.
+    """
+    groups, seeds = seen.groups, seen.seeds
+    cost = _costs(seen)
     stage = groups.flat({name: s.stage for name, s in seeds.items()})
-    rate = worth / jnp.maximum(cost, 1)
-    able = (stage == Stage.GRAFTING) & jnp.isfinite(rate) & (worth > 0)
-    able &= rate >= config.rent
+    able = jnp.isfinite(rate) & (rate > 0) & (rate >= config.rent)
     if config.budget < 0:
         return able
     others = jnp.sum(jnp.where(stage == Stage.FOSSILIZED, cost, 0))

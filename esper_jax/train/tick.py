@@ -5,7 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from esper_jax.groups import flat_slots, slots_of_layers
-from esper_jax.growth.births import births
+from esper_jax.growth.births import births, collected_by
 from esper_jax.growth.reports import TickReport
 from esper_jax.growth.state import GrowthState, TrainState
 from esper_jax.growth.tick import Seen, advance
@@ -39,7 +39,9 @@ def tick(
     # Devices that differ would not all take part in the same evaluations.
     worth = counterfactuals(recipe, shown, held_out, loss, agree)
     groups = recipe.parts.groups
-    seen = Seen(loss, accuracy, groups.stack(worth), agree)
+    seeds, banks = groups.stack(state.seeds), groups.stack(state.banks)
+    collected = collected_by(recipe, seeds, banks)
+    seen = Seen(loss, accuracy, groups.stack(worth), agree, collected)
     growth = GrowthState(
         step=state.step,
         ticks=state.ticks,
@@ -47,12 +49,11 @@ def tick(
         memory=state.memory,
         monitor=state.monitor,
     )
-    seeds = groups.stack(state.seeds)
     growth, after, birth, report = advance(recipe, growth, seeds, state.params, seen)
     banks, slots = births(
         recipe,
         (seeds, after),
-        groups.stack(state.banks),
+        banks,
         flat_slots(groups.stack(state.bank_opt)),
         birth,
     )
