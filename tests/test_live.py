@@ -38,6 +38,7 @@ def seeds(stages):
         slot=zero - 1,
         stage=stage,
         alpha=np.zeros(len(stages), np.float32),
+        blueprint=np.zeros(len(stages), np.int8),
         epochs=zero.astype(np.uint16),
         errors=zero.astype(np.uint8),
         signals=Signals.unmeasured(),

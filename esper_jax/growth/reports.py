@@ -36,6 +36,8 @@ class LayerReport(SeedMoves):
     """The stage after the tick."""
     alpha: Float[Array, "*S"]
     """How much each seed's blueprint counts after the tick."""
+    blueprint: Int[Array, "*S"]
+    """Id of the blueprint in the seed's slot. Only meaningful while the seed lives."""
     signals: Signals
 
 

@@ -13,6 +13,7 @@ from esper_jax.growth.reports import TickReport
 from esper_jax.lifecycle.rules import LifecycleConfig
 from esper_jax.lifecycle.signals import Signals
 from esper_jax.lifecycle.stages import Outcome, Stage
+from esper_jax.monitor.seeds_of_tick import seeds_of_tick
 from esper_jax.monitor.words import Event, drain
 from esper_jax.run.folder import (
     RunError,
@@ -27,7 +28,7 @@ from esper_jax.run.folder import (
 )
 from esper_jax.train.retreat import Rollback
 
-__all__ = ["EventLog", "History", "Journal", "Metrics", "read_history"]
+__all__ = ["EventLog", "History", "Journal", "Metrics", "read_history", "read_logs"]
 
 
 _FIELDS: dict[str, dict[str, type]] = {
@@ -62,6 +63,18 @@ class History:
     missing: tuple[str, ...] = ()
 
 
+def read_logs(folder: RunFolder) -> dict[str, list[dict[str, Any]]]:
+    """The lines of ``events``, ``rollbacks`` and ``ticks``, as far as they are whole.
+
+    Raises:
+      RunError: if a file is damaged.
+    """
+    return {
+        name: read_lines(getattr(folder, name), fields)
+        for name, fields in _FIELDS.items()
+    }
+
+
 def read_history(
     folder: RunFolder,
     ticks: int,
@@ -82,10 +95,7 @@ def read_history(
     Raises:
       RunError: if a file is damaged.
     """
-    read = {
-        name: read_lines(getattr(folder, name), fields)
-        for name, fields in _FIELDS.items()
-    }
+    read = read_logs(folder)
     kept = {
         "events": [
             e
@@ -178,7 +188,9 @@ class Journal:
 
 
 class Metrics:
-    """Appends the losses and the accuracy of each tick to ``ticks.jsonl``.
+    """Appends what each tick measured to ``ticks.jsonl``.
+
+    Those are losses and accuracy, and of some seeds what `seeds_of_tick` gives.
 
     Args:
       folder: of the run.
@@ -196,7 +208,8 @@ class Metrics:
             "loss": finite_or_none(report.loss),
             "accuracy": finite_or_none(report.accuracy),
         }
-        self.journal.append([line])
+        seeds = seeds_of_tick(report)
+        self.journal.append([line | ({"seeds": seeds} if seeds else {})])
 
 
 class EventLog:
