@@ -6,8 +6,11 @@ from collections.abc import Iterable, Sequence
 
 __all__ = ["name", "number", "table", "text"]
 
-_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
-"""Control characters and halves of characters, which no page can hold."""
+_UNPRINTABLE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u202d\u202e\ud800-\udfff\ufffe\uffff]"
+)
+"""Control characters and halves of characters, which no page can hold, and characters
+that turn the direction of all that follows."""
 
 
 def text(value: object) -> str:
@@ -24,7 +27,7 @@ def number(value: float | None, digits: int = 4) -> str:
     """A number for people, whole ones with thin spaces; "not measured" for None."""
     if value is None:
         return "not measured"
-    if isinstance(value, int) or (value.is_integer() and abs(value) < 1e15):
+    if isinstance(value, int) or (value.is_integer() and abs(value) < 1e7):
         return f"{int(value):,}".replace(",", "\u202f").replace("-", "\u2212")
     return f"{value:.{digits}g}".replace("-", "\u2212")
 

@@ -85,6 +85,8 @@ def test_a_run_renders(tab, tmp_path, dark):
         ".map((r, n) => n ? (r.left + r.right) / 2 : r.left)"
     )
     assert bar == pytest.approx(mark, abs=1.5)
+    tab.picture(tmp_path / "phone.png", width=400)
+    assert tab.run("document.documentElement.scrollWidth <= window.innerWidth")
     tab.picture(tmp_path / "page.png")
     assert (tmp_path / "page.png").stat().st_size > 20_000
     tab.dark(False)

@@ -86,7 +86,7 @@ def _sections(records: Records, seeds: Sequence[Seed]) -> list[tuple[str, str, s
         (
             "timeline",
             "Timeline",
-            f"{_TIMELINE}{legend()}<div class='chart'>{timeline(seeds, last)}"
+            f"{_TIMELINE}{legend()}<div class='chart lives'>{timeline(seeds, last)}"
             f"{panels.axis(last)}</div>",
         ),
         (
@@ -131,7 +131,8 @@ def _folded(title: str, content: str) -> str:
 def _status(records: Records) -> str:
     done = len(records.ticks)
     planned = whole(items(records.config.get("train")).get("ticks"))
-    of = f"{number(done)} of {number(planned)} ticks recorded"
+    of_all = "" if planned is None else f" of {number(planned)}"
+    of = f"{number(done)}{of_all} ticks recorded"
     if records.summary:
         return f'<p class="status">finished, {of}</p>'
     return (

@@ -15,6 +15,10 @@
     shown = mark;
     tip.textContent = mark.getAttribute("aria-label");
     tip.hidden = false;
+    place(mark);
+  }
+
+  function place(mark) {
     const at = mark.getBoundingClientRect(), own = tip.getBoundingClientRect();
     const wide = document.documentElement.clientWidth;
     const left = Math.min(Math.max(8, at.left), Math.max(8, wide - own.width - 8));
@@ -80,5 +84,6 @@
     });
   }
   tip.addEventListener("pointerleave", hide);
+  document.addEventListener("scroll", () => { if (shown) place(shown); }, true);
   document.addEventListener("keydown", (event) => { if (event.key === "Escape") hide(); });
 })();

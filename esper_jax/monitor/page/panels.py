@@ -205,7 +205,7 @@ def _row(
     )
     return (
         f'<div class="lane row" role="group" aria-label="{text(label)}">'
-        f'<span class="label">{text(label)} <b>{len(happened)}</b></span>'
+        f'<span class="label">{text(label)} <b>{number(len(happened))}</b></span>'
         f'<div class="plot strip">{drawn}</div></div>'
     )
 

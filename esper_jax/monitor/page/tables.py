@@ -14,8 +14,8 @@ from esper_jax.monitor.words import rules_that_refused
 
 __all__ = ["blueprint_of", "config", "events", "fossils", "refusals", "versions"]
 
-MOST_FOSSILS, MOST_EVENTS = 500, 2000
-"""Rows of the tables of fossils and events."""
+FEW_FOSSILS, MOST_FOSSILS, MOST_EVENTS = 20, 500, 2000
+"""Fossils that stand open to the eye; rows of the tables of fossils and events."""
 
 _OUTCOMES = {
     "ILLEGAL": "the transition is not legal",
@@ -65,8 +65,13 @@ def fossils(records: Records, worths: Sequence[Worth]) -> str:
         if len(shown) < len(worths)
         else ""
     )
-    rows = (_fossil(records, w, scale) for w in shown)
-    return table(caption, head, rows, numeric=(2, 3, 4, 6, 7, 8))
+    rows = [_fossil(records, w, scale) for w in shown]
+    right = (2, 3, 4, 6, 7, 8)
+    first = table(caption, head, rows[:FEW_FOSSILS], numeric=right)
+    if len(rows) <= FEW_FOSSILS:
+        return first
+    rest = table("Further fossils", head, rows[FEW_FOSSILS:], numeric=right)
+    return f"{first}<details><summary>More</summary>{rest}</details>"
 
 
 def _fossil(records: Records, worth: Worth, scale: Scale) -> list[str]:

@@ -42,7 +42,7 @@ class _Layer(NamedTuple):
     def title(self) -> str:
         """What stands over it."""
         counts = Counter(self.stages)
-        told = ", ".join(f"{counts[s]} {s.name}" for s in Stage if counts[s])
+        told = ", ".join(f"{number(counts[s])} {s.name}" for s in Stage if counts[s])
         width = "" if self.features is None else f"{number(self.features)} features in "
         chunks = f"{'' if self.sure else 'at least '}{number(self.chunks)} chunks"
         return f"{self.name}: {width}{chunks} ({told})"
