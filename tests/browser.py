@@ -110,6 +110,13 @@ class Page:
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
+    def wait(self, condition: str) -> None:
+        """Returns when a condition in JavaScript holds."""
+        until = time.monotonic() + SECONDS
+        while not self.run(f"Boolean({condition})"):
+            assert time.monotonic() < until, f"never held: {condition}"
+            time.sleep(0.02)
+
     def point(self, selector: str) -> None:
         """Moves the pointer to the middle of an element, which is scrolled to."""
         x, y = self.run(

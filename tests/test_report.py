@@ -16,6 +16,7 @@ from report_pages import hostile, many_seeds, nothing, written
 from rich.console import Console
 
 from esper_jax.cli import main
+from esper_jax.lifecycle.looks import LOOKS
 from esper_jax.lifecycle.stages import Stage
 from esper_jax.monitor import page as package
 from esper_jax.monitor.page import axes, page
@@ -410,17 +411,17 @@ def test_colours_of_text_can_be_read():
         for ink in ("ink", "dim", "accent", "train", "static", "kept", "back"):
             assert _contrast(colours[ink], colours["paper"]) >= 4.5, ink
         assert _contrast(colours["dim"], colours["panel"]) >= 4.5
-    stages = re.findall(r"--c: (#\w{6}); --on: (#\w+)", style)
-    assert len({c for c, _ in stages}) == 8  # what has ended is one, and hatched
-    assert all(_contrast(c, on * 2 if len(on) == 4 else on) >= 4.5 for c, on in stages)
+    looks = {stage: LOOKS[stage] for stage in Stage if stage != Stage.DORMANT}
+    assert len({look.colour for look in looks.values()}) == 8  # what has ended is one
+    assert len({look.sign for look in LOOKS.values()}) == len(Stage)
+    assert all(_contrast(x.colour, x.ink) >= 4.5 for x in looks.values())
 
 
 def _contrast(one, other):
     """Of WCAG 2.2, from 1 to 21."""
 
     def luminance(colour):
-        digits = colour.lstrip("#")[:6] if len(colour) != 8 else colour[1:4] * 2
-        parts = np.array([int(digits[n : n + 2], 16) for n in (0, 2, 4)]) / 255
+        parts = np.array([int(colour[n : n + 2], 16) for n in (1, 3, 5)]) / 255
         linear = np.where(
             parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4
         )

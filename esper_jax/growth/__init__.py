@@ -8,6 +8,7 @@ from esper_jax.growth.dictionaries import (
     growth_functions,
     linen_growth,
 )
+from esper_jax.growth.display import display
 from esper_jax.growth.recipe import Recipe
 from esper_jax.growth.reports import LayerReport, SeedMoves, TickReport
 from esper_jax.growth.state import (
@@ -30,6 +31,7 @@ __all__ = [
     "SeedMoves",
     "TickReport",
     "TrainState",
+    "display",
     "growth_functions",
     "linen_growth",
 ]

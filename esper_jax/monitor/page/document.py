@@ -10,7 +10,7 @@ from esper_jax.markup import name, number, text
 from esper_jax.monitor.page import panels, tables
 from esper_jax.monitor.page.lives import Seed, seeds_of
 from esper_jax.monitor.page.records import Records, finite, items, whole
-from esper_jax.monitor.page.timeline import legend, timeline
+from esper_jax.monitor.page.timeline import legend, style, timeline
 from esper_jax.monitor.page.topology import topology
 from esper_jax.monitor.page.worth import worth_of_fossils
 
@@ -61,7 +61,7 @@ def page(records: Records) -> str:
         '<meta name="color-scheme" content="light dark">\n'
         '<link rel="icon" href="data:,">\n'
         f"<title>{text(records.name)}: esper-jax report</title>\n"
-        f"<style>\n{_file('page.css')}</style>\n</head>\n<body>\n"
+        f"<style>\n{_file('page.css')}{style()}</style>\n</head>\n<body>\n"
         '<a class="skip" href="#main">Skip to the report</a>\n'
         f"<header><h1>{name(records.name)}</h1>{_status(records)}</header>\n"
         f'<nav aria-label="Sections"><ul>{links}</ul></nav>\n'

@@ -3,30 +3,16 @@
 from collections.abc import Sequence
 from itertools import groupby
 
+from esper_jax.lifecycle.looks import LOOKS
 from esper_jax.lifecycle.stages import Stage
 from esper_jax.markup import name, number, text
 from esper_jax.monitor.page.axes import across
 from esper_jax.monitor.page.lives import Seed, Span
 
-__all__ = ["legend", "looks", "timeline"]
+__all__ = ["legend", "looks", "style", "timeline"]
 
 MOST_SEEDS = 800
 """Rows that are drawn."""
-
-_SHORT = {
-    Stage.DORMANT: "D",
-    Stage.GERMINATED: "GE",
-    Stage.TRAINING: "T",
-    Stage.GRAFTING: "GR",
-    Stage.STABILIZATION: "S",
-    Stage.EVALUATING: "E",
-    Stage.FINE_TUNING: "FT",
-    Stage.FOSSILIZED: "F",
-    Stage.CULLED: "✕",
-    Stage.CANCELLED: "○",
-    Stage.ROLLED_BACK: "↺",
-}
-"""What stands in a bar too narrow for the stage's name."""
 
 
 def looks(stage: Stage) -> str:
@@ -34,12 +20,20 @@ def looks(stage: Stage) -> str:
     return f"s-{stage.name.lower()}"
 
 
+def style() -> str:
+    """The style of the stages' classes."""
+    return "".join(
+        f".{looks(stage)} {{ --c: {look.colour}; --on: {look.ink}; }}\n"
+        for stage, look in LOOKS.items()
+    )
+
+
 def legend() -> str:
     """Colour, short sign and name of each stage, for all who read a timeline."""
     shown = [stage for stage in Stage if stage != Stage.DORMANT]
     entries = "".join(
-        f'<li><span class="swatch {looks(s)}" aria-hidden="true">{_SHORT[s]}</span> '
-        f"{s.name}</li>"
+        f'<li><span class="swatch {looks(s)}" aria-hidden="true">{LOOKS[s].sign}'
+        f"</span> {s.name}</li>"
         for s in shown
     )
     return f'<ul class="legend">{entries}</ul>'
@@ -89,7 +83,7 @@ def _bar(seed: Seed, span: Span, last: int) -> str:
     width = round(across(span.end, last) - left, 3)
     words = span.stage.name
     if width * 8 < 7 * len(words) + 8:  # of a page about 800 pixels wide
-        words = _SHORT[span.stage] if width * 8 >= 12 else ""
+        words = LOOKS[span.stage].sign if width * 8 >= 12 else ""
     return (
         f'<span class="tip bar {looks(span.stage)}" role="img" '
         f'style="left:{left}%;width:{width}%" title="{text(_told(seed, span))}">'
