@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -120,14 +120,16 @@ def _living(layer: LayerSeeds) -> list[tuple[int, Stage, str, str, str]]:
             Stage(layer.stage[seed]),
             layer.grown(seed),
             number(float(layer.alpha[seed])),
-            number(_or_none(layer.worth[seed])),
+            _worth(Stage(layer.stage[seed]), float(layer.worth[seed])),
         )
         for seed in layer.living[:MOST_SEEDS]
     ]
 
 
-def _or_none(value: Any) -> float | None:
-    return float(value) if np.isfinite(value) else None
+def _worth(stage: Stage, worth: float) -> str:
+    if stage == Stage.FOSSILIZED and not np.isfinite(worth):
+        return "not measured since it was kept"
+    return number(worth if np.isfinite(worth) else None)
 
 
 def _layer(layer: LayerSeeds) -> str:
