@@ -14,8 +14,8 @@ from flax import nnx
 
 from esper_jax import ChunkedLayer, make_growable
 from esper_jax.growth import Growth, display
-from esper_jax.growth.display import shown
 from esper_jax.growth.reports import seeds_in_report
+from esper_jax.growth.showing import shown
 from esper_jax.lifecycle.stages import Stage
 
 

@@ -8,9 +8,9 @@ from esper_jax.growth.dictionaries import (
     growth_functions,
     linen_growth,
 )
-from esper_jax.growth.display import display
 from esper_jax.growth.recipe import Recipe
 from esper_jax.growth.reports import LayerReport, SeedMoves, TickReport
+from esper_jax.growth.showing import display
 from esper_jax.growth.state import (
     GovernorMemory,
     GrowthState,

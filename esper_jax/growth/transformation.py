@@ -13,7 +13,6 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from esper_jax.growth.display import display
 from esper_jax.growth.functions import (
     MEASURE_EVERY,
     check_loss,
@@ -35,6 +34,7 @@ from esper_jax.growth.saving import (
     run_state,
     values_in,
 )
+from esper_jax.growth.showing import display
 from esper_jax.growth.state import Arrays, TrainState
 from esper_jax.layers.bed import SeedBed
 from esper_jax.layers.variables import BlueprintParam, GraftProbe
