@@ -1,6 +1,8 @@
 """Models that grow, and reports of ticks, as notebooks and terminals show them."""
 
 import sys
+import warnings
+from collections.abc import Callable
 
 import jax
 from flax import nnx
@@ -15,16 +17,21 @@ __all__ = ["Shown", "display", "shown"]
 
 
 class Shown:
-    """What `display` shows: HTML in a notebook, lines elsewhere."""
+    """What `display` shows: HTML in a notebook, lines elsewhere.
 
-    def __init__(self, html: str, words: str) -> None:
-        self._html, self._words = html, words
+    Args:
+      seeds: by layer.
+      html: makes the HTML, where it is asked for.
+    """
+
+    def __init__(self, seeds: list[LayerSeeds], html: Callable[[], str]) -> None:
+        self._seeds, self._html = seeds, html
 
     def _repr_html_(self) -> str:
-        return self._html
+        return self._html()
 
     def __repr__(self) -> str:
-        return self._words
+        return words_of(self._seeds)
 
 
 def display(what: nnx.Module | TickReport) -> None:
@@ -53,17 +60,16 @@ def display(what: nnx.Module | TickReport) -> None:
 def shown(what: nnx.Module | TickReport) -> Shown:
     """What `display` shows, and raises."""
     if isinstance(what, TickReport):
-        return Shown(what._repr_html_(), words_of(seeds_in_report(what)))
+        return Shown(seeds_in_report(what), what._repr_html_)
     if isinstance(what, SeedBed):
-        seeds = what.shown()
-        return Shown(html_of(seeds), words_of(seeds))
+        return Shown(what.shown(), what._repr_html_)
     if not isinstance(what, nnx.Module):
         raise TypeError(
             "what must be a model that can grow or the TickReport of a tick; got "
             f"{type(what).__name__}"
         )
     seeds = _seeds_of(what)
-    return Shown(html_of(seeds) + _tree(what), words_of(seeds))
+    return Shown(seeds, lambda: html_of(seeds) + _tree(what))
 
 
 def _seeds_of(model: nnx.Module) -> list[LayerSeeds]:
@@ -87,5 +93,8 @@ def _tree(model: nnx.Module) -> str:
         import treescope
     except ImportError:
         return ""
-    tree = treescope.render_to_html(model, ignore_exceptions=True)
+    with warnings.catch_warnings():
+        # Of numpy's, for what treescope looks at; nobody who displays can mend it.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        tree = treescope.render_to_html(model, ignore_exceptions=True)
     return f'<div style="overflow-x:auto">{tree}</div>'
