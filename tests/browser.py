@@ -163,7 +163,9 @@ def browser() -> Iterator[Page]:
         )
         try:
             port, path = _address(process, pathlib.Path(folder))
-            with connect(f"ws://127.0.0.1:{port}{path}", max_size=None) as socket:
+            address = f"ws://127.0.0.1:{port}{path}"
+            options = {"max_size": None, "open_timeout": SECONDS}
+            with connect(address, **options) as socket:
                 yield Page(socket)
         finally:
             with contextlib.suppress(ProcessLookupError):
