@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -193,13 +193,8 @@ def _run(command: Command, stop: Any) -> int:
     if _early.installed() and _only_reads(command):
         stop = contextlib.nullcontext()
     with stop:
-        runs: dict[type, Callable[[Any], int]] = {
-            Evaluate: _evaluate,
-            Export: _export,
-            Report: _report,
-            Checkpoint: _checkpoint,
-        }
-        return runs[type(command)](command)
+        runs: dict[type, Any] = {Evaluate: _evaluate, Export: _export, Report: _report}
+        return runs.get(type(command), _checkpoint)(command)
 
 
 def _at_home(command: Command) -> Command:
