@@ -183,6 +183,17 @@ def test_a_run_that_was_killed_shows_what_it_has(smoke, tmp_path, tail):
     assert "1 GERMINATED, 1 GRAFTING" in said["topology"]
 
 
+def test_events_that_are_gone_are_taken_from_the_summary(smoke, tmp_path):
+    out = shutil.copytree(smoke, tmp_path / "run")
+    whole = page(read_records(RunFolder(out)))
+    (out / "events.jsonl").unlink()
+    assert page(read_records(RunFolder(out))) == whole
+    summary = json.loads((out / "summary.json").read_text())
+    summary["events"][3] = {"tick": "one"}
+    (out / "summary.json").write_text(json.dumps(summary))
+    assert "No seed has germinated" in page(read_records(RunFolder(out)))
+
+
 def test_a_run_of_which_only_the_config_is_there(smoke, tmp_path):
     shutil.copy(smoke / "config.json", tmp_path)
     said = Checked(report_run(tmp_path).read_text()).said

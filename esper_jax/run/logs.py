@@ -63,16 +63,35 @@ class History:
     missing: tuple[str, ...] = ()
 
 
-def read_logs(folder: RunFolder) -> dict[str, list[dict[str, Any]]]:
+def read_logs(
+    folder: RunFolder, spare: bool = False
+) -> dict[str, list[dict[str, Any]]]:
     """The lines of ``events``, ``rollbacks`` and ``ticks``, as far as they are whole.
+
+    Args:
+      folder: of the run.
+      spare: whether ``summary.json`` stands in for a file that is gone.
 
     Raises:
       RunError: if a file is damaged.
     """
-    return {
+    read = {
         name: read_lines(getattr(folder, name), fields)
         for name, fields in _FIELDS.items()
     }
+    for name, copy in (_in_summary(folder) if spare else {}).items():
+        if not getattr(folder, name).exists() and _are_lines(name, copy):
+            read[name] = copy
+    return read
+
+
+def _are_lines(name: str, entries: Sequence[Any]) -> bool:
+    """Whether entries are what the lines of a log hold."""
+    return all(
+        isinstance(entry, dict)
+        and all(type(entry.get(k)) is kind for k, kind in _FIELDS[name].items())
+        for entry in entries
+    )
 
 
 def read_history(

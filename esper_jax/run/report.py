@@ -46,7 +46,7 @@ def read_records(folder: RunFolder) -> Records:
     """
     config, record = read_config(folder), read_record(folder)
     summary = _summary(folder)
-    logs = read_logs(folder)
+    logs = read_logs(folder, spare=True)
     return Records(
         name=folder.path.resolve().name,
         config=json.loads(json.dumps(to_dict(config))),
