@@ -1,4 +1,4 @@
-"""The command line: ``esper-jax train``, ``evaluate``, ``export``, ``checkpoint``."""
+"""The command line: ``esper-jax train``, ``evaluate``, ``export`` ..."""
 
 import contextlib
 import dataclasses
@@ -18,7 +18,7 @@ from typing import Any
 import tyro
 
 from esper_jax import _early
-from esper_jax.commands import Checkpoint, Command, Evaluate, Export, Train
+from esper_jax.commands import Checkpoint, Command, Evaluate, Export, Report, Train
 
 __all__ = ["main"]
 
@@ -47,6 +47,7 @@ def main() -> None:
             "evaluate": Evaluate,
             "export": Export,
             "checkpoint": Checkpoint,
+            "report": Report,
         },
         prog="esper-jax",
         description="Grow neural networks while they train.",
@@ -192,11 +193,8 @@ def _run(command: Command, stop: Any) -> int:
     if _early.installed() and _only_reads(command):
         stop = contextlib.nullcontext()
     with stop:
-        if isinstance(command, Evaluate):
-            return _evaluate(command)
-        if isinstance(command, Export):
-            return _export(command)
-        return _checkpoint(command)
+        runs: dict[type, Any] = {Evaluate: _evaluate, Export: _export, Report: _report}
+        return runs.get(type(command), _checkpoint)(command)
 
 
 def _at_home(command: Command) -> Command:
@@ -367,6 +365,13 @@ def _export(command: Export) -> int:
 
     written = export_run(command.dir, command.format, command.out, parts=command.parts)
     print(json.dumps(written))
+    return 0
+
+
+def _report(command: Report) -> int:
+    from esper_jax.run.report import report_run
+
+    print(f"report: {report_run(command.dir, command.out)}")
     return 0
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-__all__ = ["Checkpoint", "Command", "Evaluate", "Export", "Train"]
+__all__ = ["Checkpoint", "Command", "Evaluate", "Export", "Report", "Train"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,4 +102,17 @@ class Checkpoint(_Any):
     """Folder of the run, or of its checkpoints."""
 
 
-Command = Train | Evaluate | Export | Checkpoint
+@dataclasses.dataclass(frozen=True)
+class Report(_Any):
+    """Write a page of HTML that tells of a run: curves, lives of its seeds, refusals.
+
+    Reads the run's records, also of a run that has not ended. Prints the page's path.
+    """
+
+    dir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+    """Folder of the run."""
+    out: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
+    """Page to write; an older report is replaced. Default: DIR/report.html."""
+
+
+Command = Train | Evaluate | Export | Checkpoint | Report

@@ -33,6 +33,7 @@ def seeds(stages, alpha=0.0, signals=None, **more):
         **columns,
         stage=stage,
         alpha=np.broadcast_to(np.float32(alpha), stage.shape),
+        blueprint=np.zeros(stage.shape, np.int8),
         signals=signals or Signals.unmeasured(),
     )
 

@@ -17,7 +17,7 @@ import esper_jax
 
 ROOT = pathlib.Path(__file__).parents[1]
 FLOORS = (
-    ("_early", "chunks", "groups", "trees", "bits", "optim", "data"),
+    ("_early", "chunks", "groups", "trees", "bits", "markup", "optim", "data"),
     ("lifecycle",),
     ("blueprints",),
     ("parallel",),

@@ -44,6 +44,7 @@ def report(tick, *seeds, loss=1.5):
             **moves(*seeds),
             stage=np.zeros(len(seeds), int),
             alpha=np.zeros(len(seeds)),
+            blueprint=np.zeros(len(seeds), int),
             signals=Signals.unmeasured(),
         )
     return TickReport(

@@ -3,6 +3,7 @@
 import importlib.metadata
 import io
 import re
+import runpy
 import tomllib
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -25,6 +26,7 @@ SUBJECTS = (
     "monitoring",
     "policies",
     "shipping",
+    "tutorial",
     "your-loop",
 )
 
@@ -58,8 +60,22 @@ def test_the_snippets_of_a_page_run_one_after_the_other(page, tmp_path, monkeypa
             assert expected in lines
     if page == "README.md":
         assert list(names["state"].seeds["layers/0"].stage) == [0, 0, 0, 0]
+    if page == "docs/tutorial.md":
+        check_pictures(names["history"], tmp_path)
     if page == "docs/checkpoints.md":
         assert (tmp_path / "checkpoints" / "7").is_dir()
+
+
+def check_pictures(history, tmp_path):
+    """The tutorial's pictures can be drawn again, show the run, and are small."""
+    tutorial = runpy.run_path(str(ROOT / "examples" / "tutorial.py"))
+    for name in ("accuracy", "lives"):
+        tutorial[f"draw_{name}"](tmp_path / f"{name}.svg", history)
+        for folder in (tmp_path, ROOT / "docs" / "pictures"):
+            drawn = (folder / f"{name}.svg").read_text()
+            assert len(drawn) < 50_000
+            assert "tick (epoch)" in drawn
+    assert "F FOSSILIZED" in (tmp_path / "lives.svg").read_text()
 
 
 def test_the_snippet_is_short():

@@ -10,6 +10,7 @@ from esper_jax.growth.dictionaries import (
 )
 from esper_jax.growth.recipe import Recipe
 from esper_jax.growth.reports import LayerReport, SeedMoves, TickReport
+from esper_jax.growth.showing import display
 from esper_jax.growth.state import (
     GovernorMemory,
     GrowthState,
@@ -30,6 +31,7 @@ __all__ = [
     "SeedMoves",
     "TickReport",
     "TrainState",
+    "display",
     "growth_functions",
     "linen_growth",
 ]

@@ -1,13 +1,19 @@
 """What a tick measured and did. A report leaves the device once a tick."""
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, UInt
 
+from esper_jax.layers.shown import LayerSeeds, html_of
 from esper_jax.lifecycle.signals import Signals
 from esper_jax.lifecycle.state import SeedState
+from esper_jax.markup import number, text
 
-__all__ = ["LayerReport", "SeedMoves", "TickReport", "moves_of"]
+__all__ = ["LayerReport", "SeedMoves", "TickReport", "moves_of", "seeds_in_report"]
 
 
 @struct.dataclass
@@ -36,6 +42,8 @@ class LayerReport(SeedMoves):
     """The stage after the tick."""
     alpha: Float[Array, "*S"]
     """How much each seed's blueprint counts after the tick."""
+    blueprint: Int[Array, "*S"]
+    """Id of the blueprint in the seed's slot. Only meaningful while the seed lives."""
     signals: Signals
 
 
@@ -57,6 +65,49 @@ class TickReport:
     """False if devices were found to have different states. Only looked for in debug
     mode."""
     layers: dict[str, LayerReport]
+
+    def _repr_html_(self) -> str:
+        return html_of(seeds_in_report(self), _head(self))
+
+
+def seeds_in_report(report: Any) -> list[LayerSeeds]:
+    """The seeds of a `TickReport` by layer.
+
+    There are none in one that is being traced, or has a leading axis of ticks.
+    """
+    if _is_traced(report) or np.ndim(report.tick):
+        return []
+    return [
+        LayerSeeds(
+            layer=name,
+            stage=np.asarray(layer.stage),
+            alpha=np.asarray(layer.alpha),
+            worth=np.broadcast_to(layer.signals.worth, np.shape(layer.stage)),
+            blueprint=np.asarray(layer.blueprint),
+        )
+        for name, layer in report.layers.items()
+    ]
+
+
+def _is_traced(report: Any) -> bool:
+    return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(report))
+
+
+def _head(report: Any) -> str:
+    """Tick, losses and score as HTML."""
+    if _is_traced(report):
+        return "<p>a report that is being traced</p>"
+    if np.ndim(report.tick):
+        return f"<p>reports of {text(np.shape(report.tick))} ticks; take one</p>"
+    losses = (
+        ("train loss", report.train_loss),
+        ("held-out loss", report.loss),
+        ("accuracy", report.accuracy),
+    )
+    told = " · ".join(
+        f"{label} {number(float(x) if np.isfinite(x) else None)}" for label, x in losses
+    )
+    return f"<p><b>tick {int(report.tick)}</b>, step {int(report.step)} · {told}</p>"
 
 
 def moves_of(

@@ -104,6 +104,7 @@ def _move(
         **moves_of(seeds, after, commands.target, outcome),
         stage=after.stage,
         alpha=coefficients(after)[0],
+        blueprint=after.blueprint,
         signals=signals,
     )
     return after, report

@@ -34,6 +34,7 @@ from esper_jax.growth.saving import (
     run_state,
     values_in,
 )
+from esper_jax.growth.showing import display
 from esper_jax.growth.state import Arrays, TrainState
 from esper_jax.layers.bed import SeedBed
 from esper_jax.layers.variables import BlueprintParam, GraftProbe
@@ -187,6 +188,20 @@ class Growth(nnx.Module):
         self.state.set_value(remembered)
         put_values(model, new)
         return report
+
+    def display(self, model: nnx.Module) -> None:
+        """Shows the model's layers with their seeds by stage, alpha and worth.
+
+        In a notebook as HTML, elsewhere as lines; see `esper_jax.growth.display`.
+
+        Args:
+          model: the model that grows.
+
+        Raises:
+          ValueError: if the model is another than growth was made for.
+        """
+        self._values(model)
+        display(model)
 
     def run_state(self, model: nnx.Module, *others: Any) -> TrainState:
         """All that this loop is, as one tree of arrays for a `Checkpointer`.

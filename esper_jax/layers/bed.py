@@ -17,6 +17,7 @@ from esper_jax.kernels.blend import (
     check_sharding,
     check_statistics_rows,
 )
+from esper_jax.layers.shown import LayerSeeds, html_of, seeds_in
 from esper_jax.layers.variables import (
     BlueprintParam,
     GraftProbe,
@@ -198,6 +199,14 @@ class SeedBed(nnx.Module):
         """Lets `nnx.view` switch the collection of statistics off and on."""
         if deterministic is not None:
             self.deterministic = deterministic
+
+    def shown(self) -> list[LayerSeeds]:
+        """The seeds as notebooks show them; one entry for each layer of a stack."""
+        names = [blueprint.name for blueprint in self.blueprints]
+        return seeds_in("", self.seeds.get_value(), names)
+
+    def _repr_html_(self) -> str:
+        return html_of(self.shown())
 
     def _rows(self) -> int | None:
         """Rows that this call measures on this device."""

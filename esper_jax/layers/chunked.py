@@ -144,6 +144,9 @@ class ChunkedLayer(nnx.Module):
             return y + bias, None
         return y, bias
 
+    def _repr_html_(self) -> str:
+        return self.bed._repr_html_()
+
     def _counts(self) -> bool:
         """Whether a seed counts in the output, as far as can be known while tracing."""
         if not self.enabled:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import operator
+import re
 from collections.abc import Mapping
 from typing import assert_never
 
@@ -13,7 +14,7 @@ from esper_jax.lifecycle.signals import Signals
 from esper_jax.lifecycle.stages import LEGAL, Outcome, Stage
 from esper_jax.policy.memory import Reason
 
-__all__ = ["Event", "drain", "explain", "format_number", "why"]
+__all__ = ["Event", "drain", "explain", "format_number", "rules_that_refused", "why"]
 
 _WORDS = {
     operator.le: "at most",
@@ -100,6 +101,26 @@ def explain(
         case other:
             assert_never(other)
     return f"seed {seed} stays in {source.name}: {reason}"
+
+
+_REFUSED = re.compile(
+    r"(\w+) (?:was not measured|\S+ is not "
+    rf"((?:{'|'.join(_WORDS.values())}) \S+?))(?:,|$)"
+)
+"""A gate that failed, as `_verdict` says it."""
+
+
+def rules_that_refused(text: str) -> list[str]:
+    """The rules by which a refusal was, read from what `explain` said of it.
+
+    The words quote the thresholds of that time, which a run may have changed since.
+
+    Returns:
+      Such as ``stability_score at least 0.8``, or ``worth measured``.
+    """
+    return [
+        f"{metric} {bound or 'measured'}" for metric, bound in _REFUSED.findall(text)
+    ]
 
 
 def _illegal(source: Stage, target: int) -> str:

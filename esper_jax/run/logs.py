@@ -11,6 +11,7 @@ from esper_jax.growth.reports import TickReport
 from esper_jax.lifecycle.rules import LifecycleConfig
 from esper_jax.lifecycle.stages import Outcome
 from esper_jax.monitor.news import News, rollback_entry
+from esper_jax.monitor.seeds_of_tick import seeds_of_tick
 from esper_jax.run.folder import (
     RunError,
     RunFolder,
@@ -24,7 +25,7 @@ from esper_jax.run.folder import (
 )
 from esper_jax.train.retreat import Rollback
 
-__all__ = ["EventLog", "History", "Journal", "Metrics", "read_history"]
+__all__ = ["EventLog", "History", "Journal", "Metrics", "read_history", "read_logs"]
 
 
 _FIELDS: dict[str, dict[str, type]] = {
@@ -59,6 +60,37 @@ class History:
     missing: tuple[str, ...] = ()
 
 
+def read_logs(
+    folder: RunFolder, spare: bool = False
+) -> dict[str, list[dict[str, Any]]]:
+    """The lines of ``events``, ``rollbacks`` and ``ticks``, as far as they are whole.
+
+    Args:
+      folder: of the run.
+      spare: whether ``summary.json`` stands in for a file that is gone.
+
+    Raises:
+      RunError: if a file is damaged.
+    """
+    read = {
+        name: read_lines(getattr(folder, name), fields)
+        for name, fields in _FIELDS.items()
+    }
+    for name, copy in (_in_summary(folder) if spare else {}).items():
+        if not getattr(folder, name).exists() and _are_lines(name, copy):
+            read[name] = copy
+    return read
+
+
+def _are_lines(name: str, entries: Sequence[Any]) -> bool:
+    """Whether entries are what the lines of a log hold."""
+    return all(
+        isinstance(entry, dict)
+        and all(type(entry.get(k)) is kind for k, kind in _FIELDS[name].items())
+        for entry in entries
+    )
+
+
 def read_history(
     folder: RunFolder,
     ticks: int,
@@ -79,10 +111,7 @@ def read_history(
     Raises:
       RunError: if a file is damaged.
     """
-    read = {
-        name: read_lines(getattr(folder, name), fields)
-        for name, fields in _FIELDS.items()
-    }
+    read = read_logs(folder)
     kept = {
         "events": [
             e
@@ -175,7 +204,9 @@ class Journal:
 
 
 class Metrics:
-    """Appends the losses and the accuracy of each tick to ``ticks.jsonl``.
+    """Appends what each tick measured to ``ticks.jsonl``.
+
+    Those are losses and accuracy, and of some seeds what `seeds_of_tick` gives.
 
     Args:
       folder: of the run.
@@ -193,7 +224,8 @@ class Metrics:
             "loss": finite_or_none(report.loss),
             "accuracy": finite_or_none(report.accuracy),
         }
-        self.journal.append([line])
+        seeds = seeds_of_tick(report)
+        self.journal.append([line | ({"seeds": seeds} if seeds else {})])
 
 
 class EventLog:

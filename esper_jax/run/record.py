@@ -61,11 +61,14 @@ class Record:
       settings: what the run was last trained under; see `settings`.
       changes: keys of the config that were changed on the way, oldest first: ``key``,
         ``from``, ``to``, and the ``tick`` after which.
+      layers: what can grow, by the name of the layer: ``features``, ``num_seeds``,
+        ``capacity``, and the names of its ``blueprints`` by id. Older runs have none.
     """
 
     id: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)
     settings: Mapping[str, str] = dataclasses.field(default_factory=dict)
     changes: Sequence[Mapping[str, Any]] = ()
+    layers: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
 
 class Seal(NamedTuple):

@@ -178,6 +178,15 @@ def _begun(
                 for key, was, now in opening.changes
             ),
         ],
+        layers={
+            name: {
+                "features": layout.features,
+                "num_seeds": layout.num_seeds,
+                "capacity": state.seeds[name].capacity,
+                "blueprints": [b.name for b in start.program.kinds[name]],
+            }
+            for name, layout in start.program.layouts.items()
+        },
     )
     # The record first: it says which changes of the config are meant.
     write_json(folder.record, dataclasses.asdict(record))
