@@ -15,7 +15,7 @@ import pytest
 from test_backends import call_of, forward_and_back, static
 
 from esper_jax.blueprints import ACTIVATIONS, hidden_width, residual_mlp, resolve
-from esper_jax.kernels.blend import activations, blend
+from esper_jax.kernels.blend import activations, blend, registry
 from esper_jax.kernels.blend.arg_specs import ARG_SPECS, ArgSpec
 from esper_jax.kernels.blend.static import Static
 from esper_jax.kernels.blend.triton.blocks import Blocks
@@ -205,6 +205,29 @@ def test_an_automatic_choice_follows_the_platform(
     wide = dataclasses.replace(spec, features=1024, num_seeds=4, capacity=2)
     assert CALL not in lowered(wide, None, gradients=False)
     assert CALL in lowered(wide, "triton", gradients=False)
+
+
+@pytest.mark.parametrize("platform", ["gpu", "cuda", "cpu", "tpu"])
+def test_every_width_runs_where_it_was_measured_to_be_fastest(
+    platform: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # benchmarks/RESULTS.md: the kernels, up to 128 features; plain JAX beyond.
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    for width in range(1, 515):
+        spec = ArgSpec(name="width", rows=8, features=4 * width, num_seeds=4)
+        s = Static(**spec.options, dtype="bfloat16")
+        fast = platform in ("gpu", "cuda") and width <= 128
+        expected = "triton" if fast else "xla"
+        assert registry.choose(None, s, 8192, 4).name == expected, width
+        if width <= 128:  # whether or not it is faster: it exists
+            assert choose(s, 8192, H100).narrow == (width <= 4)
+    s = dataclasses.replace(
+        s, layout=ArgSpec(name="", rows=1, features=8, num_seeds=1).layout
+    )
+    assert (
+        registry.choose(None, dataclasses.replace(s, dtype="float64"), 8, 4).name
+        == "xla"
+    )
 
 
 def test_no_derivative_of_an_activation_is_forgotten() -> None:
