@@ -19,7 +19,7 @@ from esper_jax.kernels.blend import activations, blend, registry
 from esper_jax.kernels.blend.arg_specs import ARG_SPECS, ArgSpec
 from esper_jax.kernels.blend.static import Static
 from esper_jax.kernels.blend.triton.blocks import Blocks
-from esper_jax.kernels.blend.triton.config import choose
+from esper_jax.kernels.blend.triton.config import choose, of_groups
 from esper_jax.kernels.blend.triton.tuned import TUNED
 
 CALL = "__gpu$xla.gpu.triton"
@@ -101,11 +101,15 @@ def test_every_kernel_lowers_for_cuda(name: str) -> None:
         assert total in outputs
 
 
-@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    ("seeds", "bias"), [(4, False), (4, True), (128, True)], ids=str
+)
 @pytest.mark.parametrize("how", ["check_vma", "no check", "sharding"])
-def test_kernels_lower_for_cuda_on_several_devices(how: str, bias: bool) -> None:
+def test_kernels_lower_for_cuda_on_several_devices(
+    how: str, seeds: int, bias: bool
+) -> None:
     spec = dataclasses.replace(
-        ARG_SPECS["width_64"], rows=512, features=256, num_seeds=4, bias=bias
+        ARG_SPECS["width_64"], rows=512, features=256, num_seeds=seeds, bias=bias
     )
     names, sizes = ("data", "model"), (2, 2)
     auto = (jax.sharding.AxisType.Auto,) * 2
@@ -156,7 +160,7 @@ def test_kernels_lower_for_cuda_on_several_devices(how: str, bias: bool) -> None
     # Each device computes its own rows, and columns.
     local_rows, columns = (256, 128) if how == "sharding" else (256, 256)
     assert f"tensor<{local_rows}x{columns}xbf16>" in text
-    assert text.count(CALL) >= 4
+    assert text.count(CALL) >= (4 if seeds == 4 else 3)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -228,6 +232,20 @@ def test_every_width_runs_where_it_was_measured_to_be_fastest(
         registry.choose(None, dataclasses.replace(s, dtype="float64"), 8, 4).name
         == "xla"
     )
+
+
+def test_chunks_that_share_tiles_fit_them() -> None:
+    for dtype in ("bfloat16", "float16", "float32"):
+        for features, seeds in ((4096, 4096), (4096, 2048), (1000, 400), (4096, 1024)):
+            spec = ArgSpec(name="narrow", rows=64, features=features, num_seeds=seeds)
+            s = static(dataclasses.replace(spec, dtype=dtype), interpret=False)
+            config = choose(s, 64, H100)
+            columns, units = (32, 64) if dtype == "float32" else (64, 128)
+            assert columns // 2 <= config.group * s.width <= columns
+            assert config.group * s.hidden <= units == config.forward.across
+    wide = static(ArgSpec(name="wide", rows=64, features=128, num_seeds=2))
+    with pytest.raises(ValueError, match="64 features and 128 hidden units cannot"):
+        of_groups(wide, 64, H100)
 
 
 def test_no_derivative_of_an_activation_is_forgotten() -> None:
