@@ -86,10 +86,15 @@ SPECS = {
         incubation="reconstruction",
         statistics_rows=0,
     ),
-    # Tiles and groups of several slots that nothing has to be masked of; and groups of
-    # which few live, and the last is cut short.
+    # Groups of several slots, of whose tiles nothing is masked; and groups of which few
+    # live, and the last is cut short.
     "narrow, exact": ArgSpec(
-        name="narrow_exact", rows=64, features=96, num_seeds=48, dtype="float32"
+        name="narrow_exact",
+        rows=64,
+        features=96,
+        num_seeds=48,
+        capacity=40,
+        dtype="float32",
     ),
     "narrow, few slots": ArgSpec(
         name="narrow_few",
@@ -357,7 +362,8 @@ def test_incubation_changes_no_bit(spec_name: str, name: str) -> None:
 @pytest.mark.parametrize("spec_name", ["matrices, bfloat16", "narrow"])
 def test_nan_in_a_slot_stays_in_its_own_chunk(spec_name: str, name: str) -> None:
     # Slot 0 is dead and holds NaN, which reaches nothing. So does slot 1, which lives.
-    spec, f = SPECS[spec_name], optimized(name, spec_name)
+    spec = SPECS[spec_name]
+    f = (optimized if "narrow" in spec_name else compiled)(name, spec_name)
     args, g = spec.arrays(0), cotangent(spec)
     args["alpha"] = args["alpha"].at[0].set(0.0)
     args["beta"] = args["beta"].at[0].set(0.0)
@@ -384,15 +390,13 @@ def test_nan_in_a_slot_stays_in_its_own_chunk(spec_name: str, name: str) -> None
 
 @EVERY_BACKEND
 @pytest.mark.parametrize("value", [np.nan, np.inf, 3e38])
-@pytest.mark.parametrize("spec_name", ["narrow, exact", "narrow, few slots"])
-def test_a_broken_activation_stays_in_its_own_chunk(
-    spec_name: str, value: float, name: str
-) -> None:
+def test_a_broken_activation_stays_in_its_own_chunk(value: float, name: str) -> None:
     # Not a number, or so large that it overflows: in y, and elsewhere in its cotangent.
-    spec, f = SPECS[spec_name], optimized(name, spec_name)
+    spec, f = SPECS["narrow, exact"], optimized(name, "narrow, exact")
     args, g = spec.arrays(1), cotangent(spec)
     owners = np.asarray(args["seed_of_slot"])
     dormant = np.setdiff1d(np.arange(spec.num_seeds), owners)[:1]
+    assert dormant.size
     seeds = [owners[0], *dormant]
     good = f.run(args, g)
     columns = np.isin(np.asarray(spec.layout.owners), seeds)
