@@ -167,9 +167,7 @@ def test_every_kind_of_iterable_gives_the_same_run(plain):
     assert int(state.step) == 10
 
 
-def test_a_batch_is_looked_at_once_and_no_step_waits_for_the_device(
-    plain, monkeypatch
-):
+def test_a_batch_is_looked_at_once_and_no_step_waits_for_the_device(plain, monkeypatch):
     program = plain
     looks, signals = [], []
     monkeypatch.setattr(

@@ -12,7 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_backends import call_of, forward_and_back, static
+from test_backends import (
+    SPECS,
+    call_of,
+    compiled,
+    cotangent,
+    forward_and_back,
+    static,
+)
 
 from esper_jax.blueprints import ACTIVATIONS, hidden_width, residual_mlp, resolve
 from esper_jax.kernels.blend import activations, blend, registry
@@ -246,6 +253,32 @@ def test_chunks_that_share_tiles_fit_them() -> None:
     wide = static(ArgSpec(name="wide", rows=64, features=128, num_seeds=2))
     with pytest.raises(ValueError, match="64 features and 128 hidden units cannot"):
         of_groups(wide, 64, H100)
+
+
+def test_a_program_does_bad_tiles_again_and_no_others() -> None:
+    spec = SPECS["narrow, exact"]
+    s = static(spec)
+    config = choose(s, spec.rows, "")
+    one = {
+        name: dataclasses.replace(getattr(config, name), rows=16, programs=1)
+        for name in ("forward", "backward")
+    }
+    s = dataclasses.replace(s, config=dataclasses.replace(config, **one))
+    # Four tiles a program. Of these one goes wrong in y, and another in its cotangent.
+    args, g = spec.arrays(0), cotangent(spec)
+    first, second = (
+        np.asarray(spec.layout.owners) == int(args["seed_of_slot"][i]) for i in (0, 1)
+    )
+    args["y"] = args["y"].at[20, first].set(np.nan)
+    g = g.at[40, second].set(np.nan)
+    got = jax.jit(functools.partial(forward_and_back, call_of("triton", s)))(args, g)
+    want = compiled("xla", "narrow, exact").run(args, g)
+    assert np.isnan(want["out"][20, first]).all()
+    assert np.isnan(want["gradients"][0][40, second]).all()
+    assert np.isnan(want["gradients"][1].w1).sum() == 2 * spec.layout.width * s.hidden
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), got, want
+    )
 
 
 def test_no_derivative_of_an_activation_is_forgotten() -> None:
