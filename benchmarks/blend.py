@@ -3,6 +3,7 @@
     PYTHONPATH=. python3 benchmarks/blend.py --out DIR          # all tables, 5 minutes
     PYTHONPATH=. python3 benchmarks/blend.py --errors           # errors, and no times
     PYTHONPATH=. python3 benchmarks/blend.py --tune --out DIR   # block sizes
+    PYTHONPATH=. python3 benchmarks/blend.py --specs width_8 --grouped  # one question
     PYTHONPATH=. python3 benchmarks/blend.py --smoke            # tiny, on a CPU
 
 Every time is a median over rounds of calls whose inputs rotate among sets that together
@@ -63,6 +64,11 @@ def options_of() -> argparse.ArgumentParser:
         nargs="*",
         help="shapes to tune, or to time both ways and nothing else",
     )
+    parser.add_argument(
+        "--grouped",
+        action="store_true",
+        help="time --specs with slots that share tiles, whatever their width",
+    )
     parser.add_argument("--budget", type=float, default=420, help="seconds to tune for")
     return parser
 
@@ -84,7 +90,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
-    run = Run(options.smoke, options.out)
+    run = Run(options.smoke, options.out, grouped=options.grouped)
     device = jax.devices()[0]
     print(
         f"{device.device_kind}, jax {jax.__version__}, {len(jax.devices())} device(s)"

@@ -16,6 +16,8 @@ from esper_jax.kernels.blend.adapters import Read
 from esper_jax.kernels.blend.arg_specs import ArgSpec
 from esper_jax.kernels.blend.registry import backends
 from esper_jax.kernels.blend.static import Slots, Static
+from esper_jax.kernels.blend.triton.blocks import Config
+from esper_jax.kernels.blend.triton.config import of_groups
 
 IMPLEMENTATIONS = tuple(reversed(backends()))
 """Every backend, plain JAX first."""
@@ -31,6 +33,8 @@ class Run:
 
     smoke: bool
     out: pathlib.Path | None
+    grouped: bool = False
+    """Whether slots share tiles, whatever their width."""
     rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
     def attempt(self, table: str, label: dict[str, Any], f: Callable[[], Any]) -> Any:
@@ -55,6 +59,13 @@ class Run:
 def static(spec: ArgSpec, smoke: bool, config: Any = None) -> Static:
     """What is fixed of a call of blend; kernels are interpreted if ``smoke``."""
     return Static(**spec.options, dtype=spec.dtype, config=config, interpret=smoke)
+
+
+def config_of(spec: ArgSpec, run: Run) -> Config | None:
+    """Block sizes, where the run does not leave them to the kernels."""
+    if not run.grouped:
+        return None
+    return of_groups(static(spec, run.smoke), spec.rows, jax.devices()[0].device_kind)
 
 
 def blended(

@@ -16,6 +16,7 @@ from blend_calls import (
     Run,
     activations,
     blended,
+    config_of,
     dormant,
     random_like,
     rest_of,
@@ -224,7 +225,11 @@ def _compile_both(
     y = jax.ShapeDtypeStruct((spec.rows, spec.features), spec.dtype)
     args = (y, y, jax.eval_shape(lambda: rest_of(spec, 1.0)))
     many = [args] * sets
-    calls = {name: blended(spec, name, run.smoke) for name in IMPLEMENTATIONS}
+    configs = {name: config_of(spec, run) for name in KERNELS}
+    calls = {
+        name: blended(spec, name, run.smoke, configs.get(name))
+        for name in IMPLEMENTATIONS
+    }
     alone = {name: there_and_back(call, scaled=False) for name, call in calls.items()}
     with jax.default_matmul_precision("highest"):
         exact = start(alone["xla"], *jax.tree.map(wide, args))

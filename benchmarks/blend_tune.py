@@ -27,21 +27,21 @@ from esper_jax.kernels.blend.triton.config import choose
 
 def _options(rule: Config) -> dict[str, dict[str, tuple[Any, ...]]]:
     """What to try, for each kernel."""
-    narrow, whole = rule.narrow, rule.backward.across
+    whole = rule.backward.across
     return {
         "forward": {
-            "rows": (4, 8, 16) if narrow else (64, 128),
-            "across": (32, 64, 128) if narrow else (rule.forward.across,),
-            "warps": (1, 2, 4) if narrow else (4, 8),
-            "stages": (2,) if narrow else (2, 3, 4),
-            "programs": (512, 2048) if narrow else (132, 264, 396, 528),
+            "rows": (64, 128),
+            "across": (rule.forward.across,),
+            "warps": (4, 8),
+            "stages": (2, 3, 4),
+            "programs": (132, 264, 396, 528),
         },
         "backward": {
-            "rows": (2, 4) if narrow else (32, 64, 128),
-            "across": (32, 64, 128) if narrow else (whole, whole // 2),
-            "warps": (1, 4, 8) if narrow else (4, 8),
-            "stages": (2,) if narrow else (2, 3, 4),
-            "programs": (256, 512, 1024) if narrow else (132, 264),
+            "rows": (32, 64, 128),
+            "across": (whole,) if rule.narrow else (whole, whole // 2),
+            "warps": (4, 8),
+            "stages": (2, 3, 4),
+            "programs": (132, 264),
         },
         "statistics": {
             "rows": (2, 4, 8),

@@ -59,6 +59,12 @@ def start(program):
     return program.init(jax.random.key(0))
 
 
+@pytest.fixture(scope="module")
+def plain():
+    """A program of the plain model, for all that do not change it."""
+    return build(Net(), SGD, SGD, eval_batch=8)
+
+
 def test_a_masked_dict_is_evaluated_with_its_own_weights():
     program = build(Net(), SGD, SGD, objective=masked, eval_batch=8)
     arrays = {"x": X, "y": Y, "mask": MASK}
@@ -123,8 +129,8 @@ class Loader:
         return iter([[X[i : i + 8], Y[i : i + 8]] for i in (0, 8, 16)])
 
 
-def test_every_kind_of_iterable_gives_the_same_run():
-    program = build(Net(), SGD, SGD, eval_batch=8)
+def test_every_kind_of_iterable_gives_the_same_run(plain):
+    program = plain
     loader = Loader()
     pairs = [tuple(batch) for batch in Loader()]
     endless = (pairs[i % 3] for i in range(1000))
@@ -161,8 +167,8 @@ def test_every_kind_of_iterable_gives_the_same_run():
     assert int(state.step) == 10
 
 
-def test_a_batch_is_looked_at_once_and_no_step_waits_for_the_device(monkeypatch):
-    program = build(Net(), SGD, SGD)
+def test_a_batch_is_looked_at_once_and_no_step_waits_for_the_device(plain, monkeypatch):
+    program = plain
     looks, signals = [], []
     monkeypatch.setattr(
         program.check, "_check_labels", lambda name, *_: looks.append(name) or True
@@ -180,8 +186,8 @@ def test_a_batch_is_looked_at_once_and_no_step_waits_for_the_device(monkeypatch)
     assert len(signals) == 2  # and not after the last, which its tick follows
 
 
-def test_iterables_that_do_not_fit_are_refused_by_name():
-    program = build(Net(), SGD, SGD)
+def test_iterables_that_do_not_fit_are_refused_by_name(plain):
+    program = plain
     pair = (X, Y)
     with pytest.raises(ValueError, match=r"data must hold batches.*ended after 1"):
         fit(program, start(program), iter([pair]), pair, ticks=2)

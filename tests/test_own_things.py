@@ -182,38 +182,24 @@ def test_configs_of_ones_own_survive_a_round_trip(tmp_path):
     assert "factory" not in to_dict(parse_config({}))["model"]
 
 
-@pytest.mark.parametrize(
-    ("kind", "steps"),
-    [
-        ("loader", 3),
-        pytest.param("list", 3, marks=pytest.mark.slow),
-        pytest.param("list", 0, marks=pytest.mark.slow),
-        ("generator", 3),
-    ],
-)
-def test_batches_of_ones_own_resume_where_they_were(kind, steps, tmp_path, caplog):
-    def run(folder, ticks, **options):
-        own = batches(kind, ticks, steps_per_tick=steps)
-        return train_run(own, tmp_path / folder, **options)
-
-    whole = run("whole", 3)
-    assert whole["recompiles"] == 0
-    run("parts", 2)
-    caplog.clear()
-    parts = run("parts", 3, resume=True)
-    same = parts["state_hash"] == whole["state_hash"]
-    said = [r.message for r in caplog.records if "position" in r.message]
-    assert (same, bool(said)) == (kind != "generator", kind == "generator")
-    assert evaluate_run(tmp_path / "parts")["loss"] == parts["final_loss"]
+@pytest.fixture(scope="module")
+def programs():
+    """What `one_program` has compiled."""
+    return {}
 
 
 @pytest.fixture
-def one_program(monkeypatch):
-    """Runs of one kind share a compiled program; gives a place to put a signal."""
-    build, fit, made, signals = run_module.build_run, run_module.fit, {}, []
+def one_program(monkeypatch, programs):
+    """Runs of one model share a compiled program; gives a place to put a signal."""
+    build, fit, made, signals = run_module.build_run, run_module.fit, programs, []
 
     def build_run(config, data, axis_name=None):
-        key = config.train.objective, config.train.loss
+        tables = to_dict(config)
+        parts = [
+            tables[name] for name in ("model", "growth", "lifecycle", "controller")
+        ]
+        train = config.train
+        key = json.dumps([*parts, train.objective, train.loss, axis_name])
         if key not in made:
             made[key] = build(config, data, axis_name)
         return made[key]
@@ -229,6 +215,33 @@ def one_program(monkeypatch):
     monkeypatch.setattr(run_module, "build_run", build_run)
     monkeypatch.setattr(run_module, "fit", fitted)
     return signals
+
+
+@pytest.mark.parametrize(
+    ("kind", "steps"),
+    [
+        ("loader", 3),
+        pytest.param("list", 3, marks=pytest.mark.slow),
+        pytest.param("list", 0, marks=pytest.mark.slow),
+        ("generator", 3),
+    ],
+)
+def test_batches_of_ones_own_resume_where_they_were(
+    kind, steps, one_program, tmp_path, caplog
+):
+    def run(folder, ticks, **options):
+        own = batches(kind, ticks, steps_per_tick=steps)
+        return train_run(own, tmp_path / folder, **options)
+
+    whole = run("whole", 3)
+    assert whole["recompiles"] == 0
+    run("parts", 2)
+    caplog.clear()
+    parts = run("parts", 3, resume=True)
+    same = parts["state_hash"] == whole["state_hash"]
+    said = [r.message for r in caplog.records if "position" in r.message]
+    assert (same, bool(said)) == (kind != "generator", kind == "generator")
+    assert evaluate_run(tmp_path / "parts")["loss"] == parts["final_loss"]
 
 
 @pytest.mark.parametrize(("kind", "steps"), [("loader", 3), ("list", 3), ("list", 0)])
@@ -324,7 +337,7 @@ def test_devices_divide_the_rows_or_are_refused(monkeypatch, caplog):
     assert "trains on 2 of 4 devices: more do not divide train.batch" in caplog.text
 
 
-def test_several_devices_come_to_the_same(tmp_path, caplog):
+def test_several_devices_come_to_the_same(one_program, tmp_path, caplog):
     alone = train_run(config(), tmp_path / "one")
     four = train_run(config(), tmp_path / "four", devices=4)
     np.testing.assert_allclose(four["final_loss"], alone["final_loss"], rtol=1e-4)

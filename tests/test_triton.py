@@ -12,14 +12,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_backends import call_of, forward_and_back, static
+from test_backends import (
+    SPECS,
+    call_of,
+    compiled,
+    cotangent,
+    forward_and_back,
+    static,
+)
 
 from esper_jax.blueprints import ACTIVATIONS, hidden_width, residual_mlp, resolve
-from esper_jax.kernels.blend import activations, blend
+from esper_jax.kernels.blend import activations, blend, registry
 from esper_jax.kernels.blend.arg_specs import ARG_SPECS, ArgSpec
 from esper_jax.kernels.blend.static import Static
 from esper_jax.kernels.blend.triton.blocks import Blocks
-from esper_jax.kernels.blend.triton.config import choose
+from esper_jax.kernels.blend.triton.config import choose, of_groups
 from esper_jax.kernels.blend.triton.tuned import TUNED
 
 CALL = "__gpu$xla.gpu.triton"
@@ -101,11 +108,15 @@ def test_every_kernel_lowers_for_cuda(name: str) -> None:
         assert total in outputs
 
 
-@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    ("seeds", "bias"), [(4, False), (4, True), (128, True)], ids=str
+)
 @pytest.mark.parametrize("how", ["check_vma", "no check", "sharding"])
-def test_kernels_lower_for_cuda_on_several_devices(how: str, bias: bool) -> None:
+def test_kernels_lower_for_cuda_on_several_devices(
+    how: str, seeds: int, bias: bool
+) -> None:
     spec = dataclasses.replace(
-        ARG_SPECS["width_64"], rows=512, features=256, num_seeds=4, bias=bias
+        ARG_SPECS["width_64"], rows=512, features=256, num_seeds=seeds, bias=bias
     )
     names, sizes = ("data", "model"), (2, 2)
     auto = (jax.sharding.AxisType.Auto,) * 2
@@ -156,7 +167,7 @@ def test_kernels_lower_for_cuda_on_several_devices(how: str, bias: bool) -> None
     # Each device computes its own rows, and columns.
     local_rows, columns = (256, 128) if how == "sharding" else (256, 256)
     assert f"tensor<{local_rows}x{columns}xbf16>" in text
-    assert text.count(CALL) >= 4
+    assert text.count(CALL) >= (4 if seeds == 4 else 3)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -205,6 +216,69 @@ def test_an_automatic_choice_follows_the_platform(
     wide = dataclasses.replace(spec, features=1024, num_seeds=4, capacity=2)
     assert CALL not in lowered(wide, None, gradients=False)
     assert CALL in lowered(wide, "triton", gradients=False)
+
+
+@pytest.mark.parametrize("platform", ["gpu", "cuda", "cpu", "tpu"])
+def test_every_width_runs_where_it_was_measured_to_be_fastest(
+    platform: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # benchmarks/RESULTS.md: the kernels, up to 128 features; plain JAX beyond.
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    for width in range(1, 515):
+        spec = ArgSpec(name="width", rows=8, features=4 * width, num_seeds=4)
+        s = Static(**spec.options, dtype="bfloat16")
+        fast = platform in ("gpu", "cuda") and width <= 128
+        expected = "triton" if fast else "xla"
+        assert registry.choose(None, s, 8192, 4).name == expected, width
+        if width <= 128:  # whether or not it is faster: it exists
+            assert choose(s, 8192, H100).narrow == (width <= 4)
+    s = dataclasses.replace(
+        s, layout=ArgSpec(name="", rows=1, features=8, num_seeds=1).layout
+    )
+    assert (
+        registry.choose(None, dataclasses.replace(s, dtype="float64"), 8, 4).name
+        == "xla"
+    )
+
+
+def test_chunks_that_share_tiles_fit_them() -> None:
+    for dtype in ("bfloat16", "float16", "float32"):
+        for features, seeds in ((4096, 4096), (4096, 2048), (1000, 400), (4096, 1024)):
+            spec = ArgSpec(name="narrow", rows=64, features=features, num_seeds=seeds)
+            s = static(dataclasses.replace(spec, dtype=dtype), interpret=False)
+            config = choose(s, 64, H100)
+            columns, units = (32, 64) if dtype == "float32" else (64, 128)
+            assert columns // 2 <= config.group * s.width <= columns
+            assert config.group * s.hidden <= units == config.forward.across
+    wide = static(ArgSpec(name="wide", rows=64, features=128, num_seeds=2))
+    with pytest.raises(ValueError, match="64 features and 128 hidden units cannot"):
+        of_groups(wide, 64, H100)
+
+
+def test_a_program_does_bad_tiles_again_and_no_others() -> None:
+    spec = SPECS["narrow, exact"]
+    s = static(spec)
+    config = choose(s, spec.rows, "")
+    one = {
+        name: dataclasses.replace(getattr(config, name), rows=16, programs=1)
+        for name in ("forward", "backward")
+    }
+    s = dataclasses.replace(s, config=dataclasses.replace(config, **one))
+    # Four tiles a program. Of these one goes wrong in y, and another in its cotangent.
+    args, g = spec.arrays(0), cotangent(spec)
+    first, second = (
+        np.asarray(spec.layout.owners) == int(args["seed_of_slot"][i]) for i in (0, 1)
+    )
+    args["y"] = args["y"].at[20, first].set(np.nan)
+    g = g.at[40, second].set(np.nan)
+    got = jax.jit(functools.partial(forward_and_back, call_of("triton", s)))(args, g)
+    want = compiled("xla", "narrow, exact").run(args, g)
+    assert np.isnan(want["out"][20, first]).all()
+    assert np.isnan(want["gradients"][0][40, second]).all()
+    assert np.isnan(want["gradients"][1].w1).sum() == 2 * spec.layout.width * s.hidden
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), got, want
+    )
 
 
 def test_no_derivative_of_an_activation_is_forgotten() -> None:

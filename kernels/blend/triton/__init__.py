@@ -9,12 +9,14 @@ added where chunks are read, and what is written lacks it. Each program leaves p
 sums over its rows; a last kernel adds them up in a fixed order, so that results are
 reproducible bit for bit.
 
-Chunks of a few features (``Config.narrow``) share tiles: each lane is a slot, and loops
-over its features. Wider chunks are multiplied as matrices: each program is one slot.
+Chunks of a few features (``Config.narrow``) share tiles: each program is a group of
+neighbours, and their weights are blocks on the diagonal of one matrix. Of wider chunks
+each program is one slot.
 """
 
 import dataclasses
 import warnings
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -76,6 +78,10 @@ def _prepare(s: Static, rows: int) -> TritonStatic:
     return TritonStatic(**values | {"config": config, "statistics_rows": sampled})
 
 
+def _passes(s: TritonStatic) -> ModuleType:
+    return narrow if s.config.narrow else matrix
+
+
 def _forward(
     s: TritonStatic,
     save: bool,
@@ -84,8 +90,7 @@ def _forward(
     bank: Bank,
     slots: Slots,
 ) -> tuple[Array, Statistics, Array, Any]:
-    forward = narrow.forward_pass if s.config.narrow else matrix.forward_pass
-    return forward(s, save, y, bias, bank, slots)
+    return _passes(s).forward_pass(s, save, y, bias, bank, slots)
 
 
 def _backward(
@@ -96,8 +101,8 @@ def _backward(
     bank: Bank,
     slots: Slots,
 ) -> tuple[Array, Array | None, Bank, Array]:
-    backward = narrow.backward_pass if s.config.narrow else matrix.backward_pass
-    dy, d_bias, leaves, d_alpha = backward(s, g, total, saved, bank, slots)
+    backward_pass = _passes(s).backward_pass
+    dy, d_bias, leaves, d_alpha = backward_pass(s, g, total, saved, bank, slots)
     leaves = {
         name: leaf.astype(getattr(bank, name).dtype) for name, leaf in leaves.items()
     }

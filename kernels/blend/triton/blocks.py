@@ -17,7 +17,7 @@ class Blocks:
     Args:
       rows: rows of a tile, a power of two; at least 16 where the tile enters a dot.
       across: a power of two: columns of a tile of statistics, hidden units of a tile of
-        a blueprint, or slots of a tile of narrow chunks.
+        a blueprint. Nothing to narrow chunks, whose tiles hold a group.
       programs: number of programs that share the work, about as many as the device
         holds at once. A kernel launches more if there are more slots or tiles of
         columns.
@@ -53,8 +53,7 @@ class Config:
     """Blocks of each kernel.
 
     Args:
-      narrow: True if slots share tiles and kernels loop over a chunk's features; False
-        if kernels multiply chunks as matrices.
+      group: number of neighbouring slots that share a tile; 0 if each has its own.
       forward: forward kernel.
       backward: kernel of the parameters' gradients.
       input: kernel of the input's gradient. It runs by itself if one tile of
@@ -64,9 +63,14 @@ class Config:
         compute capability 9.0 on.
     """
 
-    narrow: bool
     forward: Blocks
     backward: Blocks
     input: Blocks
     statistics: Blocks
+    group: int = 0
     packed: bool = False
+
+    @property
+    def narrow(self) -> bool:
+        """Whether slots share tiles."""
+        return self.group > 0

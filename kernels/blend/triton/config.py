@@ -7,10 +7,13 @@ from esper_jax.kernels.blend.static import Static
 from esper_jax.kernels.blend.triton.blocks import Blocks, Config, power_of_two
 from esper_jax.kernels.blend.triton.tuned import PACKED, TUNED
 
-__all__ = ["choose"]
+__all__ = ["choose", "of_groups"]
 
 _NARROW_WIDTH = 4
 _NARROW_HIDDEN = 8
+_GROUP = {"float32": (32, 64)}
+_GROUP_IN_HALF = (64, 128)
+"""Columns and hidden units of a group at most: those of a chunk of 64 features."""
 
 
 def choose(s: Static, rows: int, device: str) -> Config:
@@ -22,20 +25,42 @@ def choose(s: Static, rows: int, device: str) -> Config:
       device: kind of the device, as JAX names it.
     """
     narrow = s.width <= _NARROW_WIDTH and s.hidden <= _NARROW_HIDDEN
-    config = _narrow() if narrow else _matrix(s.width, s.hidden, s.dtype)
-    key = (device, s.dtype, s.width, s.hidden)
+    return of_groups(s, rows, device) if narrow else _config(s, rows, device, 0)
+
+
+def of_groups(s: Static, rows: int, device: str) -> Config:
+    """As `choose`, for chunks that share tiles whatever their width.
+
+    Raises:
+      ValueError: if not even two of them fit a tile.
+    """
+    columns, units = _GROUP.get(s.dtype, _GROUP_IN_HALF)
+    group = min(columns // s.width, units // s.hidden)
+    if group < 2:
+        raise ValueError(
+            f"chunks of {s.width} features and {s.hidden} hidden units cannot share "
+            f"tiles of {columns} and {units}"
+        )
+    # Tiles begin where many bytes can be read at once.
+    group -= group % 8 if group > 8 else 0
+    return _config(s, rows, device, min(group, s.layout.num_seeds))
+
+
+def _config(s: Static, rows: int, device: str, group: int) -> Config:
+    width, hidden = s.width * max(1, group), s.hidden * max(1, group)
+    config = _rule(width, hidden, s.dtype)
+    key = (device, s.dtype, width, hidden)
     tuned: dict[str, Any] = dict(TUNED.get(key, {}))
     config = dataclasses.replace(config, **tuned)
-    least = 1 if narrow else 16
     sampled = rows
     if s.statistics_rows is not None:
         sampled = min(rows, s.statistics_rows)
     across = max(16, power_of_two(s.layout.features))
     return Config(
-        narrow=narrow,
-        forward=config.forward.cut(rows, least),
-        backward=config.backward.cut(rows, least),
-        input=config.input.cut(rows, least),
+        group=group,
+        forward=config.forward.cut(rows, 16),
+        backward=config.backward.cut(rows, 16),
+        input=config.input.cut(rows, 16),
         statistics=dataclasses.replace(
             config.statistics.cut(sampled, 1),
             across=min(config.statistics.across, across),
@@ -47,19 +72,7 @@ def choose(s: Static, rows: int, device: str) -> Config:
 _STATISTICS = Blocks(rows=4, across=512, programs=264, warps=4)
 
 
-def _narrow() -> Config:
-    forward = Blocks(rows=8, across=32, programs=1024, warps=1)
-    backward = Blocks(rows=2, across=128, programs=512, warps=8)
-    return Config(
-        narrow=True,
-        forward=forward,
-        backward=backward,
-        input=forward,
-        statistics=_STATISTICS,
-    )
-
-
-def _matrix(width: int, hidden: int, dtype: str) -> Config:
+def _rule(width: int, hidden: int, dtype: str) -> Config:
     columns = max(16, power_of_two(width))
     units = max(16, power_of_two(hidden))
     wide = columns >= 128 or dtype == "float32"
@@ -84,7 +97,6 @@ def _matrix(width: int, hidden: int, dtype: str) -> Config:
         stages=3,
     )
     return Config(
-        narrow=False,
         forward=forward,
         backward=backward,
         input=forward,

@@ -41,7 +41,7 @@ __all__ = [
 
 
 class Slot(NamedTuple):
-    """One slot, or a vector of slots with one entry for each lane."""
+    """One slot."""
 
     alpha: Array
     beta: Array
@@ -187,18 +187,13 @@ def chunk(layout: ChunkLayout, seed: Array) -> tuple[Array, Any]:
     return seed * base + jnp.minimum(seed, wider), size
 
 
-def slot_at(
-    s: TritonStatic, refs: Refs, index: Any, zero: Array, mask: Array | None = None
-) -> Slot:
-    """The slot at ``index``, or the slots at many."""
-    owner = read(refs.owner, (index,), mask).astype(jnp.int32)
-    alpha = f32(read(refs.alpha, (index,), mask))
-    beta = f32(read(refs.beta, (index,), mask))
-    kind = read(refs.kind, (index,), mask).astype(jnp.int32)
+def slot_at(s: TritonStatic, refs: Refs, index: Any, zero: Array) -> Slot:
+    """The slot at ``index``."""
+    owner = read(refs.owner, (index,)).astype(jnp.int32)
+    alpha, beta = f32(read(refs.alpha, (index,))), f32(read(refs.beta, (index,)))
+    kind = read(refs.kind, (index,)).astype(jnp.int32)
     kind = jnp.minimum(jnp.maximum(kind, 0), len(s.blueprints) - 1)
     living = (owner >= 0) & ((alpha != 0.0) | (beta != 0.0))
-    if mask is not None:
-        living = living & mask
     start, size = chunk(s.layout, jnp.maximum(owner, 0))
     return Slot(alpha, beta, kind, start, size, living, zero)
 

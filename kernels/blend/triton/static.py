@@ -27,6 +27,16 @@ class TritonStatic(Static):
         return max(16, power_of_two(self.layout.width))
 
     @property
+    def group_columns(self) -> int:
+        """Columns of a tile that holds the chunks of a group."""
+        return max(16, power_of_two(self.config.group * self.layout.width))
+
+    @property
+    def group_units(self) -> int:
+        """Hidden units of such a tile."""
+        return max(16, power_of_two(self.config.group * self.hidden))
+
+    @property
     def own_statistics(self) -> bool:
         """Whether the forward kernel takes the living chunks' statistics."""
         return self.statistics_rows is None and not self.config.narrow

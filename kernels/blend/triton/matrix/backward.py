@@ -14,6 +14,7 @@ from esper_jax.kernels.blend.triton.matrix.tiles import (
     View,
     Weights,
     dot,
+    every_eighth,
 )
 from esper_jax.kernels.blend.triton.refs import (
     Refs,
@@ -180,11 +181,6 @@ def _no_gradients(p: _Backward) -> _Gradients:
     )
 
 
-def _every_eighth(x: Array) -> Array:
-    """Partial sums of a tile laid out as products are: rows eight apart."""
-    return jnp.sum(x.reshape(-1, 8, x.shape[1]), axis=0)
-
-
 def _added_up(sums: _Gradients) -> _Gradients:
     """Adds up the vectors' sums, which threads have kept in parts until now."""
 
@@ -225,7 +221,7 @@ def _add_tile(p: _Backward, i: Any, sums: _Gradients) -> _Gradients:
             w2=sums.w2 + dot(h.astype(y.dtype), pulled, (0, 0)),
         )
     if p.sums_hidden:
-        sums = sums._replace(b1=sums.b1 + _every_eighth(d_before))
+        sums = sums._replace(b1=sums.b1 + every_eighth(d_before))
     if p.arrays.dy is not None:
         _write_input(p, tile, g32, d_low)
     return sums

@@ -21,7 +21,15 @@ from esper_jax.kernels.blend.triton.refs import (
 )
 from esper_jax.kernels.blend.triton.static import TritonStatic
 
-__all__ = ["Blueprint", "Tile", "View", "Weights", "dot", "sum_across"]
+__all__ = [
+    "Blueprint",
+    "Tile",
+    "View",
+    "Weights",
+    "dot",
+    "every_eighth",
+    "sum_across",
+]
 
 
 class Weights(NamedTuple):
@@ -56,6 +64,11 @@ def sum_across(x: Array) -> Array:
     costs more than the sums, so the rest of the sum waits for the loop's end.
     """
     return jnp.sum(x.reshape(x.shape[0], -1, 8), axis=1)
+
+
+def every_eighth(x: Array) -> Array:
+    """Partial sums of a tile laid out as products are: rows eight apart."""
+    return jnp.sum(x.reshape(-1, 8, x.shape[1]), axis=0)
 
 
 @dataclasses.dataclass(frozen=True)

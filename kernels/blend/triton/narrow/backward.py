@@ -1,48 +1,45 @@
-"""Backward kernel of narrow chunks."""
+"""Backward kernel of groups."""
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array
 
-from esper_jax.kernels.blend.triton.narrow.lanes import (
-    LaneTile,
-    LaneWeights,
-    correction,
-    hidden_layer,
-    lane_tile,
-    lane_weights,
-    lanes_of,
-    rounded,
+from esper_jax.kernels.blend.triton.matrix.tiles import Tile, dot, every_eighth
+from esper_jax.kernels.blend.triton.narrow.tiles import (
+    Group,
+    Lanes,
+    Members,
+    both_masks,
+    entries,
+    group_of,
+    only,
+    over_tiles,
+    same,
 )
-from esper_jax.kernels.blend.triton.refs import (
-    Refs,
-    Slot,
-    biased,
-    f32,
-    loop,
-    read,
-    write,
-)
+from esper_jax.kernels.blend.triton.refs import Refs, Span, biased, f32, read, write
 from esper_jax.kernels.blend.triton.static import TritonStatic
 
-__all__ = ["backward_kernel"]
+__all__ = ["VECTORS", "backward_kernel"]
+
+VECTORS = ("b2", "scale", "alpha", "bias")
+"""Gradients that programs leave by column; the last only where ``y`` has a bias."""
 
 
 class _Sums(NamedTuple):
-    """Sums of the gradients over rows: for each entry of a parameter, a lane a slot.
+    """Sums of the gradients over rows; of vectors, in parts.
 
-    Tiles (rows, lanes) while looping over rows; vectors (lanes,) after it.
+    Of the matrices, what lies off the blocks means nothing.
     """
 
-    w1: list[list[Array]]
-    b1: list[Array]
-    w2: list[list[Array]]
-    b2: list[Array]
-    scale: list[Array]
+    w1: Array
+    b1: Array
+    w2: Array
+    b2: Array
+    scale: Array
     alpha: Array
 
 
@@ -50,25 +47,24 @@ class _Sums(NamedTuple):
 class _Backward:
     """What a program of the backward kernel holds."""
 
-    s: TritonStatic
+    group: Group
     total: int
     span: int
-    part: Any
-    index: Array
-    """Index of each lane's slot."""
-    slot: Slot
     saved: Any
     g: Any
     dy: Any
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """Rows and lanes of a tile."""
-        return self.s.config.backward.rows, self.s.config.backward.across
+    def s(self) -> TritonStatic:
+        return self.group.s
+
+    @property
+    def reconstructs(self) -> bool:
+        return self.s.incubation == "reconstruction"
 
 
 def backward_kernel(s: TritonStatic, total: int, span: int, *all_refs: Any) -> None:
-    """Partial gradients of the bank and alpha, and ``dy``, of narrow slots.
+    """Partial gradients of the bank and alpha, and ``dy``, of living groups.
 
     Args:
       s: what is fixed while tracing.
@@ -76,129 +72,162 @@ def backward_kernel(s: TritonStatic, total: int, span: int, *all_refs: Any) -> N
       span: rows that a program goes over.
       all_refs: inputs and outputs.
     """
-    refs, (saved_ref, g_ref, *rest, dy_ref) = Refs.split(all_refs)
+    refs, (of_seed, groups, saved_ref, g_ref, *rest, dy_ref) = Refs.split(all_refs)
     # The sum of the cotangent passes through.
     outs = rest[1:] if s.biased else rest
-    part = pl.program_id(1)
-    count = refs.alpha.shape[0]
-    index, slot = lanes_of(s, refs, count, s.config.backward.across)
-    p = _Backward(s, total, span, part, index, slot, saved_ref, g_ref, dy_ref)
+    program = pl.program_id(0), pl.program_id(1)
+    index = groups[program[0]]
 
-    @pl.when(jnp.max(jnp.where(slot.living, 1, 0)) > 0)
+    @pl.when(index >= 0)
     def _living() -> None:
-        w = rounded(lane_weights(s, refs, index, slot), saved_ref.dtype)
-        alpha = jnp.broadcast_to(slot.alpha[None, :], p.shape)
+        group = group_of(s, refs, of_seed, index, program)
+        p = _Backward(group, total, span, saved_ref, g_ref, dy_ref)
 
-        def body(i: Any, sums: _Sums) -> _Sums:
-            return _add_tile(p, w, alpha, i, sums)
-
-        sums = loop(0, span // p.shape[0], body, _no_sums(p))
-        sums = jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
-        _write_sums(p, sums, outs)
-        if s.biased:
-            _write_pulled_back(p, w, sums, outs[6])
+        body, turns = functools.partial(_add_tile, p), span // s.config.backward.rows
+        sums = over_tiles(group, turns, body, _no_sums(p))
+        sums = sums._replace(
+            **{
+                name: jnp.sum(getattr(sums, name), axis=0)
+                for name in ("b1", "b2", "scale", "alpha")
+            }
+        )
+        _write_matrices(p, sums, refs.alpha.shape[0], outs)
+        _write_vectors(p, sums, outs[3])
 
 
 def _no_sums(p: _Backward) -> _Sums:
-    wide, tall = range(p.s.width), range(p.s.hidden)
-    zero = jnp.zeros(p.shape, jnp.float32)
+    """Sums of nothing; a single row of 0 for what is not summed."""
+    rows, s = p.s.config.backward.rows, p.s
+    columns, units = s.group_columns, s.group_units
+
+    def zeros(tall: int, wide: int, wanted: bool = True) -> Array:
+        return jnp.zeros((tall if wanted else 1, wide), jnp.float32)
+
     return _Sums(
-        w1=[[zero for _ in tall] for _ in wide],
-        b1=[zero for _ in tall],
-        w2=[[zero for _ in wide] for _ in tall],
-        b2=[zero for _ in wide],
-        scale=[zero for _ in wide],
-        alpha=zero,
+        w1=zeros(columns, units),
+        b1=zeros(8, units),
+        w2=zeros(units, columns),
+        b2=zeros(rows, columns),
+        scale=zeros(rows, columns, s.uses("scale")),
+        alpha=zeros(rows, columns, p.reconstructs),
     )
 
 
-def _add_tile(p: _Backward, w: LaneWeights, alpha: Array, i: Any, sums: _Sums) -> _Sums:
-    """Adds the ``i``-th tile of rows to the sums, and writes its gradient of y."""
-    s, rows = p.s, p.shape[0]
-    wide, tall = range(s.width), range(s.hidden)
-    tile = lane_tile(s, p.slot, p.part * p.span + i * rows, rows, p.total)
-    y = _saved(p, tile)
-    g = [f32(read(p.g, tile.place[i], tile.valid[i])) for i in wide]
-    h, slopes = hidden_layer(s, p.slot, w, y)
-    r = correction(s, w, y, h, tile.valid)
-    pulled = g
-    if s.incubation == "reconstruction":
-        pulled = [
-            jnp.where(alpha != 0.0, g[i], jnp.where(tile.valid[i], r[i], 0.0))
-            for i in wide
-        ]
-    d_before = []
-    for unit in tall:
-        dh = jnp.zeros(p.shape, jnp.float32)
-        for i in wide:
-            dh = dh + pulled[i] * w.w2[unit][i][None, :]
-        d_before.append(dh * slopes[unit])
-    gain = sums.alpha
-    for i in wide:
-        dy = w.scale[i][None, :] * g[i]
-        for unit in tall:
-            dy = dy + d_before[unit] * w.w1[i][unit][None, :]
-        changed = tile.valid[i] & (alpha != 0.0)
-        write(p.dy, tile.place[i], g[i] + alpha * dy, changed)
-        gain = gain + g[i] * r[i]
-    return _Sums(
-        w1=[[sums.w1[i][u] + y[i] * d_before[u] for u in tall] for i in wide],
-        b1=[sums.b1[u] + d_before[u] for u in tall],
-        w2=[[sums.w2[u][i] + h[u] * pulled[i] for i in wide] for u in tall],
-        b2=[sums.b2[i] + pulled[i] for i in wide],
-        scale=[sums.scale[i] + pulled[i] * y[i] for i in wide],
-        alpha=gain,
+def _add_tile(
+    p: _Backward, i: Any, members: Members, alone: bool, sums: _Sums
+) -> tuple[_Sums, Array]:
+    """The body of `over_tiles`; also writes the gradient of y."""
+    s, group, w = p.s, p.group, p.group.weights
+    rows = s.config.backward.rows
+    tile = group.tile(group.part * p.span + i * rows, rows, p.total)
+    columns, units = group.lanes_of(members)
+    y = only(columns, read(p.saved, tile.saved, tile.mask))
+    given = read(p.g, tile.place, tile.mask)
+    g = only(columns, given)
+    before = dot(y, w.w1) + w.b1[None, :]
+    pulled, gain = g, jnp.zeros((1, 1), jnp.float32)
+    if p.reconstructs:
+        r = group.correct(y, tile, members)
+        counts = jnp.broadcast_to((group.columns.alpha != 0.0)[None, :], r.shape)
+        pulled, gain = jnp.where(counts, f32(g), r).astype(g.dtype), f32(g) * r
+    dh = dot(pulled, w.w2, (1, 1))
+    h, slope = s.activate(group.units.kind, before)
+    d_before = dh * slope
+    # Each shows what entered the products before it.
+    largest = jnp.max(jnp.maximum(jnp.abs(h), jnp.abs(d_before)))
+    fine = largest <= float(jnp.finfo(s.dtype).max)
+    adds = True if alone else fine
+    h, d_before = (only(units & adds, x) for x in (h, d_before))
+    pulled, gain = only(columns & adds, pulled), jnp.where(adds, gain, 0.0)
+    d_low, f_pulled = d_before.astype(y.dtype), f32(pulled)
+    _write_input(p, tile, (given, g, d_low), (columns if alone else None, adds))
+    added = _Sums(
+        w1=sums.w1 + dot(y, d_low, (0, 0)),
+        b1=sums.b1 + every_eighth(d_before),
+        w2=sums.w2 + dot(h.astype(y.dtype), pulled, (0, 0)),
+        b2=sums.b2 + f_pulled,
+        scale=sums.scale + f_pulled * f32(y) if s.uses("scale") else sums.scale,
+        alpha=sums.alpha + gain if p.reconstructs else sums.alpha,
     )
+    return added, fine
 
 
-def _saved(p: _Backward, tile: LaneTile) -> list[Array]:
-    """The chunks as the forward pass saved them, float32, feature by feature."""
-    lane = jnp.broadcast_to(p.index[None, :], p.shape)
-    return [
-        f32(read(p.saved, (tile.rows, lane, jnp.full_like(tile.rows, i)), valid))
-        for i, valid in enumerate(tile.valid)
-    ]
+def _write_input(
+    p: _Backward,
+    tile: Tile,
+    values: tuple[Array, Array, Array],
+    which: tuple[Array | None, Any],
+) -> None:
+    """Writes the gradient of a tile of y.
 
-
-def _write_pulled_back(p: _Backward, w: LaneWeights, sums: _Sums, ref: Any) -> None:
-    """Leaves the program's part of ``alpha * J_y(r)^T g``, summed over its rows.
-
-    ``J_y(r)^T`` multiplies by weights which are the same for all rows once the slopes
-    of the hidden units are in. So it takes sums over the rows instead of the rows.
+    Args:
+      p: what the program holds.
+      tile: the tile.
+      values: the cotangent, the same of the members that are added, and the gradient of
+        what enters the hidden units.
+      which: the only columns to write, or None; and whether to write.
     """
-    part = jnp.full_like(p.index, p.part)
-    for i in range(p.s.width):
-        out = w.scale[i] * sums.b2[i]
-        for unit in range(p.s.hidden):
-            out = out + w.w1[i][unit] * sums.b1[unit]
-        place = (part, p.index, jnp.full_like(p.index, i))
-        write(ref, place, p.slot.alpha * out, p.slot.living)
+    (given, g, d_low), (columns, adds), group = values, which, p.group
+    alpha, mask = group.columns.alpha, tile.mask
+    if columns is not None:
+        mask = both_masks(mask, columns, given.shape)
+
+    @pl.when(adds & (jnp.max(jnp.where(alpha != 0.0, 1, 0)) > 0))
+    def _input() -> None:
+        dy = dot(d_low, group.weights.w1, (1, 1))
+        if p.s.uses("scale"):
+            dy = dy + group.scale[None, :] * f32(g)
+        counts = jnp.broadcast_to((alpha != 0.0)[None, :], given.shape)
+        out = (f32(given) + alpha[None, :] * dy).astype(given.dtype)
+        write(p.dy, tile.place, jnp.where(counts, out, given), mask)
 
 
-def _write_sums(p: _Backward, sums: _Sums, outs: list[Any]) -> None:
-    """Leaves the program's gradients of the parameters and of alpha."""
-    s, slot, index = p.s, p.slot, p.index
-    dw1_ref, db1_ref, dw2_ref, db2_ref, dscale_ref, dalpha_ref = outs[:6]
-    factor = slot.beta
-    if s.incubation == "reconstruction":
-        elements = f32(jnp.asarray(slot.size)) * float(p.total)
-        factor = factor * jnp.where(slot.alpha != 0.0, 1.0, 2.0 / elements)
-    learns = slot.living & (slot.beta != 0.0)
-    bias = s.of_kind(slot.kind, "bias")
-    scale = s.of_kind(slot.kind, "scale")
+def _factor(p: _Backward, lanes: Lanes) -> Array:
+    """What the parameters' gradients are multiplied by."""
+    if not p.reconstructs:
+        return lanes.beta
+    elements = f32(jnp.asarray(lanes.size)) * float(p.total)
+    return lanes.beta * jnp.where(lanes.alpha != 0.0, 1.0, 2.0 / elements)
 
-    def put(ref: Any, at: tuple[int, ...], value: Array) -> None:
-        where = tuple(jnp.full_like(index, i) for i in at)
-        write(ref, (jnp.full_like(index, p.part), index, *where), value, learns)
 
-    for i in range(s.width):
-        for u in range(s.hidden):
-            put(dw1_ref, (i, u), factor * sums.w1[i][u])
-            put(dw2_ref, (u, i), factor * sums.w2[u][i])
-        put(db2_ref, (i,), biased(bias, factor * sums.b2[i]))
-        put(dscale_ref, (i,), biased(scale, factor * sums.scale[i]))
-    for u in range(s.hidden):
-        put(db1_ref, (u,), biased(bias, factor * sums.b1[u]))
-    block = jnp.full_like(index, 0)
-    place = (jnp.full_like(index, p.part), block, index)
-    write(dalpha_ref, place, sums.alpha, slot.living)
+def _write_matrices(p: _Backward, sums: _Sums, count: int, outs: Any) -> None:
+    """Leaves the gradients of the hidden layers: the blocks of the sums."""
+    columns, units, part = p.group.columns, p.group.units, p.group.part
+    factor = _factor(p, columns)
+    for ref, sides, value in (
+        (outs[0], (columns, units), factor[:, None] * sums.w1),
+        (outs[2], (units, columns), factor[None, :] * sums.w2),
+    ):
+        index, mask = entries(*sides, count)
+        write(ref, (jnp.full(mask.shape, part), *index), value, mask)
+    b1 = biased(p.s.of_kind(units.kind, "bias"), _factor(p, units) * sums.b1)
+    slot = jnp.where(units.living, units.slot, count)
+    write(outs[1], (jnp.full(slot.shape, part), slot, units.at), b1, units.living)
+
+
+def _write_vectors(p: _Backward, sums: _Sums, ref: Any) -> None:
+    """Leaves the gradients that have an entry for each column, as `VECTORS`."""
+    s, group, w = p.s, p.group, p.group.weights
+    kind, factor = group.columns.kind, _factor(p, group.columns)
+    gain = sums.alpha
+    if not p.reconstructs:
+        # sum(g * (h @ w2)) is sum(w2 * (h.T @ g)), whose second factor is at hand.
+        blocks = same(group.units, group.columns)
+        gain = jnp.sum(jnp.where(blocks, f32(w.w2) * sums.w2, 0.0), axis=0)
+        gain = gain + group.b2 * sums.b2
+        if s.uses("scale"):
+            gain = gain + group.scale * sums.scale
+    vectors = [
+        biased(s.of_kind(kind, "bias"), factor * sums.b2),
+        biased(s.of_kind(kind, "scale"), factor * sums.scale),
+        gain,
+    ]
+    if s.biased:
+        # As in `matrix.backward`: weights times sums over rows, in place of the rows.
+        blocks = same(group.columns, group.units)
+        through = jnp.where(blocks, f32(w.w1) * sums.b1[None, :], 0.0)
+        pulled = jnp.sum(through, axis=1) + group.scale * sums.b2
+        vectors.append(group.columns.alpha * pulled)
+    across = Span(group.start, s.group_columns)
+    for j, x in enumerate(vectors):
+        write(ref, (group.part, j, across), x, group.exists)

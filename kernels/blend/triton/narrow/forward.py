@@ -1,126 +1,96 @@
-"""Forward kernel of narrow chunks."""
+"""Forward kernel of groups."""
 
-import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array
 
-from esper_jax.kernels.blend.triton.narrow.lanes import (
-    LaneTile,
-    correction,
-    hidden_layer,
-    lane_bias,
-    lane_tile,
-    lane_weights,
-    lanes_of,
-    rounded,
+from esper_jax.kernels.blend.triton.matrix.tiles import every_eighth
+from esper_jax.kernels.blend.triton.narrow.tiles import (
+    Group,
+    Members,
+    both_masks,
+    group_of,
+    only,
+    over_tiles,
 )
-from esper_jax.kernels.blend.triton.refs import (
-    Refs,
-    Slot,
-    f32,
-    loop,
-    read,
-    write,
-)
+from esper_jax.kernels.blend.triton.refs import Refs, Span, f32, plus_bias, read, write
 from esper_jax.kernels.blend.triton.static import TritonStatic
 
 __all__ = ["forward_kernel"]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Forward:
-    """What a program of the forward kernel holds."""
-
-    s: TritonStatic
-    total: int
-    span: int
-    index: Array
-    """Index of each lane's slot."""
-    slot: Slot
-    y: tuple[Any, ...]
-    """The activation; and its bias, if that comes apart."""
-    out: Any
-    saved: Any
-    """Where the living chunks go; None if they are not saved."""
-
-
 def forward_kernel(
     s: TritonStatic, total: int, span: int, save: bool, *all_refs: Any
 ) -> None:
-    """Output, reconstruction and, with ``save``, the living chunks of narrow slots.
+    """Output, sums of ``r**2`` by column and, with ``save``, the living groups' chunks.
 
     Args:
       s: what is fixed while tracing.
       total: rows of the batch.
       span: rows that a program goes over.
-      save: whether to save the living chunks.
+      save: whether to save the chunks.
       all_refs: inputs and outputs. The sums of columns are among both if statistics are
         taken; the kernel does not touch them.
     """
-    refs, own = Refs.split(all_refs)
+    refs, (of_seed, groups, *own) = Refs.split(all_refs)
     first = 2 if s.biased else 1
-    y, rest = own[:first], own[first:]
-    takes_statistics = s.statistics_rows != 0
-    out_ref, means_ref = rest[1:3] if takes_statistics else rest[:2]
-    saved_ref = rest[-1] if save else None
-    lanes = s.config.forward.across
-    count = refs.alpha.shape[0]
-    part = pl.program_id(1)
-    index, slot = lanes_of(s, refs, count, lanes)
-    exists = index < count
-    any_living = jnp.max(jnp.where(slot.living, 1, 0)) > 0
-    p = _Forward(s, total, span, index, slot, y, out_ref, saved_ref)
+    y, rest = tuple(own[:first]), own[first:]
+    outs = rest[1:] if s.statistics_rows != 0 else rest
+    saved = outs[-1] if save else None
+    program = pl.program_id(0), pl.program_id(1)
+    index = groups[program[0]]
 
-    @pl.when(jnp.logical_not(any_living))
-    def _dead() -> None:
-        zero = jnp.zeros((lanes,), jnp.float32)
-        write(means_ref, (jnp.full_like(index, part), index), zero, exists)
-
-    @pl.when(any_living)
+    @pl.when(index >= 0)
     def _living() -> None:
-        squares = _blend(p, refs, part)
-        elements = f32(jnp.asarray(slot.size)) * float(total)
-        means = jnp.sum(squares, axis=0) / elements
-        write(means_ref, (jnp.full_like(index, part), index), means, exists)
+        group = group_of(s, refs, of_seed, index, program).with_half()
+        squares = _blend(group, total, span, y, (outs[0], saved))
+        place = (group.part, Span(group.start, s.group_columns))
+        write(outs[1], place, squares, group.exists)
 
 
-def _blend(p: _Forward, refs: Refs, part: Any) -> Array:
-    """Blends a part of the rows; sums of ``r**2``, (rows of a tile, lanes)."""
-    s, slot = p.s, p.slot
-    rows = s.config.forward.rows
-    shape = (rows, s.config.forward.across)
-    y_ref, *bias_refs = p.y
-    w = rounded(lane_weights(s, refs, p.index, slot), y_ref.dtype)
-    bias = lane_bias(s, slot, bias_refs[0]) if bias_refs else None
-    alpha = jnp.broadcast_to(slot.alpha[None, :], shape)
+def _blend(
+    group: Group, total: int, span: int, y: tuple[Any, ...], to: tuple[Any, Any]
+) -> Array:
+    """Blends a part of the rows; sums of ``r**2`` by column."""
+    s, (y_ref, *biases), (out_ref, saved_ref) = group.s, y, to
+    rows, width = s.config.forward.rows, s.group_columns
+    bias = (
+        read(biases[0], (Span(group.start, width),), group.exists) if biases else None
+    )
+    alpha = group.columns.alpha
+    counts = jnp.broadcast_to((alpha != 0.0)[None, :], (rows, width))
+    any_counts = jnp.max(jnp.where(alpha != 0.0, 1, 0)) > 0
+    first = group.part * span
 
-    def body(i: Any, squares: Array) -> Array:
-        tile = lane_tile(s, slot, part * p.span + i * rows, rows, p.total)
-        given = [f32(read(y_ref, tile.place[i], tile.valid[i])) for i in range(s.width)]
-        y = given
-        if bias:
-            sums = [a + b[None, :] for a, b in zip(given, bias, strict=True)]
-            y = [f32(x.astype(y_ref.dtype)) for x in sums]
-        h, _ = hidden_layer(s, slot, w, y)
-        h = [f32(x.astype(y_ref.dtype)) for x in h]
-        r = correction(s, w, y, h, tile.valid)
-        for i in range(s.width):
-            changed = tile.valid[i] & (alpha != 0.0)
-            write(p.out, tile.place[i], given[i] + alpha * r[i], changed)
-            squares = squares + r[i] * r[i]
-            if p.saved is not None:
-                _save(p, tile, i, y[i])
-        return squares
+    def body(
+        i: Any, members: Members, alone: bool, squares: Array
+    ) -> tuple[Array, Array]:
+        tile = group.tile(first + i * rows, rows, total)
+        columns, _ = group.lanes_of(members)
+        given = read(y_ref, tile.place, tile.mask)
+        y = only(columns, plus_bias(given, bias, tile.mask))
+        r = group.correct(y, tile, members)
+        more, mask = every_eighth(r * r), tile.mask
+        fine = jnp.sum(more) < jnp.inf
+        if alone:
+            # Other columns are other threads': a turn must not write what a later one
+            # reads.
+            mask = both_masks(mask, columns, given.shape)
+            writes, adds = any_counts, jnp.bool_(True)
+        else:
+            writes, adds = any_counts & fine, fine
+            if saved_ref is not None:
+                write(saved_ref, tile.saved, y, mask)
 
-    return loop(0, p.span // rows, body, jnp.zeros(shape, jnp.float32))
+        @pl.when(writes)
+        def _write() -> None:
+            out = (f32(given) + alpha[None, :] * r).astype(given.dtype)
+            write(out_ref, tile.place, jnp.where(counts, out, given), mask)
 
+        return squares + jnp.where(adds, more, 0.0), fine
 
-def _save(p: _Forward, tile: LaneTile, feature: int, y: Array) -> None:
-    """Saves one feature of the living chunks."""
-    shape = tile.rows.shape
-    lane = jnp.broadcast_to(p.index[None, :], shape)
-    kept = tile.inside & jnp.broadcast_to(p.slot.living[None, :], shape)
-    write(p.saved, (tile.rows, lane, jnp.full_like(tile.rows, feature)), y, kept)
+    zero = jnp.zeros((8, width), jnp.float32)
+    squares = over_tiles(group, span // rows, body, zero)
+    return jnp.sum(squares, axis=0)
