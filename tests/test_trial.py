@@ -152,7 +152,7 @@ def test_slots_can_be_given_back() -> None:
         ({"ticks": 0}, "ticks must be an int from 1"),
         ({"budget": -2}, "budget must be an int from -1"),
         ({"blueprint": True}, "blueprint must be an int from 0"),
-        ({"rent": -1.0}, "rent must be finite, at least 0"),
+        ({"rent": -1.0}, "rent must be finite and at least 0"),
         ({"share": 0}, "share must be above 0 and at most 1"),
     ],
 )

@@ -47,7 +47,9 @@ class TrialConfig:
         or before those that are judged already settle.
       budget: most parameters that are kept; -1 for no limit.
       rent: what ``judge`` measures that a part must have for each of its parameters to
-        be kept; for worth, in units of the held-out loss.
+        be kept; for worth, in units of the held-out loss. What offers nothing, or
+        less, is not kept either; with minus infinity, the best are, whatever they
+        offer, as far as the budget goes.
       blueprint: index of the blueprint that is tried.
       share: of the places that are tried, drawn at random; above 0, at most 1.
 
@@ -73,8 +75,11 @@ class TrialConfig:
                 raise ValueError(
                     f"{name} must be an int from {least} to {2**31 - 1}, got {value!r}"
                 )
-        if not (math.isfinite(self.rent) and self.rent >= 0):
-            raise ValueError(f"rent must be finite, at least 0; got {self.rent!r}")
+        if not (0 <= self.rent < math.inf or self.rent == -math.inf):
+            raise ValueError(
+                "rent must be finite and at least 0, or minus infinity; got "
+                f"{self.rent!r}"
+            )
         if not 0 < self.share <= 1:
             raise ValueError(f"share must be above 0 and at most 1, got {self.share!r}")
 
@@ -321,7 +326,9 @@ def _kept(
     groups, seeds = seen.groups, seen.seeds
     cost = _costs(seen)
     stage = groups.flat({name: s.stage for name, s in seeds.items()})
-    able = jnp.isfinite(rate) & (rate > 0) & (rate >= config.rent)
+    able = jnp.isfinite(rate) & (rate >= config.rent)
+    if config.rent >= 0:
+        able &= rate > 0
     if config.budget < 0:
         return able
     others = jnp.sum(jnp.where(stage == Stage.FOSSILIZED, cost, 0))
