@@ -26,9 +26,10 @@ tuned by. Nothing reads the test data before the end.
 "score" is bits a character or error in percent, on test data, with half of a 95%
 interval. "minus" is the arm less uniform LoRA, paired. "peak" is the most parameters
 that an arm holds beside the frozen host, or trains. "operations" are those of a run
-over uniform LoRA's, evaluations that decide included. The regret of an arm on a task is
-how far it is from the best arm of that task and budget other than full fine-tuning, in
-percent of what full fine-tuning gains over the host.
+over uniform LoRA's, evaluations that decide included. The regret of an arm in a cell, a
+task with a budget, is how far it is from the best arm there whose parameters the budget
+covers, in percent of what full fine-tuning gains over the host. An arm that is larger
+than the budget has no part in that cell.
 """
 
 import argparse
@@ -227,11 +228,13 @@ def regrets(found: dict[str, Any]) -> dict[str, dict[str, float]]:
     """Of each arm in each cell, in percent of full fine-tuning's gain over the host."""
     of: dict[str, dict[str, float]] = {}
     for label, table in found["cells"].items():
+        name, budget = label.split()
         means = {arm: float(np.mean(row["score"])) for arm, row in table.items()}
-        gain = found["host"][label.split()[0]] - means["everything"]
-        best = min(v for arm, v in means.items() if arm != "everything")
-        for arm, value in means.items():
-            of.setdefault(arm, {})[label] = 100 * (value - best) / gain
+        gain = found["host"][name] - means["everything"]
+        fits = [a for a in table if np.mean(table[a]["parameters"]) <= int(budget)]
+        best = min(means[arm] for arm in fits)
+        for arm in fits:
+            of.setdefault(arm, {})[label] = 100 * (means[arm] - best) / gain
     return of
 
 
