@@ -162,6 +162,7 @@ def test_the_benchmarks_of_results_exist():
     assert {Path(c).name for c in commands} == {
         f"{name}.py"
         for name in (
+            "adapt",
             "blend",
             "checks",
             "durability",

@@ -169,3 +169,18 @@ def test_a_model_that_has_no_room_is_refused() -> None:
         Growth(model, optax.sgd(1.0), policy=trial())
     with pytest.raises(ValueError, match="blueprint must be an index into the 1 blue"):
         Growth(model, optax.sgd(1.0), policy=trial(TrialConfig(blueprint=1)))
+
+
+def test_a_rent_of_minus_infinity_fills_the_budget() -> None:
+    """Parts that do harm are kept then, too."""
+    kept = {}
+    for rent in (0.0, -np.inf):
+        config = TrialConfig(ticks=1, budget=40, rent=rent)
+        model, growth, step, loss = grown(config, cull_delta=-np.inf)
+        for _ in range(3):
+            growth.tick(model, loss)
+        for _ in range(3):
+            step(model, growth)
+        growth.tick(model, lambda m, f=loss: -f(m))  # each part seems to do harm
+        kept[rent] = int(np.sum(stages(growth.tick(model, loss)) != Stage.DORMANT))
+    assert kept == {0.0: 0, -np.inf: 2}
