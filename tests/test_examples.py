@@ -47,6 +47,21 @@ def test_a_frozen_host_adapts(capsys):
 
 
 @pytest.mark.slow
+def test_a_frozen_host_tries_parts_everywhere(capsys, monkeypatch, tmp_path):
+    picture = tmp_path / "worth.png"
+    monkeypatch.setattr("sys.argv", ["adapt.py", str(picture)])
+    *layers, before, after = run("adapt.py", capsys)
+    assert [line.split(":")[0] for line in layers] == [
+        "layers/0",
+        "layers/2",
+        "layers/4",
+    ]
+    assert float(before.split()[-1]) < 0.2
+    assert float(after.split()[-1]) > 0.95
+    assert picture.stat().st_size > 5000
+
+
+@pytest.mark.slow
 def test_an_existing_model(capsys):
     lines = run("existing_model.py", capsys)
     assert len(lines) == 7
