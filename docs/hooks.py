@@ -19,6 +19,7 @@ ROOMS = (
     "blueprints",
     "policy",
     "train",
+    "monitor",
     "checkpoint",
     "kernels.blend",
 )

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from esper_jax import Growth, build, make_growable
-from esper_jax.blueprints import Adapter, group, lora
+from esper_jax.blueprints import Adapter, collected, group, lora
 from esper_jax.hosts import MLP
 from esper_jax.lifecycle.stages import Stage
 from esper_jax.policy import TrialConfig, trial, trial_lives
@@ -110,12 +110,23 @@ def test_parts_begin_as_the_left_singular_vectors() -> None:
     np.testing.assert_array_equal(model(BATCHES[0]), before)
 
 
-def test_the_norm_of_the_gradient_is_estimated_without_bias() -> None:
-    plain = grown()[0]
-    exact = np.sum(sums_of_gradients(plain)["out"] ** 2)
-    draws = jax.random.normal(jax.random.key(0), (4000, 5, 4))
-    sketches = sums_of_gradients(plain)["out"] @ draws
-    estimates = np.sum(np.square(sketches), axis=(1, 2)) / 4
+@pytest.mark.parametrize("scaling", [1.0, 0.25])
+def test_the_norm_of_the_gradient_is_estimated_without_bias(scaling: float) -> None:
+    plain, model, growth, _ = grown()
+    growth.tick(model, held_out)
+    bed = model.out.bed
+    bank, state = bed.bank.get_value(), bed.seeds.get_value()
+    gradient = sums_of_gradients(plain)["out"]
+    exact = np.sum(gradient**2)
+    parts = [lora(rank=2, start="gradient", scaling=scaling).bound(12)]
+
+    def estimate(key: Any) -> Any:
+        w2 = parts[0].fresh(key, 5, 5)["w2"]
+        w1 = -scaling * gradient @ w2.T
+        slots = {**bank.custom["lora"], "w1": jnp.stack([w1, -w1])}
+        return collected(bank.replace(custom={"lora": slots}), state, parts)
+
+    estimates = jax.vmap(estimate)(jax.random.split(jax.random.key(0), 4000))
     assert abs(estimates.mean() / exact - 1) < 4 * estimates.std() / exact / 4000**0.5
 
 

@@ -368,6 +368,8 @@ def test_what_is_no_report_is_refused(tmp_path, monkeypatch):
     assert len(Path("metrics.jsonl").read_text().splitlines()) == 1  # the default
     with pytest.raises(ValueError, match="room must be at least 1 record, got 0"):
         Monitor([], room=0)
+    with pytest.raises(ValueError, match="after must be a step, at least 0; got -8"):
+        Monitor([], after=-8)
     with pytest.raises(ValueError, match=r"patience must be seconds from 0.*got nan"):
         Monitor([], patience=float("nan"))
     with pytest.raises(ValueError, match="port must be a number where no registry"):
@@ -395,9 +397,10 @@ def test_what_is_no_writer_is_refused(writers, said):
 
 def test_a_rollback_before_the_first_tick_is_a_record():
     kept = Kept()
-    with Monitor([kept]) as monitor:
+    with Monitor([kept], after=16) as monitor:
         monitor.write_rollback(rollback(1))
     [record] = kept.records
+    assert (record.tick, record.step) == (2, 16)  # where the run went on
     assert record.values["esper_rollbacks_total"]["TRAIN_LOSS"] == 1
     assert "esper_train_loss" not in record.values
 

@@ -9,11 +9,13 @@ import socket
 import subprocess
 import sys
 import threading
+import types
 import urllib.request
 from pathlib import Path
 
 import jax
 import pytest
+from reports import rollback
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -136,6 +138,18 @@ def test_a_hostile_writer_changes_nothing_but_the_account(
     assert told == [
         f"the writer Hostile lost 6 of 6 records ({error}); training was not affected"
     ]
+
+
+def test_a_rollback_right_after_a_resume_stands_where_the_run_went_on(tmp_path):
+    session = types.SimpleNamespace(
+        config=config(2), folder=RunFolder(tmp_path), program=types.SimpleNamespace()
+    )
+    session.program.gates = session.config.lifecycle
+    monitor, _ = monitoring.open_monitor(session, types.SimpleNamespace(step=16))
+    with monitor:
+        monitor.write_rollback(rollback(1))
+    [line] = map(json.loads, session.folder.metrics.read_text().splitlines())
+    assert (line["tick"], line["step"]) == (2, 16)
 
 
 def test_a_writer_that_cannot_begin_is_named(tmp_path):

@@ -399,6 +399,40 @@ def test_a_seed_that_lives_again_is_told_by_its_last_life():
     assert (worth.mean, worth.low, worth.ticks) == (0.5, None, 1)
 
 
+def test_the_work_on_a_seed_grows_with_what_is_known_of_it():
+    class Tick(int):
+        compared = 0
+
+        def _counted(compare):
+            def counted(self, other):
+                Tick.compared += 1
+                return compare(self, other)
+
+            return counted
+
+        __lt__, __le__, __gt__, __ge__ = map(
+            _counted, (int.__lt__, int.__le__, int.__gt__, int.__ge__)
+        )
+        del _counted
+
+    last = 400
+    entry = {"layer": "a", "seed": 0, "from": "", "outcome": "OK"}
+    stages = ("GERMINATED", "CANCELLED")
+    row = {"seed": [0], "alpha": [0.0], "worth": [None], "blueprint": [0]}
+    [seed] = seeds_of(
+        Records(
+            name="",
+            events=[
+                {**entry, "tick": Tick(t), "to": stages[t % 2]} for t in range(last)
+            ],
+            # In the order of a file that somebody has put together.
+            ticks=[{"tick": Tick(t), "seeds": {"a": row}} for t in range(last)[::-1]],
+        )
+    )
+    assert [[m.tick for m in s.measured] for s in seed.spans[:2]] == [[0, 1], [1, 2]]
+    assert Tick.compared < 40 * last  # a look at all for each stage is 400 * last
+
+
 def test_scales_hold_their_values():
     for values in ([], [0.0], [1e-12], [5, 5], [-1e308, 1e308], [1e-320, 1e300], [3]):
         scale = axes.scale_of(values)

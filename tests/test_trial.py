@@ -12,8 +12,10 @@ from flax import nnx
 from esper_jax import ChunkedLayer, Growth, build, harvest, make_growable
 from esper_jax.blueprints import lora
 from esper_jax.hosts import MLP
+from esper_jax.lifecycle.signals import Signals
 from esper_jax.lifecycle.stages import Stage
 from esper_jax.policy import Reason, TrialConfig, trial, trial_lives
+from esper_jax.policy.interface import LayerShape, Setting
 
 X = np.random.default_rng(0).normal(size=(64, 6)).astype(np.float32)
 
@@ -92,6 +94,22 @@ def test_the_best_for_their_parameters_stay_within_the_budget(budget: int) -> No
     assert float(loss(harvest(model))) < start
     harvested = harvest(model)
     assert all(isinstance(harvested.layers[i], nnx.Linear) for i in (0, 2))
+
+
+def test_places_are_gone_through_only_when_parts_are_judged() -> None:
+    model = grown(TrialConfig())[0]
+    layer = LayerShape(num_seeds=3, capacity=3, costs=np.full((1, 3), 18))
+    setting = Setting(layers={"a": layer}, gates=trial_lives())
+    policy = trial(TrialConfig(budget=40))(setting)
+    seeds = jax.tree.map(lambda x: x[None], model.layers[0].bed.seeds.get_value())
+    nan = np.full((1, 3), np.nan, np.float32)
+    signals = jax.tree.map(lambda _: nan, Signals.unmeasured())
+    memory = policy.init(setting.layers, jax.random.key(0))
+    traced = jax.make_jaxpr(policy.decide)({"a": seeds}, {"a": signals}, memory)
+    steps = [e for e in traced.eqns if e.primitive.name in ("scan", "cond")]
+    assert [e.primitive.name for e in steps] == ["cond"]
+    inside = [str(branch) for branch in steps[0].params["branches"]]
+    assert ["scan[" in branch for branch in inside] == [False, True]
 
 
 def test_a_share_of_the_places_and_a_rent() -> None:

@@ -1,10 +1,11 @@
 """A start in the gradient's direction, for adapters with ``start="gradient"``.
 
 While such a part is GERMINATED, ``W2`` is random, ``W1`` is 0 and collects its own
-gradient. That is ``G W2^T`` with ``G``, (D, F), the gradient of the layer's kernel: a
-random sketch of its columns (Halko, Martinsson, Tropp, arXiv:0909.4061), which costs no
-pass over the host and works where the host is frozen. When the part begins to train,
-``W1`` becomes the left singular vectors of what its layer has collected, and ``W2`` 0.
+gradient. That is ``scaling * G W2^T`` with ``G``, (D, F), the gradient of the layer's
+kernel: a random sketch of its columns (Halko, Martinsson, Tropp, arXiv:0909.4061),
+which costs no pass over the host and works where the host is frozen. When the part
+begins to train, ``W1`` becomes the left singular vectors of what its layer has
+collected, and ``W2`` 0.
 The correction is 0 throughout.
 """
 
@@ -71,7 +72,7 @@ def collected(
     total, columns = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32)
     for kind, mine in _apart(state, which, blueprints):
         squares = jnp.sum(bank.custom[kind.name]["w1"] ** 2, axis=(-2, -1))
-        total += jnp.sum(jnp.where(mine, squares, 0))
+        total += jnp.sum(jnp.where(mine, squares, 0)) / kind.scaling**2
         columns += kind.hidden * jnp.sum(mine)
     return jnp.where(columns > 0, total / jnp.maximum(columns, 1), jnp.nan)
 

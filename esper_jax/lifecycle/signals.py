@@ -62,7 +62,8 @@ class Signals:
     weight_gradient: Float[Array, "..."]
     """Squared Frobenius norm of the gradient of the layer's kernel, averaged over this
     tick's steps: what a newborn blueprint that starts in the gradient's direction has
-    collected."""
+    collected. One that waits for further ticks goes on collecting, so that after n
+    ticks of as many steps it has up to n times the gradient, and n^2 times this."""
     parameters: Float[Array, "..."]
     """Parameters of a living seed's blueprint."""
     operations: Float[Array, "..."]

@@ -50,10 +50,13 @@ class Monitor:
         quote; None for the defaults.
       room: records that wait for each writer, at most.
       patience: seconds that `close` waits for all writers together.
+      after: the step that the run goes on from, where a rollback before the first
+        report stands.
 
     Raises:
       TypeError: if ``writers`` are none.
-      ValueError: if ``room`` is below 1, or ``patience`` is not a number of seconds.
+      ValueError: if ``room`` is below 1, ``patience`` is not a number of seconds, or
+        ``after`` is negative.
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class Monitor:
         lifecycle_config: LifecycleConfig | None = None,
         room: int = 64,
         patience: float = 5.0,
+        after: int = 0,
     ) -> None:
         if room < 1:
             raise ValueError(f"room must be at least 1 record, got {room}")
@@ -71,13 +75,16 @@ class Monitor:
                 f"patience must be seconds from 0 to {threading.TIMEOUT_MAX:.0f}, got "
                 f"{patience}"
             )
+        if after < 0:
+            raise ValueError(f"after must be a step, at least 0; got {after}")
         if writers is None:
             writers = [JsonLines("metrics.jsonl")]
         _check_writers(writers)
         self._patience = patience
         self._news = News(lifecycle_config or LifecycleConfig())
         self._meter = Meter()
-        self._at = (0, 0)
+        self._after = after
+        self._at: tuple[int, int] | None = None  # tick and step of the last report
         self._open = True
         self._process = os.getpid()
         self._lanes = [_Lane(n, w, room) for n, w in _named(writers)]
@@ -150,6 +157,7 @@ class Monitor:
           ValueError: if the monitor is closed.
         """
         self._check_open()
+        self._at = self._at or (rollback.tick, self._after)
         events = [rollback_entry(rollback), *self._news.rollback(rollback)]
         self._hand_out(self._meter.rollback(rollback), events)
 
@@ -176,6 +184,7 @@ class Monitor:
             raise ValueError("the monitor is closed: make a new one")
 
     def _hand_out(self, values: Values, events: Sequence[Mapping[str, Any]]) -> None:
+        assert self._at is not None
         lost = {lane.name: float(lane.lost) for lane in self._lanes}
         values = {**values, "esper_monitor_lost_total": lost}
         record = Record(*self._at, time.time(), values, events)

@@ -53,8 +53,8 @@ class JsonLines:
     """Appends one JSON object for each record to a file.
 
     It has ``tick``, ``step``, ``time``, each series by its name (an object of values by
-    label, where it has one), and ``events``. ``null`` is not finite. Stages, outcomes
-    and faults that are left out are 0.
+    label, where it has one), and ``events``. ``null`` is not finite or not measured.
+    Stages, outcomes and faults that are left out are 0.
 
     Args:
       path: of the file; its folder must be there.
@@ -198,7 +198,8 @@ class WeightsAndBiases:
     """Logs to Weights & Biases. Needs wandb.
 
     Values are called ``NAME`` or ``NAME/LABEL`` after the series. The run begins with
-    the first record, in the writer's thread, because that may wait for a network.
+    the first record, in the writer's thread, because that may wait for a network. A run
+    that is resumed keeps what it got first: steps only grow there.
 
     Args:
       **init: for `wandb.init`: ``project``, ``dir``, ``mode="offline"``, ...

@@ -219,10 +219,15 @@ def _decide(
     birth = drawn & (stage == Stage.DORMANT) & ~memory.begun
     ready = {name: _ready(seeds[name], signals[name], aims[name]) for name in seeds}
     judges, which = _judged(seen, memory, config, (gates, groups.flat(ready)))
-    rate = _rate(seen, config, which, lots)
+    # One place after the other, which is not for every tick.
+    kept = jax.lax.cond(
+        judges,
+        lambda: _kept(seen, config, _rate(seen, config, which, lots)),
+        lambda: jnp.zeros_like(which),
+    )
     young = Stage.STABILIZATION if config.judge == "worth" else Stage.TRAINING
     old = Stage.ROLLED_BACK if config.judge == "worth" else Stage.CANCELLED
-    verdict = jnp.where(_kept(seen, config, rate), young, old)
+    verdict = jnp.where(kept, young, old)
     verdict = jnp.where(which & judges, verdict, NO_REQUEST)
     verdict = jnp.where(birth, Stage.GERMINATED, verdict)
     asked = groups.unflat(verdict, widths)

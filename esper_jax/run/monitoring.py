@@ -75,7 +75,10 @@ def open_monitor(session: Session, state: TrainState) -> tuple[Monitor, list[str
             if isinstance(writer, Prometheus):
                 told.append(f"metrics are at {writer.url}")
     monitor = Monitor(
-        writers, lifecycle_config=session.program.gates, patience=PATIENCE
+        writers,
+        lifecycle_config=session.program.gates,
+        patience=PATIENCE,
+        after=int(state.step),
     )
     return monitor, told
 

@@ -1,6 +1,7 @@
 """The lives of seeds, from the events of a run."""
 
 import dataclasses
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 
 from esper_jax.lifecycle.stages import LIVING, Stage
@@ -127,13 +128,14 @@ def _seed(
     last: int,
 ) -> Seed:
     ends = [*(tick for tick, *_ in moves[1:]), last]
+    at = [m.tick for m in known]
     spans = [
         Span(
             stage,
             tick,
             max(tick, end),
             text,
-            tuple(m for m in known if tick <= m.tick <= end),
+            tuple(known[bisect_left(at, tick) : bisect_right(at, end)]),
             number == len(moves) - 1,
         )
         for number, ((tick, stage, text, _), end) in enumerate(

@@ -90,6 +90,8 @@ def measured(records: Records) -> dict[tuple[str, int], list[Measured]]:
                     whole(row["parameters"]),
                 )
                 found.setdefault((layer, seed), []).append(entry)
+    for entries in found.values():
+        entries.sort(key=lambda entry: entry.tick)
     return found
 
 
