@@ -366,12 +366,17 @@ def test_what_is_no_report_is_refused(tmp_path, monkeypatch):
             monitor.write(several)
         monitor.write(report(1, {"a": [D]}))
     assert len(Path("metrics.jsonl").read_text().splitlines()) == 1  # the default
-    with pytest.raises(ValueError, match="room must be at least 1 record, got 0"):
+    with pytest.raises(
+        ValueError, match="room must be an int of at least 1 record, got 0"
+    ):
         Monitor([], room=0)
-    with pytest.raises(ValueError, match="after must be a step, at least 0; got -8"):
+    with pytest.raises(ValueError, match="after must be an int of at least 0 steps, got -8"):
         Monitor([], after=-8)
     with pytest.raises(ValueError, match=r"patience must be seconds from 0.*got nan"):
         Monitor([], patience=float("nan"))
+    for wrong in ({"room": "8"}, {"room": 1.5}, {"patience": "1"}, {"after": -1}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be"):
+            Monitor([], **wrong)
     with pytest.raises(ValueError, match="port must be a number where no registry"):
         Prometheus(port=None)
 

@@ -6,6 +6,7 @@ that the writer fails at, is counted as lost; training goes on.
 
 import atexit
 import logging
+import numbers
 import os
 import queue
 import threading
@@ -29,6 +30,15 @@ from esper_jax.train.retreat import Rollback
 __all__ = ["Monitor"]
 
 _log = logging.getLogger(__name__)
+
+
+def _check_whole(name: str, value: object, least: int, unit: str) -> None:
+    """Refuses what is no whole number of at least ``least``."""
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not whole or value < least:  # type: ignore[operator]
+        raise ValueError(
+            f"{name} must be an int of at least {least} {unit}, got {value!r}"
+        )
 
 
 class Monitor:
@@ -55,8 +65,8 @@ class Monitor:
 
     Raises:
       TypeError: if ``writers`` are none.
-      ValueError: if ``room`` is below 1, ``patience`` is not a number of seconds, or
-        ``after`` is negative.
+      ValueError: if ``room`` is no whole number of at least 1, ``patience`` is not a
+        number of seconds, or ``after`` is no step.
     """
 
     def __init__(
@@ -68,15 +78,14 @@ class Monitor:
         patience: float = 5.0,
         after: int = 0,
     ) -> None:
-        if room < 1:
-            raise ValueError(f"room must be at least 1 record, got {room}")
-        if not 0 <= patience <= threading.TIMEOUT_MAX:
+        _check_whole("room", room, 1, "record")
+        _check_whole("after", after, 0, "steps")
+        known = isinstance(patience, numbers.Real)
+        if not known or not 0 <= patience <= threading.TIMEOUT_MAX:
             raise ValueError(
                 f"patience must be seconds from 0 to {threading.TIMEOUT_MAX:.0f}, got "
-                f"{patience}"
+                f"{patience!r}"
             )
-        if after < 0:
-            raise ValueError(f"after must be a step, at least 0; got {after}")
         if writers is None:
             writers = [JsonLines("metrics.jsonl")]
         _check_writers(writers)
