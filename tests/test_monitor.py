@@ -370,7 +370,7 @@ def test_what_is_no_report_is_refused(tmp_path, monkeypatch):
         ValueError, match="room must be an int of at least 1 record, got 0"
     ):
         Monitor([], room=0)
-    with pytest.raises(ValueError, match="after must be an int of at least 0 steps, got -8"):
+    with pytest.raises(ValueError, match="after must be an int of at least 0 steps"):
         Monitor([], after=-8)
     with pytest.raises(ValueError, match=r"patience must be seconds from 0.*got nan"):
         Monitor([], patience=float("nan"))
