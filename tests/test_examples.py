@@ -40,6 +40,7 @@ def test_growth_beside_a_loop_of_ones_own(name, capsys):
     assert float(accuracy.split()[-1]) > 0.9
 
 
+@pytest.mark.slow
 def test_a_frozen_host_adapts(capsys):
     stages, accuracy = run("frozen_host.py", capsys)
     assert "[7, 7]" in stages
