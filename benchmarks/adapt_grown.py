@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from esper_jax.train import Program, build
 
 __all__ = ["grown_arms"]
 
+Judge = Literal["worth", "gradient", "random"]
 SEEDS, AIM, TRIAL = 8, 10, 50
 """Seeds of a layer; steps that newborns collect the gradient; steps of a trial."""
 
@@ -42,7 +43,7 @@ class _Plan:
     config: TrialConfig
     seeds: int
     rank: Any
-    start: str = "gradient"
+    start: Literal["random", "gradient"] = "gradient"
     rests: tuple[int, ...]
 
 
@@ -54,8 +55,8 @@ def grown_arms(task: Task, budget: int) -> dict[str, Arm]:
     def everywhere(path: str) -> int:
         return 1
 
-    def plan(judge: str, rests: tuple[int, ...]) -> _Plan:
-        config = TrialConfig(judge=judge, budget=budget, ticks=1, rent=-math.inf)  # type: ignore[arg-type]
+    def plan(judge: Judge, rests: tuple[int, ...]) -> _Plan:
+        config = TrialConfig(judge=judge, budget=budget, ticks=1, rent=-math.inf)
         rests = (*rests, task.steps - sum(rests))
         return _Plan(config=config, seeds=SEEDS, rank=everywhere, rests=rests)
 

@@ -86,8 +86,9 @@ def aim(
 ) -> Bank:
     """The bank of one layer with the parts that begin to train in their direction.
 
-    Parts that begin together share the singular vectors: the first gets those of the
-    largest singular values. A part that has collected nothing gets a random ``W1``.
+    Parts of one kind that begin together share the singular vectors: the first gets
+    those of the largest singular values. A part that has collected nothing gets a
+    random ``W1``.
 
     Args:
       bank: holds what was collected.
@@ -97,10 +98,10 @@ def aim(
       blueprints: the layer's blueprints.
     """
     custom = dict(bank.custom)
-    for kind, mine in _apart(state, starts, blueprints):
-        old = custom[kind.name]
+    for i, (kind, mine) in enumerate(_apart(state, starts, blueprints)):
+        old, own = custom[kind.name], jax.random.fold_in(key, i)
         w1 = _directions(old["w1"], mine)
-        random = jax.random.normal(key, w1.shape) / math.sqrt(w1.shape[1])
+        random = jax.random.normal(own, w1.shape) / math.sqrt(w1.shape[1])
         known = jnp.any(old["w1"] != 0, axis=(-2, -1), keepdims=True)
         w1 = jnp.where(known & jnp.isfinite(w1), w1, random)
         here = mine[:, None, None]

@@ -312,6 +312,8 @@ def _changes_banks(
     """Whether something was born, or got its direction."""
     if any(np.any(born_in(before[key], after[key])) for key in before):
         return True
+    if not any(map(aims, recipe.parts.kinds.values())):
+        return False
     starts = jax.device_get(_starting(recipe, before, after))
     return any(np.any(which) for which in starts.values())
 

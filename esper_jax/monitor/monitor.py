@@ -32,10 +32,10 @@ __all__ = ["Monitor"]
 _log = logging.getLogger(__name__)
 
 
-def _check_whole(name: str, value: object, least: int, unit: str) -> None:
+def _check_whole(name: str, value: Any, least: int, unit: str) -> None:
     """Refuses what is no whole number of at least ``least``."""
     whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if not whole or value < least:  # type: ignore[operator]
+    if not whole or int(value) < least:
         raise ValueError(
             f"{name} must be an int of at least {least} {unit}, got {value!r}"
         )
