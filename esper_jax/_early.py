@@ -10,11 +10,12 @@ handlers stay to the end of the process; `train.Stop` takes their place while th
 something to save. Other programs, and those that call `cli.main`, keep their own.
 """
 
+import contextlib
 import os
 import signal
 import sys
 
-__all__ = ["SIGNALS", "installed", "leave", "over", "started"]
+__all__ = ["SIGNALS", "installed", "leave", "over", "read_no_more", "started"]
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """What a terminal, a scheduler and a closed terminal send."""
@@ -49,6 +50,12 @@ def over(status: int) -> None:
     """
     global _status
     _status = status
+
+
+def read_no_more() -> None:
+    """Sends what is still printed nowhere, so that nothing fails over it."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def installed() -> bool:

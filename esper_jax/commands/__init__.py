@@ -1,0 +1,25 @@
+"""The commands of ``esper-jax``: what each takes, and what it does."""
+
+from esper_jax.commands.base import Command
+from esper_jax.commands.checkpoints import Checkpoint
+from esper_jax.commands.reading import Evaluate, Export, Report
+from esper_jax.commands.training import Train
+
+__all__ = [
+    "COMMANDS",
+    "Checkpoint",
+    "Command",
+    "Evaluate",
+    "Export",
+    "Report",
+    "Train",
+]
+
+COMMANDS: dict[str, type[Command]] = {
+    "train": Train,
+    "evaluate": Evaluate,
+    "export": Export,
+    "checkpoint": Checkpoint,
+    "report": Report,
+}
+"""By the word that calls them."""
