@@ -90,7 +90,7 @@ def test_the_best_for_their_parameters_stay_within_the_budget(budget: int) -> No
     assert set(np.flatnonzero(now == Stage.FOSSILIZED).tolist()) <= expected
     assert Stage.FOSSILIZED in now
     assert set(now.tolist()) <= {Stage.FOSSILIZED, Stage.DORMANT}
-    assert int(report.reason) == Reason.NOT_YET  # nothing is born again
+    assert int(report.reason) == Reason.SETTLED  # nothing is born again
     assert float(loss(harvest(model))) < start
     harvested = harvest(model)
     assert all(isinstance(harvested.layers[i], nnx.Linear) for i in (0, 2))
@@ -161,7 +161,7 @@ def test_slots_can_be_given_back() -> None:
     assert set(stages(report).tolist()) == {Stage.DORMANT}
     state = program.grow_capacity(state, {"layers/0": 1})  # no longer one group
     _, report = program.tick(program.step(state, data), data)
-    assert int(report.reason) == Reason.NOT_YET
+    assert int(report.reason) == Reason.SETTLED
 
 
 @pytest.mark.parametrize(

@@ -1,18 +1,24 @@
 """Another number of slots on a live `TrainState`."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
+from esper_jax.growth.beds import name_of
 from esper_jax.growth.parts import ModelParts
 from esper_jax.growth.recipe import Recipe
 from esper_jax.growth.state import TrainState
 from esper_jax.layers.capacity import resize_layer
+from esper_jax.layers.chunked import ChunkedLayer
 from esper_jax.lifecycle.slots import move_slots, slot_sources
+from esper_jax.lifecycle.state import SeedState
+from esper_jax.policy.memory import Reason
 
-__all__ = ["grow_capacity"]
+__all__ = ["give_back", "grow_capacity", "is_settled", "switch_off"]
 
 
 def grow_capacity(
@@ -59,6 +65,73 @@ def grow_capacity(
         return new
 
     return jax.jit(resized)(state)
+
+
+def is_settled(memory: Any) -> bool:
+    """Whether a policy, by the reason it gave last, will let nothing be born any more.
+
+    Args:
+      memory: of any policy; one without a ``reason`` never says so.
+    """
+    return int(getattr(memory, "reason", -1)) == Reason.SETTLED
+
+
+def give_back(
+    recipe: Recipe, state: TrainState
+) -> tuple[TrainState, dict[str, tuple[int, int]]]:
+    """The same state without the slots that nothing will be born in any more.
+
+    Each layer keeps as many as seeds live in it, at least one; the layers of a stack as
+    many as that of them with the most. Runs on the host.
+
+    Args:
+      recipe: holds the model and the bank's optimizer.
+      state: neither changed nor donated.
+
+    Returns:
+      The state, the given one if nothing changes, and the slots before and after of
+      each layer that has fewer. Nothing changes before the policy `is_settled`.
+    """
+    if not is_settled(state.memory):
+        return state, {}
+    beds, most = recipe.parts.beds, dict[str, int]()
+    owners = jax.device_get({name: s.seed_of_slot for name, s in state.seeds.items()})
+    for name, owner in owners.items():
+        living = int(np.sum(owner >= 0))
+        most[beds[name].path] = max(1, living, most.get(beds[name].path, 0))
+    changed = {
+        name: (seeds.capacity, most[beds[name].path])
+        for name, seeds in state.seeds.items()
+        if most[beds[name].path] < seeds.capacity
+    }
+    if not changed:
+        return state, {}
+    wanted = {name: after for name, (_, after) in changed.items()}
+    return grow_capacity(recipe, state, wanted), changed
+
+
+def switch_off(
+    model: nnx.Module, parts: ModelParts, seeds: Mapping[str, SeedState]
+) -> list[str]:
+    """Lets each `ChunkedLayer` in which nothing lives run its base alone.
+
+    Args:
+      model: the model; the attribute ``enabled`` of such layers becomes False.
+      parts: of it.
+      seeds: of each layer, by name.
+
+    Returns:
+      Names of the layers that were switched off now.
+    """
+    owners = jax.device_get({name: s.seed_of_slot for name, s in seeds.items()})
+    lives = {parts.beds[name].path for name, o in owners.items() if np.any(o >= 0)}
+    off: list[str] = []
+    for path, node in nnx.iter_graph(model):
+        bed = name_of((*path, "bed"))
+        if isinstance(node, ChunkedLayer) and node.enabled and bed not in lives:
+            node.enabled = False
+            off += [name for name, of in parts.beds.items() if of.path == bed]
+    return off
 
 
 def _sources(

@@ -259,7 +259,7 @@ def _tick(
         probes = _nested(recipe, values | changed)["probe"]
         return read_measured(evaluate({**variables, "probe": probes}))
 
-    check_untraced("variables that are", values)
+    check_untraced("tick", "variables that are", values)
     new, changed, report = tick(recipe, old, values, measured)
     nested = _nested(recipe, values | changed)
     return {**variables, **nested, "growth": _named(new)}, report

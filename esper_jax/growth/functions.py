@@ -115,6 +115,7 @@ def recipe_for(
         ),
         gates=gates,
         policy=chosen,
+        maker=None if isinstance(policy, Policy) else policy,
         measured=check_measured(*measuring, read),
         measure_every=measuring[1],
     )
@@ -166,16 +167,16 @@ def check_loss(loss: Any) -> None:
         )
 
 
-def check_untraced(what: str, values: Arrays) -> None:
-    """Refuses to tick while something is being traced.
+def check_untraced(call: str, what: str, values: Arrays) -> None:
+    """Refuses what runs on the host while something is being traced.
 
     Raises:
-      ValueError: naming ``what`` the values are of.
+      ValueError: naming the ``call``, and ``what`` the values are of.
     """
     if any(isinstance(value, jax.core.Tracer) for value in values.values()):
         raise ValueError(
-            "tick must be called between steps, outside of jax.jit and nnx.jit, since "
-            f"evaluate may be any function; got {what} being traced"
+            f"{call} must be called between steps, outside of jax.jit and nnx.jit, "
+            f"since it runs on the host; got {what} being traced"
         )
 
 

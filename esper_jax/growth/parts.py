@@ -6,7 +6,7 @@ model, joined by slashes (``layers/0/base/kernel``, ``layers/0``). Each layer of
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -143,6 +143,12 @@ class ModelParts:
         for path, tree in by_bed.items():
             values |= beds[path].write(name, tree)
         return values
+
+    def of_beds(self, layers: Collection[str]) -> list[str]:
+        """Names of the variables of banks, seeds and probes of some layers."""
+        beds = {bed.path: bed for name, bed in self.beds.items() if name in layers}
+        kinds = ("bank", "seeds", "probe")
+        return [n for bed in beds.values() for k in kinds for n in bed.variables(k)]
 
     def shapes(self) -> dict[str, LayerShape]:
         """What is fixed of each layer that can grow, for a policy."""

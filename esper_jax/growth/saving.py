@@ -5,6 +5,7 @@ brought to a later version, and to another capacity, by the `Checkpointer`.
 """
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 import jax.numpy as jnp
@@ -44,7 +45,8 @@ def run_state(
         for name in parts.beds
     }
     params = parts.host_params()
-    apart = {*params, *_of_beds(recipe)}
+    probes = {name for bed in parts.beds.values() for name in bed.variables("probe")}
+    apart = {*params, *parts.of_beds(parts.beds)} - probes
     return TrainState(
         step=growth.step,
         ticks=growth.ticks,
@@ -64,16 +66,17 @@ def run_state(
     )
 
 
-def remembered_of(recipe: Recipe, state: TrainState, now: Remembered) -> Remembered:
+def remembered_of(
+    recipe: Recipe, state: TrainState, measured: Collection[str]
+) -> Remembered:
     """What growth remembers, from the state of a run.
 
     Args:
       recipe: what the model is grown by.
       state: as `run_state` returns it.
-      now: what it remembers now: which gradients are measured.
+      measured: layers whose gradients are measured.
     """
     groups = recipe.parts.groups
-    measured = now.growth.monitor.gradients
     gradients = {name: state.monitor.gradients[name] for name in measured}
     growth = GrowthState(
         step=state.step,
@@ -102,13 +105,6 @@ def values_in(recipe: Recipe, state: TrainState) -> Arrays:
     }
     banks = parts.joined("bank", state.banks)
     return {**state.params, **state.rest, **banks, **parts.joined("seeds", seeds)}
-
-
-def _of_beds(recipe: Recipe) -> list[str]:
-    """Names of the variables of banks and seeds."""
-    beds = recipe.parts.beds.values()
-    kinds = ("bank", "seeds")
-    return [name for bed in beds for kind in kinds for name in bed.variables(kind)]
 
 
 def others_of(others: tuple[Any, ...], model: nnx.Module) -> tuple[Any, ...]:

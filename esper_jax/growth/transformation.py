@@ -13,6 +13,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float
 
+from esper_jax.growth.capacity import give_back, is_settled, switch_off
 from esper_jax.growth.functions import (
     MEASURE_EVERY,
     check_loss,
@@ -178,7 +179,7 @@ class Growth(nnx.Module):
             model is another than growth was made for, or this is being traced.
         """
         values = self._values(model)
-        check_untraced("a model that is", values)
+        check_untraced("tick", "a model that is", values)
         remembered, new, report = tick(
             self.recipe,
             self.state.get_value(),
@@ -188,6 +189,53 @@ class Growth(nnx.Module):
         self.state.set_value(remembered)
         put_values(model, new)
         return report
+
+    @property
+    def settled(self) -> bool:
+        """Whether the policy lets nothing be born any more, so that `shrink` may act.
+
+        It is the reason `policy.Reason.SETTLED` of reports, as after a trial.
+        """
+        return is_settled(self.state.get_value().growth.memory)
+
+    def shrink(self, model: nnx.Module) -> dict[str, tuple[int, int]]:
+        """Gives back the slots that nothing will be born in any more.
+
+            report = growth.tick(model, evaluate)
+            growth.shrink(model)  # does nothing until the policy is settled
+
+        Shapes change, which no step can do by itself: call it between steps. What is
+        jitted compiles once more, and states that were split before have to be split
+        again. No value changes, nor does an output. A `ChunkedLayer` in which nothing
+        lives runs its base alone from then on (``enabled`` is False).
+
+        Args:
+          model: the model; its banks, seeds and probes are changed.
+
+        Returns:
+          Slots before and after of each layer that has fewer, 0 where the base runs
+          alone; empty if there are none, or nothing is `settled`.
+
+        Raises:
+          ValueError: if the model is another than growth was made for, or this is being
+            traced.
+        """
+        values = self._values(model)
+        check_untraced("shrink", "a model that is", values)
+        if not self.settled:
+            return {}
+        now = self.state.get_value()
+        state = run_state(self.recipe, now, values, ())
+        before = {name: seeds.capacity for name, seeds in state.seeds.items()}
+        state, changed = give_back(self.recipe, state)
+        if changed:
+            self.recipe = self.recipe.for_slots(state.seeds)
+            measured = now.growth.monitor.gradients
+            self.state = HeldTree(remembered_of(self.recipe, state, measured))
+            new, own = values_in(self.recipe, state), self.recipe.parts.of_beds(changed)
+            put_values(model, {name: new[name] for name in own})
+        off = switch_off(model, self.recipe.parts, state.seeds)
+        return changed | {name: (before[name], 0) for name in off}
 
     def display(self, model: nnx.Module) -> None:
         """Shows the model's layers with their seeds by stage, alpha and worth.
@@ -256,8 +304,8 @@ class Growth(nnx.Module):
                 f"others must be the {len(state.opt_state)} that run_state was given; "
                 f"got {len(others)}"
             )
-        now = self.state.get_value()
-        self.state.set_value(remembered_of(self.recipe, state, now))
+        measured = self.state.get_value().growth.monitor.gradients
+        self.state.set_value(remembered_of(self.recipe, state, measured))
         put_values(model, values_in(self.recipe, state))
         put_others(others, state)
 

@@ -53,6 +53,11 @@ def why(reason: int) -> str:
             )
         case Reason.BUDGET_SPENT:
             return "nothing germinates: the budget of parameters is spent"
+        case Reason.SETTLED:
+            return (
+                "nothing germinates any more: what slots are free can be given back "
+                "(growth.shrink(model); a run does so by itself)"
+            )
         case other:
             assert_never(other)  # the type checker finds a reason without words
 

@@ -34,6 +34,8 @@ class Reason(enum.IntEnum):
     """What places are chosen by was not measured."""
     BUDGET_SPENT = 9
     """The budget of parameters does not cover another seed."""
+    SETTLED = 10
+    """Nothing will be born any more: free slots can be given back."""
 
 
 @struct.dataclass

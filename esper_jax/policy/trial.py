@@ -133,8 +133,9 @@ def trial(config: TrialConfig | None = None) -> PolicyFactory:
     each part: one long tick is cheapest. Then those that are not kept are rolled back,
     or cancelled at the second tick if they are judged newborn. The others pass
     STABILIZATION and EVALUATING as the gates allow, and learn on in FINE_TUNING.
-    Nothing is born any more, and `Program.grow_capacity` gives back the slots of
-    `build`. Use it with gates that let parts through (`trial_lives`).
+    Nothing is born any more, which is the reason SETTLED in reports: `fit` gives back
+    the slots that are free then, and `Growth.shrink` does when it is called. Use it
+    with gates that let parts through (`trial_lives`).
 
     Args:
       config: its numbers.
@@ -247,6 +248,10 @@ def _decide(
         return jnp.where(asked == NO_REQUEST, on, asked).astype(jnp.int8)
 
     commands = {}
+    begun = memory.begun | jnp.any(birth)
+    # All may have been taken out before they were judged, as by a governor.
+    lives = (stage >= Stage.GERMINATED) & (stage <= Stage.FOSSILIZED)
+    over = judged | (memory.begun & ~jnp.any(lives))
     for name, state in seeds.items():
         goal = jax.vmap(target)(state, signals[name], asked[name], ready[name])
         nothing = jnp.full(goal.shape, NO_REQUEST, jnp.int8)
@@ -254,11 +259,13 @@ def _decide(
         kind = jnp.where(born, config.blueprint, NO_REQUEST).astype(jnp.int8)
         commands[name] = Commands(target=goal, blueprint=kind, strategy=nothing)
     return commands, TrialMemory(
-        begun=memory.begun | jnp.any(birth),
+        begun=begun,
         judged=judged,
         key=key,
-        reason=jnp.where(jnp.any(birth), Reason.GERMINATED, Reason.NOT_YET).astype(
-            jnp.int8
+        reason=jnp.select(
+            [jnp.any(birth), over],
+            [jnp.int8(Reason.GERMINATED), jnp.int8(Reason.SETTLED)],
+            jnp.int8(Reason.NOT_YET),
         ),
     )
 

@@ -13,6 +13,9 @@ from flax import nnx
 from esper_jax.data import DATASETS, Dataset
 from esper_jax.hosts import MLP
 from esper_jax.lifecycle.grafting import Strategy
+from esper_jax.policy.heuristic import heuristic
+from esper_jax.policy.interface import PolicyFactory
+from esper_jax.policy.trial import trial
 from esper_jax.run.config import ConfigError, RunConfig
 from esper_jax.run.own import losses, own_data, own_model
 from esper_jax.train.program import Program, build
@@ -64,7 +67,7 @@ def build_run(
                 train.blueprint_learning_rate, weight_decay=train.blueprint_weight_decay
             ),
             lifecycle_config=config.lifecycle,
-            controller_config=config.controller,
+            policy=_policy(config),
             axis_name=axis_name,
             **named,
         )
@@ -72,6 +75,12 @@ def build_run(
         if not config.model.factory:
             raise
         raise ConfigError(f"model.factory: {error}") from None
+
+
+def _policy(config: RunConfig) -> PolicyFactory:
+    if config.policy == "trial":
+        return trial(config.trial)
+    return heuristic(config.controller)
 
 
 def _perceptron(config: RunConfig, data: Dataset) -> MLP:

@@ -42,8 +42,10 @@ def check_resumable(
     for name in allowed:
         if not any(_within(key, name) for key in keys):
             raise ConfigError(f"--allow-change {name}: there is no such key or table")
-        if _within(name, "model") or (
-            _within(name, "growth") and name != "growth.capacity"
+        if (
+            _within(name, "model")
+            or name == "policy"
+            or (_within(name, "growth") and name != "growth.capacity")
         ):
             raise ConfigError(
                 f"--allow-change {name}: the saved state has the form that this key "

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from esper_jax.data import Dataset
 from esper_jax.policy.config import ControllerConfig
+from esper_jax.policy.trial import TrialConfig
 from esper_jax.run.build import build_run
 from esper_jax.run.config import RunConfig
 from esper_jax.train.scan import scan_fit
@@ -37,6 +38,8 @@ def twin(config: RunConfig, data: Dataset, parameters: int) -> RunConfig:
         growth=dataclasses.replace(
             config.growth, num_seeds=1, capacity=1, blueprints=("noop",)
         ),
+        policy="heuristic",
+        trial=TrialConfig(),
         controller=ControllerConfig(enabled=False),
     )
 

@@ -4,7 +4,6 @@ import dataclasses
 import importlib.util
 import math
 import tomllib
-import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,14 +16,10 @@ from esper_jax.lifecycle.rules import LifecycleConfig
 from esper_jax.lifecycle.stages import Incubation, Stage
 from esper_jax.monitor.config import MonitorConfig
 from esper_jax.policy.config import ControllerConfig
+from esper_jax.policy.trial import TrialConfig, trial_lives
+from esper_jax.run.building import built
 from esper_jax.run.overrides import set_key
-from esper_jax.run.references import (
-    ConfigError,
-    check_reference,
-    own_table,
-    shown,
-    written,
-)
+from esper_jax.run.references import ConfigError, check_reference, shown, written
 from esper_jax.train.faults import GovernorConfig
 
 __all__ = [
@@ -220,23 +215,28 @@ class CompareConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Everything that a run depends on. Each field but ``seed`` is a table of the TOML
-    file.
+    """Everything that a run depends on. Each field but ``seed`` and ``policy`` is a
+    table of the TOML file.
 
     There ``lifecycle.min_epochs`` is a table from stage names to epochs; stages that it
     does not name keep their default.
 
     Args:
       seed: draws the parameters and the order of the rows.
+      policy: what decides: ``"heuristic"``, by the table ``controller``, or
+        ``"trial"``, by the table ``trial``. Keys of ``lifecycle`` that are not given
+        are those of `policy.trial_lives` then.
     """
 
     seed: int = 0
+    policy: str = "heuristic"
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     growth: GrowthConfig = dataclasses.field(default_factory=GrowthConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     lifecycle: LifecycleConfig = dataclasses.field(default_factory=LifecycleConfig)
     controller: ControllerConfig = dataclasses.field(default_factory=ControllerConfig)
+    trial: TrialConfig = dataclasses.field(default_factory=TrialConfig)
     governor: GovernorConfig = dataclasses.field(default_factory=GovernorConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     compare: CompareConfig = dataclasses.field(default_factory=CompareConfig)
@@ -247,6 +247,7 @@ class RunConfig:
             raise ValueError(
                 f"seed must be at least 0 and below 2**32, got {self.seed}"
             )
+        _one_of("policy", self.policy, ("heuristic", "trial"))
         if self.model.factory:
             if self.compare.static:
                 raise ValueError("compare.static is for the built-in model")
@@ -261,12 +262,13 @@ class RunConfig:
                 f"growth.num_seeds must be at most the narrowest layer of model.hidden "
                 f"({min(self.model.hidden)}), got {self.growth.num_seeds}"
             )
-        if self.controller.blueprint >= len(self.growth.blueprints):
-            raise ValueError(
-                f"controller.blueprint must be an index into growth.blueprints "
-                f"(0 to {len(self.growth.blueprints) - 1}), "
-                f"got {self.controller.blueprint}"
-            )
+        for table in ("controller", "trial"):
+            chosen = getattr(self, table).blueprint
+            if chosen >= len(self.growth.blueprints):
+                raise ValueError(
+                    f"{table}.blueprint must be an index into growth.blueprints "
+                    f"(0 to {len(self.growth.blueprints) - 1}), got {chosen}"
+                )
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -298,7 +300,24 @@ def parse_config(table: Mapping[str, Any]) -> RunConfig:
     Raises:
       ConfigError: for an unknown key, a wrong type or an impossible value.
     """
-    return _build(RunConfig, table, "")
+    return built(RunConfig, _with_lives(table), "")
+
+
+def _with_lives(table: Any) -> Any:
+    """The tables with a trial's lifecycle, in which they may have other numbers."""
+    own = table.get("lifecycle", {}) if isinstance(table, Mapping) else None
+    if not isinstance(own, Mapping) or table.get("policy") != "trial":
+        return table
+    lives = _written_lifecycle(trial_lives())
+    for name in ("min_epochs", "grafting"):
+        if isinstance(own.get(name, {}), Mapping):
+            own = {**own, name: {**lives[name], **own.get(name, {})}}
+    return {**table, "lifecycle": {**lives, **own}}
+
+
+def _written_lifecycle(lifecycle: LifecycleConfig) -> dict[str, Any]:
+    epochs = {stage.name: lifecycle.min_epochs[stage] for stage in Stage}
+    return {**dataclasses.asdict(lifecycle), "min_epochs": epochs}
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
@@ -306,84 +325,7 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
     tables = dataclasses.asdict(config)
     for name in ("data", "model"):
         tables[name] = written(tables[name])
-    tables["lifecycle"]["min_epochs"] = {
-        stage.name: config.lifecycle.min_epochs[stage] for stage in Stage
-    }
-    return tables
-
-
-def _build(cls: type, table: Any, where: str) -> Any:
-    """A config dataclass from its table, which stands at the key ``where``."""
-    if not isinstance(table, Mapping):
-        raise ConfigError(f"{where or 'config'}: expected a table, got {shown(table)}")
-    prefix = f"{where}." if where else ""
-    kinds = typing.get_type_hints(cls)
-    if kinds.pop("options", None) and "factory" in table:
-        return own_table(cls, table, prefix)
-    unknown = [key for key in table if key not in kinds]
-    if unknown:
-        raise ConfigError(
-            f"{prefix}{unknown[0]:.80}: unknown key; expected one of {', '.join(kinds)}"
-        )
-    values = {
-        key: _value(kinds[key], value, prefix + key) for key, value in table.items()
-    }
-    try:
-        return cls(**values)
-    except ValueError as error:
-        raise ConfigError(f"{prefix}{error}") from None
-
-
-def _value(kind: Any, value: Any, where: str) -> Any:
-    """Checks ``value``, at the key ``where``, and converts it to the type ``kind``."""
-    if dataclasses.is_dataclass(kind):
-        return _build(typing.cast(type, kind), value, where)
-    if where == "lifecycle.min_epochs":
-        return _min_epochs(value, where)
-    if typing.get_origin(kind) is tuple:
-        (element, _) = typing.get_args(kind)
-        if not isinstance(value, (list, tuple)):
-            raise ConfigError(
-                f"{where}: expected a list of {element.__name__}, got {shown(value)}"
-            )
-        return tuple(_value(element, v, f"{where}[{i}]") for i, v in enumerate(value))
-    if isinstance(kind, types.UnionType):
-        raise TypeError(f"{where}: unions are not supported")
-    is_number = isinstance(value, int) and not isinstance(value, bool)
-    if is_number and not -(2**63) <= value < 2**63:
-        raise ConfigError(
-            f"{where}: expected {kind.__name__} of at most 64 bits, got one of "
-            f"{value.bit_length()} bits"
-        )
-    if kind is float and is_number:
-        value = float(value)
-    if (kind is int and not is_number) or not isinstance(value, kind):
-        raise ConfigError(f"{where}: expected {kind.__name__}, got {shown(value)}")
-    if kind is float and _LARGEST < abs(value) < math.inf:
-        raise ConfigError(
-            f"{where}: expected a number that float32 can hold, at most "
-            f"{_LARGEST:.3g}, got {value!r}"
-        )
-    return value
-
-
-_LARGEST = 2.0**128 - 2.0**104
-"""The largest finite float32."""
-
-
-def _min_epochs(value: Any, where: str) -> tuple[int, ...]:
-    """Epochs by stage code, from a table of stage names."""
-    names = [stage.name for stage in Stage]
-    if not isinstance(value, Mapping):
-        raise ConfigError(f"{where}: expected a table of stages, got {shown(value)}")
-    epochs = list(LifecycleConfig().min_epochs)
-    for name, number in value.items():
-        if name not in names:
-            raise ConfigError(
-                f"{where}.{name}: unknown stage; expected one of {', '.join(names)}"
-            )
-        epochs[Stage[name]] = _value(int, number, f"{where}.{name}")
-    return tuple(epochs)
+    return tables | {"lifecycle": _written_lifecycle(config.lifecycle)}
 
 
 def _at_least(name: str, value: float, least: float) -> None:

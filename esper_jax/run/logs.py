@@ -293,6 +293,37 @@ class EventLog:
         self._append(new)
         return new
 
+    def add_slots(
+        self, tick: int, changed: Mapping[str, tuple[int, int]]
+    ) -> list[dict[str, Any]]:
+        """Writes that layers gave slots back.
+
+        Args:
+          tick: after which.
+          changed: slots before and after, by layer.
+
+        Returns:
+          The events.
+        """
+        new = [
+            {
+                "tick": tick,
+                "layer": layer,
+                "seed": -1,
+                "slot": -1,
+                "from": str(before),
+                "to": str(after),
+                "outcome": Outcome.OK.name,
+                "measured": {},
+                "text": f"nothing germinates any more: {after} of {before} slots stay, "
+                f"{before - after} are given back",
+                "slots": [before, after],
+            }
+            for layer, (before, after) in changed.items()
+        ]
+        self._append(new)
+        return new
+
     def add_rollback(self, rollback: Rollback) -> list[str]:
         """Writes a rollback and what it did to the seeds.
 

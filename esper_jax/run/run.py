@@ -244,10 +244,17 @@ class _Reporter:
         self._view = view
         self._monitor = monitor
         self._shown = Reason.NOT_YET
+        self._slots = {
+            name: int(layer["capacity"])
+            for name, layer in session.record.layers.items()
+        }
         self._saved = -1  # the last step
 
     def on_tick(self, state: TrainState, report: TickReport) -> None:
-        together(lambda: self._write(report), RunError)
+        slots = {name: seeds.capacity for name, seeds in state.seeds.items()}
+        fewer = {n: (self._slots[n], k) for n, k in slots.items() if k < self._slots[n]}
+        self._slots = slots
+        together(lambda: self._write(report, fewer), RunError)
         reason = Reason(int(report.reason))
         if reason not in (self._shown, Reason.NOT_YET, Reason.GERMINATED):
             self._view.note(f"tick {int(report.tick)}: {why(reason)}")
@@ -270,8 +277,9 @@ class _Reporter:
             self._view.note(line)
         self._monitor.write_rollback(rollback)
 
-    def _write(self, report: TickReport) -> None:
-        events = self._session.log.add(report)
+    def _write(self, report: TickReport, fewer: dict[str, tuple[int, int]]) -> None:
+        log = self._session.log
+        events = [*log.add(report), *log.add_slots(int(report.tick), fewer)]
         self._view.update(report, events)
         self._session.metrics.add(report)
         self._monitor.write(report, events)

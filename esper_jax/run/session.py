@@ -101,21 +101,24 @@ def restored(
         return read_history(folder, int(ticks), int(rollbacks), seal.logs)
 
     history = together(past, RunError)
-    for name, (before, after) in found.resized.items():
-        _log.warning(
-            "layer %s of step %d goes on with capacity %d instead of %d",
-            name,
-            found.step,
-            after,
-            before,
-        )
+    # A run that gave slots back goes on without them, and has told so.
+    state, _ = start.program.shrink(found.state)
+    for name, (before, _) in found.resized.items():
+        if (after := state.seeds[name].capacity) != before:
+            _log.warning(
+                "layer %s of step %d goes on with capacity %d instead of %d",
+                name,
+                found.step,
+                after,
+                before,
+            )
     for lost in history.missing:
         _log.warning(
             "the history of this run is incomplete, and summary.json will say so: %s",
             lost,
         )
     missing = (*seal.missing, *history.missing)
-    return found.state, dataclasses.replace(history, missing=missing)
+    return state, dataclasses.replace(history, missing=missing)
 
 
 class _Changed:

@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -54,6 +54,10 @@ def fit(
     was left, if a tick is a pass; with ``steps_per_tick`` it begins a new pass, unless
     it is given as `Passes`. Each new shape of a batch compiles the step once more.
 
+    Once the policy lets nothing be born any more, as after a trial, the slots that are
+    free are given back (`Program.shrink`): no value changes, and step and tick compile
+    once more.
+
     A signal ends training after the step in hand. Where several processes hold the
     state, a signal to one of them ends all of them after the tick in hand.
 
@@ -96,6 +100,7 @@ def fit(
     held_out = _held_out(program, state, held_out)
     seen = None if is_iterable(data) else data
     told = False
+    state, _ = program.shrink(state)  # restored into more slots than it was saved with
     if governor is not None:
         governor.start(state)
     with _stopping(stop, governor) as asked:
@@ -104,12 +109,15 @@ def fit(
             state = steps(state, asked.check_step)
             state, report = program.tick(state, held_out)
             _check_agreement(state, report)
+            state, changed = program.shrink(state)
             if governor is not None:
                 state, rollback = governor.review(state, report, seen, held_out)
                 if rollback is not None:
                     continue
             elif not told:
                 told = _tell_if_broken(state, report, seen, held_out)
+            if changed:
+                _tell_of_slots(report, changed)
             if on_tick is not None:
                 on_tick(state, jax.device_get(report))
         asked.check(state)
@@ -137,6 +145,18 @@ def _check_agreement(state: TrainState, report: TickReport) -> None:
             "state must be the same on all devices, but differed before tick "
             f"{int(report.tick)}. Start all replicas from one state"
         )
+
+
+def _tell_of_slots(report: TickReport, changed: Mapping[str, tuple[int, int]]) -> None:
+    """Logs which slots were given back."""
+    freed = sum(before - after for before, after in changed.values())
+    _log.info(
+        "tick %d: nothing germinates any more, so %d free slots in %d layers are given "
+        "back; the step compiles once more",
+        int(report.tick),
+        freed,
+        len(changed),
+    )
 
 
 def _tell_if_broken(

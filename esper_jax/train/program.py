@@ -18,7 +18,7 @@ from jaxtyping import Array
 
 from esper_jax import blueprints
 from esper_jax.chunks import ChunkLayout
-from esper_jax.growth.capacity import grow_capacity
+from esper_jax.growth.capacity import give_back, grow_capacity
 from esper_jax.growth.parts import split_model, values_of
 from esper_jax.growth.recipe import check_trained, policy_for
 from esper_jax.growth.reports import TickReport
@@ -70,8 +70,11 @@ class Program(NamedTuple):
       model: ``model(state) -> nnx.Module`` with the state's values, those to evaluate
         where ``eval_params`` tells them from those that train.
       grow_capacity: ``grow_capacity(state, capacity) -> state`` with another number of
-        slots, in all layers or by name; see `growth.capacity`. Nothing else makes
-        ``step`` and ``tick`` compile again.
+        slots, in all layers or by name; see `growth.capacity`. Nothing but this and
+        ``shrink`` makes ``step`` and ``tick`` compile again.
+      shrink: ``shrink(state) -> state, changed`` without the slots that nothing will be
+        born in any more, and slots before and after by layer; changes nothing before
+        the policy says so (`policy.Reason.SETTLED`). `fit` calls it after each tick.
       layouts: `ChunkLayout` of each layer that can grow.
       kinds: the blueprints of each layer that can grow.
       gates: the lifecycle's numbers that the program was built with.
@@ -95,6 +98,7 @@ class Program(NamedTuple):
     evaluate: Callable[[TrainState, Any], tuple[Array, Array]]
     model: Callable[[TrainState], nnx.Module]
     grow_capacity: Callable[[TrainState, int | Mapping[str, int]], TrainState]
+    shrink: Callable[[TrainState], tuple[TrainState, dict[str, tuple[int, int]]]]
     layouts: dict[str, ChunkLayout]
     kinds: dict[str, tuple[blueprints.Blueprint, ...]]
     gates: LifecycleConfig
@@ -310,6 +314,7 @@ def _program(recipe: TrainRecipe, initial: Arrays) -> Program:
         ),
         model=model,
         grow_capacity=functools.partial(grow_capacity, recipe),
+        shrink=functools.partial(give_back, recipe),
         layouts=parts.layouts,
         kinds=parts.kinds,
         gates=recipe.gates,

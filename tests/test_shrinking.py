@@ -1,0 +1,191 @@
+"""After a trial, slots are given back: fewer arrays, the same numbers, told of."""
+
+import dataclasses
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from rich.console import Console
+
+from esper_jax import ChunkedLayer, Growth, Stage, make_growable
+from esper_jax.blueprints import lora
+from esper_jax.checkpoint import Checkpointer
+from esper_jax.policy import Reason, TrialConfig, heuristic, trial, trial_lives
+from esper_jax.run import run
+from esper_jax.run.config import ConfigError, parse_config, to_dict
+from esper_jax.run.folder import read_lines
+from esper_jax.run.run import train_run
+from esper_jax.trees import state_hash
+
+X = np.random.default_rng(0).normal(size=(32, 6)).astype(np.float32)
+Y = np.sin(X @ np.random.default_rng(1).normal(size=(6, 3))).astype(np.float32)
+
+
+def loss_fn(model: Any) -> Any:
+    return jnp.mean((model(X) - Y) ** 2)
+
+
+evaluate = nnx.jit(loss_fn)
+
+
+@nnx.jit
+def step(model: Any, growth: Any) -> None:
+    loss, grads = nnx.value_and_grad(loss_fn, argnums=growth.argnums)(model)
+    growth.update(model, grads, loss=loss)
+
+
+class Loop:
+    """A frozen host of three layers, of which the budget leaves one without parts."""
+
+    def __init__(self, **options: Any) -> None:
+        rngs = nnx.Rngs(0)
+        widths = (6, 6, 6, 3)
+        layers = [nnx.Linear(*pair, rngs=rngs) for pair in itertools.pairwise(widths)]
+        self.model = nnx.Sequential(layers[0], nnx.tanh, *layers[1:])
+        make_growable(self.model, nnx.Linear, 3, blueprints=[lora(rank=1)], rngs=rngs)
+        if not options:
+            options = {
+                "policy": trial(TrialConfig(ticks=1, budget=26)),
+                "lifecycle_config": trial_lives(tuning=4),
+            }
+        self.growth = Growth(self.model, optax.adam(1e-2), wrt=None, **options)
+
+    def ticks(self, count: int) -> Any:
+        for _ in range(count):
+            for _ in range(4):
+                step(self.model, self.growth)
+            report = self.growth.tick(self.model, evaluate)
+        return report
+
+    def parts(self) -> dict[int, Any]:
+        """Bank and moments of what lives, by layer and seed."""
+        state = self.growth.run_state(self.model)
+        return {
+            (name, int(seed)): jax.tree.map(
+                lambda x, k=slot: np.asarray(x[k]),
+                (state.banks[name], state.bank_opt[name]),
+            )
+            for name, seeds in state.seeds.items()
+            for slot, seed in enumerate(seeds.seed_of_slot)
+            if seed >= 0
+        }
+
+
+def test_slots_are_given_back_and_no_value_changes(tmp_path: Any) -> None:
+    small = Loop()
+    assert not small.growth.settled
+    assert small.growth.shrink(small.model) == {}  # not before the policy says so
+    report = small.ticks(4)
+    assert int(report.reason) == Reason.SETTLED
+    before, out = small.parts(), np.asarray(small.model(X))
+    assert 0 < len(before) < 9
+    changed = small.growth.shrink(small.model)
+    of_layer = [name for name, _ in before]
+    living = {name: of_layer.count(name) for name in changed}
+    assert changed == {name: (3, n) for name, n in living.items()}
+    assert 0 in living.values()  # a layer of which nothing was kept
+    # Parts of a layer are one product over their hidden units, of which fewer are left.
+    np.testing.assert_allclose(small.model(X), out, rtol=1e-6, atol=1e-6)
+    assert small.growth.shrink(small.model) == {}
+    jax.tree.map(np.testing.assert_array_equal, before, small.parts())
+    layers = dict(zip(living, (small.model.layers[i] for i in (0, 2, 3)), strict=True))
+    for name, layer in layers.items():
+        assert layer.bed.seeds.get_value().capacity == max(1, living[name])
+        assert layer.enabled == (living[name] > 0)
+    # The layer that kept nothing computes nothing but its base.
+    empty = next(layer for name, layer in layers.items() if not living[name])
+    jaxpr = str(jax.make_jaxpr(lambda x: empty(x))(X))
+    assert jaxpr == str(jax.make_jaxpr(lambda x: empty.base(x))(X))
+
+    # Restored into all slots, as a new process makes them, and shrunk to the same.
+    same = Loop()
+    with Checkpointer(tmp_path) as checkpoints:
+        checkpoints.save(1, small.growth.run_state(small.model))
+        checkpoints.wait()
+        like = same.growth.run_state(same.model)
+        same.growth.go_on(checkpoints.restore(like).state, same.model)
+    assert same.growth.shrink(same.model) == changed
+    hashes = [state_hash(x.growth.run_state(x.model)) for x in (small, same)]
+    assert hashes[0] == hashes[1]
+    report = small.ticks(7)
+    stages = np.concatenate([x.stage for x in report.layers.values()])
+    assert np.sum(stages == Stage.FOSSILIZED) == len(before)
+    assert float(loss_fn(small.model)) < float(jnp.mean((out - Y) ** 2))
+
+
+def test_a_policy_that_may_let_something_be_born_keeps_its_slots() -> None:
+    loop = Loop(policy=heuristic())
+    loop.growth.tick(loop.model, lambda m: 1.0)
+    assert not loop.growth.settled
+    assert loop.growth.shrink(loop.model) == {}
+    assert [bed.seeds.get_value().capacity for bed in beds(loop.model)] == [3, 3, 3]
+    with pytest.raises(ValueError, match="shrink must be called between steps"):
+        nnx.jit(lambda model, growth: growth.shrink(model))(loop.model, loop.growth)
+
+
+def beds(model: Any) -> list[Any]:
+    return [n.bed for _, n in nnx.iter_graph(model) if isinstance(n, ChunkedLayer)]
+
+
+TABLES: dict[str, Any] = {
+    "policy": "trial",
+    "data": {"name": "spirals"},
+    "model": {"hidden": [6]},
+    "growth": {"num_seeds": 3, "capacity": 3, "blueprints": ["lora"]},
+    "train": {"ticks": 9, "batch_size": 300, "blueprint_learning_rate": 1e-2},
+    "trial": {"ticks": 1, "budget": 60, "rent": float("-inf")},
+    "lifecycle": {"cull_delta": float("-inf"), "min_epochs": {"FINE_TUNING": 2}},
+    "governor": {"enabled": False},
+    "checkpoint": {"every": 2, "keep": 9},
+}
+
+
+def test_a_run_shrinks_by_itself_and_goes_on_across_it(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = parse_config(TABLES)
+    program = run.build_run(config, run.load_data(config))
+    monkeypatch.setattr(run, "build_run", lambda *_: program)  # compiled once
+    quiet = Console(quiet=True)
+    ended = train_run(config, tmp_path / "a", console=quiet)
+    assert ended["recompiles"] == 2  # step and tick, once each
+    events = read_lines(tmp_path / "a" / "events.jsonl")
+    told = [e for e in events if "slots" in e]
+    assert {e["tick"] for e in told} == {4}
+    assert sum(e["slots"][0] - e["slots"][1] for e in told) > 0
+    assert "slots stay" in told[0]["text"]
+    assert [e["to"] for e in events].count("FOSSILIZED") > 0
+
+    # Stopped before the parts are judged, and after: the same run.
+    for stop in (2, 6):
+        out = tmp_path / f"b{stop}"
+        tables = {**TABLES, "train": {**TABLES["train"], "ticks": stop}}
+        train_run(parse_config(tables), out, console=quiet)
+        again = train_run(config, out, resume=True, console=quiet)
+        assert again["state_hash"] == ended["state_hash"]
+        assert again["events"] == ended["events"]
+
+
+def test_a_trial_s_lifecycle_is_the_default_of_its_config() -> None:
+    config = parse_config({"policy": "trial"})
+    assert config.lifecycle == trial_lives()
+    assert parse_config(to_dict(config)) == config
+    other = parse_config(TABLES).lifecycle
+    ages = list(trial_lives().min_epochs)
+    ages[Stage.FINE_TUNING] = 2
+    assert other == dataclasses.replace(
+        trial_lives(), min_epochs=tuple(ages), cull_delta=-np.inf
+    )
+    for table, message in (
+        ({"policy": "tril"}, "policy must be one of heuristic, trial"),
+        ({"trial": {"judge": 3}}, "trial.judge: expected str, got 3"),
+        ({"trial": {"blueprint": 1}}, "trial.blueprint must be an index"),
+        ({"policy": "trial", "lifecycle": 3}, "lifecycle: expected a table"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            parse_config(table)
