@@ -165,6 +165,11 @@ def _functions(
         policy_of(policy, controller_config, None),
         (None, 1),
     )
+    if recipe.gates.fold != "never":
+        raise ValueError(
+            f"fold must be 'never', got {recipe.gates.fold!r}: the weights of the "
+            "layers are not known here. Fold what harvest returns yourself"
+        )
     _check_reads(recipe, values)
     recipe = dataclasses.replace(recipe, measured=frozenset())
     like = start(recipe, values, jax.random.key(0))

@@ -284,7 +284,16 @@ def _tick(
         banks, moments = _births(recipe, (before, after), banks, moments, birth)
         new |= parts.put_beds("bank", groups.part(jax.device_get(banks)))
     zeros = jax.tree.map(jnp.zeros_like, remembered.sums)
-    report = report.replace(layers=groups.split(report.layers))
+    layers = groups.split(report.layers)
+    if recipe.folds and any(
+        np.any(s.stage == Stage.FOSSILIZED) for s in after.values()
+    ):
+        banks = parts.take({**values, **new}, "bank")
+        weights = {name: values[name] for name in recipe.fold_weights}
+        folded = _fold(recipe, groups.split(after), banks, weights, layers)
+        seeds, layers = jax.device_get((folded[0], folded[2]))
+        new |= parts.joined("seeds", seeds) | folded[1]
+    report = report.replace(layers=layers)
     return Remembered(state, moments, zeros), _placed(new, values), report
 
 
@@ -292,6 +301,7 @@ _advance = jax.jit(advance, static_argnums=0)
 _births = jax.jit(births, static_argnums=0)
 _starting = jax.jit(starting, static_argnums=0)
 _collected = jax.jit(collected_by, static_argnums=0)
+_fold = jax.jit(Recipe.folded, static_argnums=0)
 
 
 def _what_was_collected(

@@ -7,10 +7,14 @@ from typing import Self
 import numpy as np
 from jaxtyping import Int
 
+from esper_jax.blueprints import Bank
+from esper_jax.growth.folds import Fold, fold_fossils
 from esper_jax.growth.parts import ModelParts
+from esper_jax.growth.reports import LayerReport
+from esper_jax.growth.state import Arrays
 from esper_jax.lifecycle.grafting import READS, Strategy
 from esper_jax.lifecycle.rules import LifecycleConfig
-from esper_jax.lifecycle.state import SeedState
+from esper_jax.lifecycle.state import SeedState, coefficients
 from esper_jax.optim import PerSlot
 from esper_jax.policy.interface import (
     SAMPLED,
@@ -42,6 +46,7 @@ class Recipe:
       gates: minimum ages and gates of the lifecycle.
       policy: what asks for transitions.
       maker: what made the policy, for other groups; None if it was given as it is.
+      folds: which fossils are folded into the weights of their layers, by layer.
       measured: which of the signals `policy.interface.SAMPLED` are measured; the others
         are NaN.
       measure_every: they are measured at every so many steps, beginning with the first
@@ -53,6 +58,7 @@ class Recipe:
     gates: LifecycleConfig
     policy: Policy
     maker: PolicyFactory | None = None
+    folds: Mapping[str, Fold] = dataclasses.field(default_factory=dict)
     measured: frozenset[str] = SAMPLED
     measure_every: int = 1
 
@@ -83,6 +89,39 @@ class Recipe:
         parts = dataclasses.replace(self.parts, beds=beds, groups=groups)
         policy = policy_for(parts, self.gates, self.maker or self.policy)
         return dataclasses.replace(self, parts=parts, policy=policy)
+
+    @property
+    def fold_weights(self) -> list[str]:
+        """Names of the variables that fossils may be folded into."""
+        return [name for fold in self.folds.values() for name in fold.weights]
+
+    def folded(
+        self,
+        seeds: Mapping[str, SeedState],
+        banks: Mapping[str, Bank],
+        values: Arrays,
+        reports: Mapping[str, LayerReport],
+    ) -> tuple[dict[str, SeedState], Arrays, dict[str, LayerReport]]:
+        """What folding fossils changes: seeds and reports by layer, weights by name.
+
+        Args:
+          seeds: of each layer, after a tick.
+          banks: of each layer.
+          values: of the model's variables, by name.
+          reports: of the tick, by layer.
+        """
+        weights = {name: values[name] for name in self.fold_weights}
+        found = fold_fossils(self.parts, self.folds, seeds, banks, weights)
+        told = {
+            name: dataclasses.replace(
+                reports[name],
+                stage=found.seeds[name].stage,
+                alpha=coefficients(found.seeds[name])[0],
+                folded=which,
+            )
+            for name, which in found.which.items()
+        }
+        return {**seeds, **found.seeds}, found.weights, {**reports, **told}
 
     def wants(self, *signals: str) -> bool:
         """Whether one of the signals is measured."""

@@ -45,6 +45,9 @@ class LayerReport(SeedMoves):
     blueprint: Int[Array, "*S"]
     """Id of the blueprint in the seed's slot. Only meaningful while the seed lives."""
     signals: Signals
+    folded: Bool[Array, "*S"] | None = None
+    """Fossils that became part of the layer's weights at this tick, whose seeds are
+    dormant after it; None where none ever does."""
 
 
 @struct.dataclass

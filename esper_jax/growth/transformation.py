@@ -4,6 +4,7 @@ As an optimizer is, it is a transformation beside the model. The loop, the loss,
 batches, the host's optimizer and its random keys stay the user's.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Collection
 from typing import Any
@@ -14,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from esper_jax.growth.capacity import give_back, is_settled, switch_off
+from esper_jax.growth.folds import folds_of
 from esper_jax.growth.functions import (
     MEASURE_EVERY,
     check_loss,
@@ -110,15 +112,17 @@ class Growth(nnx.Module):
         measure_every: int = MEASURE_EVERY,
         rngs: nnx.Rngs | None = None,
     ) -> None:
-        values = values_of(model)
-        self.recipe = recipe_for(
-            split_model(model, wrt=wrt),
+        values, parts = values_of(model), split_model(model, wrt=wrt)
+        recipe = recipe_for(
+            parts,
             values,
             optimizer,
             lifecycle_config,
             policy_of(policy, controller_config, None),
             (measure, measure_every),
         )
+        folds = folds_of(model, parts, recipe.gates)
+        self.recipe = dataclasses.replace(recipe, folds=folds)
         check_trained(self.recipe.parts, self.recipe.policy)
         self.wrt = wrt
         key = (rngs or nnx.Rngs(0)).params()

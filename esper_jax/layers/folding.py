@@ -1,7 +1,8 @@
 """Folds linear corrections of a layer's output into the layer's weights."""
 
+import collections
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ __all__ = [
     "LinearPart",
     "fold_branch",
     "fold_into",
+    "references_in",
     "takes",
     "takes_corrections",
     "wide_dtype",
@@ -40,6 +42,23 @@ class LinearPart:
     width: int
     alpha: float
     params: Mapping[str, Array]
+
+
+def references_in(nodes: Iterable[Any]) -> Mapping[int, int]:
+    """How many places of a model hold each module and variable, by id.
+
+    Args:
+      nodes: of the model's graph.
+    """
+    counts: collections.Counter[int] = collections.Counter()
+    for node in nodes:
+        if isinstance(node, list | tuple):
+            counts.update(map(id, node))
+        elif isinstance(node, dict):
+            counts.update(map(id, node.values()))
+        elif isinstance(node, nnx.Pytree):
+            counts.update(id(child) for _, child in nnx.iter_children(node))
+    return counts
 
 
 def takes_corrections(

@@ -24,6 +24,7 @@ from esper_jax.layers.folding import (
     LinearPart,
     fold_branch,
     fold_into,
+    references_in,
     takes,
     takes_corrections,
 )
@@ -94,7 +95,7 @@ def harvest(
     }
     for name, node in nodes:
         _check_class(node, name)
-    references = _references(nodes)
+    references = references_in([node for _, node in nodes])
     new: dict[int, Any] = {}
     # Inner layers come first: iter_graph yields a node after what it holds.
     for _, node in nodes:
@@ -180,19 +181,6 @@ def _is_empty(blueprint: Blueprint) -> bool:
     return isinstance(blueprint, Dense) and not (
         blueprint.expansion or blueprint.bias or blueprint.scale
     )
-
-
-def _references(nodes: list[tuple[str, Any]]) -> Mapping[int, int]:
-    """How many places hold each module and variable, by id."""
-    counts: collections.Counter[int] = collections.Counter()
-    for _, node in nodes:
-        if isinstance(node, list | tuple):
-            counts.update(map(id, node))
-        elif isinstance(node, dict):
-            counts.update(map(id, node.values()))
-        elif isinstance(node, nnx.Pytree):
-            counts.update(id(child) for _, child in nnx.iter_children(node))
-    return counts
 
 
 def _plain_layer(base: Any, bed: SeedBed, kept: list[_Part], folds: bool) -> Any:

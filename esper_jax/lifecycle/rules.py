@@ -10,7 +10,7 @@ import math
 import numbers
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +23,7 @@ from esper_jax.lifecycle.state import SeedState
 
 __all__ = [
     "LEGAL_PAIRS",
+    "FoldInto",
     "Gate",
     "LifecycleConfig",
     "gates",
@@ -39,6 +40,11 @@ _MIN_EPOCHS = {
     Stage.CULLED: 10,
     Stage.ROLLED_BACK: 10,
 }
+
+
+FoldInto = Literal["never", "trained", "frozen"]
+"""Whether linear fossils are folded into the weights of their layer: not at all, into
+weights that train, or also into those of a frozen host."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,6 +71,11 @@ class LifecycleConfig:
         measured before it may first be kept. From then on it is measured at every
         tick. Each measurement costs one evaluation of the held-out data. The default
         measures at every tick.
+      fold: ``"trained"`` folds each fossil that is linear (`lora`, `affine`,
+        `low_rank`) into the kernel and bias of its layer at the tick at which it
+        becomes one: its slot is free again, and its chunk is dormant. Refused where
+        those weights do not train, as a frozen host keeps its bits; ``"frozen"``
+        changes them, too. See `growth.folds`.
       grafting: numbers of the grafting strategies.
 
     Raises:
@@ -81,6 +92,7 @@ class LifecycleConfig:
     min_improvement: float = 0.01
     min_final_stability: float = 0.95
     worth_window: int = 65535
+    fold: FoldInto = "never"
     grafting: GraftConfig = dataclasses.field(default_factory=GraftConfig)
 
     def __post_init__(self) -> None:
@@ -101,12 +113,16 @@ class LifecycleConfig:
                 raise ValueError(
                     f"{name} must be an integer from {least} to {most}, got {value!r}"
                 )
+        if self.fold not in get_args(FoldInto):
+            raise ValueError(
+                f"fold must be one of {get_args(FoldInto)}, got {self.fold!r}"
+            )
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name == "grafting":
                 if not isinstance(value, GraftConfig):
                     raise TypeError(f"grafting must be a GraftConfig, got {value!r}")
-            elif field.name != "min_epochs" and (
+            elif field.name not in ("min_epochs", "fold") and (
                 not isinstance(value, numbers.Real) or math.isnan(value)
             ):
                 raise ValueError(f"{field.name} must be a number, got {value!r}")

@@ -28,7 +28,7 @@ from esper_jax.lifecycle.slots import first_set
 from esper_jax.lifecycle.stages import NO_REQUEST, NUM_STAGES, Outcome, Stage
 from esper_jax.lifecycle.state import SeedState, saturating_add
 
-__all__ = ["age", "step", "transition"]
+__all__ = ["age", "released", "step", "transition"]
 
 
 class _Verdict(NamedTuple):
@@ -165,6 +165,38 @@ def transition(
     )
     unserved = germinates & ~born
     return new, jnp.where(unserved, jnp.int8(Outcome.NO_CAPACITY), outcome)
+
+
+def released(state: SeedState, which: Bool[Array, " S"]) -> SeedState:
+    """The seeds after some fossils became part of their layer's weights.
+
+    These leave their slots and are DORMANT, as their chunks may grow again.
+
+    Args:
+      state: of one layer.
+      which: seeds that are FOSSILIZED.
+    """
+
+    def put(new: Any, old: Array) -> Array:
+        return jnp.where(which, jnp.asarray(new, old.dtype), old)
+
+    owner = state.seed_of_slot
+    gone = (owner >= 0) & which[jnp.maximum(owner, 0)]
+    entry = jnp.uint8(Stage.FOSSILIZED << 4 | Stage.DORMANT)
+    pushed = push_history(state.history, jnp.full(which.shape, entry))
+    return dataclasses.replace(
+        state,
+        stage=put(Stage.DORMANT, state.stage),
+        parent_stage=put(state.stage, state.parent_stage),
+        epochs_in_stage=put(0, state.epochs_in_stage),
+        history=jax.tree.map(
+            functools.partial(jnp.where, which), pushed, state.history
+        ),
+        slot_of_seed=put(-1, state.slot_of_seed),
+        worth=put(jnp.nan, state.worth),
+        worth_ticks=put(0, state.worth_ticks),
+        seed_of_slot=jnp.where(gone, -1, owner),
+    )
 
 
 def _check_commands(state: SeedState, commands: Commands) -> None:

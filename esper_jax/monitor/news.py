@@ -9,7 +9,7 @@ from esper_jax.growth.reports import TickReport
 from esper_jax.lifecycle.rules import LifecycleConfig
 from esper_jax.lifecycle.signals import Signals
 from esper_jax.lifecycle.stages import Outcome, Stage
-from esper_jax.monitor.words import Event, drain
+from esper_jax.monitor.words import Event, drain, folds
 from esper_jax.train.retreat import Rollback
 
 __all__ = ["News", "rollback_entry"]
@@ -35,6 +35,11 @@ class News:
             _entry(int(report.tick), name, event)
             for name, layer in report.layers.items()
             for event in drain(layer, layer.signals, self._lifecycle)
+        ]
+        events += [
+            _entry(int(report.tick), name, event)
+            for name, layer in report.layers.items()
+            for event in folds(layer)
         ]
         return self._told([event for event in events if self._is_new(event)])
 

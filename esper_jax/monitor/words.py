@@ -8,13 +8,21 @@ from typing import assert_never
 
 import numpy as np
 
-from esper_jax.growth.reports import SeedMoves
+from esper_jax.growth.reports import LayerReport, SeedMoves
 from esper_jax.lifecycle.rules import Gate, LifecycleConfig, gates
 from esper_jax.lifecycle.signals import Signals
 from esper_jax.lifecycle.stages import LEGAL, Outcome, Stage
 from esper_jax.policy.memory import Reason
 
-__all__ = ["Event", "drain", "explain", "format_number", "rules_that_refused", "why"]
+__all__ = [
+    "Event",
+    "drain",
+    "explain",
+    "folds",
+    "format_number",
+    "rules_that_refused",
+    "why",
+]
 
 _WORDS = {
     operator.le: "at most",
@@ -238,3 +246,20 @@ def drain(moves: SeedMoves, signals: Signals, config: LifecycleConfig) -> list[E
             )
         )
     return found
+
+
+def folds(layer: LayerReport) -> list[Event]:
+    """The fossils of a layer that became part of its weights in a tick."""
+    which = () if layer.folded is None else np.flatnonzero(layer.folded).tolist()
+    return [
+        Event(
+            seed=seed,
+            source=Stage.FOSSILIZED,
+            target=Stage.DORMANT,
+            outcome=Outcome.OK,
+            slot=int(layer.slot[seed]),
+            measured={},
+            text=f"seed {seed}: folded into the layer's weights, its slot is free",
+        )
+        for seed in which
+    ]

@@ -19,7 +19,8 @@ from jaxtyping import Array
 from esper_jax import blueprints
 from esper_jax.chunks import ChunkLayout
 from esper_jax.growth.capacity import give_back, grow_capacity
-from esper_jax.growth.parts import split_model, values_of
+from esper_jax.growth.folds import Fold, folds_of
+from esper_jax.growth.parts import ModelParts, split_model, values_of
 from esper_jax.growth.recipe import check_trained, policy_for
 from esper_jax.growth.reports import TickReport
 from esper_jax.growth.state import Arrays, TrainState
@@ -189,12 +190,7 @@ def build(
         )
     if eval_batch < 1:
         raise ValueError(f"eval_batch must be at least 1, got {eval_batch}")
-    if debug and axis_name is None:
-        raise ValueError(
-            "debug compares the devices along axis_name, so axis_name must be given "
-            "with it; got None. With plain jit on sharded arrays, call "
-            "parallel.check_replicas(state) between ticks instead"
-        )
+    _check_debug(debug, axis_name)
     parts = split_model(model, axis_name, wrt)
     params = {name: values_of(model)[name] for name in parts.host_params()}
     if eval_params is None:
@@ -218,6 +214,7 @@ def build(
         gates=gates,
         policy=check_trained(parts, policy_for(parts, gates, asked)),
         maker=None if isinstance(asked, Policy) else asked,
+        folds=_folds(model, parts, gates, eval_params),
         eval_batch=eval_batch,
         # JAX cannot vmap a branch whose operands vary along a mapped axis.
         at_once=AT_ONCE if axis_name is None else 1,
@@ -247,6 +244,31 @@ def _check_kinds(model: Any, optimizer: Any, blueprint_optimizer: Any) -> None:
                 f"{name} must be an optax optimizer, such as optax.adam(1e-3); got "
                 f"{given!r:.80}"
             )
+
+
+def _check_debug(debug: bool, axis_name: str | None) -> None:
+    if debug and axis_name is None:
+        raise ValueError(
+            "debug compares the devices along axis_name, so axis_name must be given "
+            "with it; got None. With plain jit on sharded arrays, call "
+            "parallel.check_replicas(state) between ticks instead"
+        )
+
+
+def _folds(
+    model: nnx.Module,
+    parts: ModelParts,
+    gates: LifecycleConfig,
+    eval_params: EvalParams | None,
+) -> dict[str, Fold]:
+    """Where fossils are folded, which must be weights that are evaluated, too."""
+    folds = folds_of(model, parts, gates)
+    if folds and eval_params is not None:
+        raise ValueError(
+            f"fold must be 'never' with weights to evaluate that are others than those "
+            f"that train (eval_params, schedule_free); got {gates.fold!r}"
+        )
+    return folds
 
 
 def _warn_if_frozen(model: nnx.Module) -> None:

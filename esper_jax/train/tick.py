@@ -71,4 +71,15 @@ def tick(
         banks=groups.split(banks),
         bank_opt=groups.split(moments),
     )
-    return new, dataclasses.replace(report, layers=groups.split(report.layers))
+    reports = groups.split(report.layers)
+    if recipe.folds:
+        seeds, weights, reports = recipe.folded(
+            new.seeds, new.banks, {**new.params, **new.rest}, reports
+        )
+        new = dataclasses.replace(
+            new,
+            seeds=seeds,
+            params={name: weights.get(name, x) for name, x in new.params.items()},
+            rest={name: weights.get(name, x) for name, x in new.rest.items()},
+        )
+    return new, dataclasses.replace(report, layers=reports)

@@ -1,0 +1,264 @@
+"""Fossils that are linear become part of the weights of their layer.
+
+A slot that held one is free again, and the layer costs nothing more for it.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from esper_jax.blueprints import Adapter, Bank, Blueprint, Dense, dense_masks
+from esper_jax.chunks import ChunkLayout
+from esper_jax.growth.beds import name_of
+from esper_jax.growth.parts import ModelParts
+from esper_jax.growth.state import Arrays
+from esper_jax.layers.chunked import ChunkedLayer
+from esper_jax.layers.folding import references_in, takes, takes_corrections, wide_dtype
+from esper_jax.lifecycle.rules import LifecycleConfig
+from esper_jax.lifecycle.stages import Stage
+from esper_jax.lifecycle.state import SeedState
+from esper_jax.lifecycle.transitions import released
+
+__all__ = ["Fold", "Folded", "fold_fossils", "folds_of"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Fold:
+    """What is folded in a layer, and into which variables.
+
+    Args:
+      kinds: indices of the layer's blueprints whose fossils are folded.
+      kernel: name of the kernel.
+      bias: name of the bias; None for a layer without.
+    """
+
+    kinds: tuple[int, ...]
+    kernel: str
+    bias: str | None
+
+    @property
+    def weights(self) -> list[str]:
+        """Names of the variables that change."""
+        return [name for name in (self.kernel, self.bias) if name is not None]
+
+
+class Folded(NamedTuple):
+    """What folding gives."""
+
+    seeds: dict[str, SeedState]
+    """Of the layers in which something may be folded, by layer."""
+    weights: Arrays
+    """Values of their kernels and biases, by variable."""
+    which: dict[str, Bool[Array, " S"]]
+    """Seeds that were folded, by layer."""
+
+
+def folds_of(
+    model: nnx.Module, parts: ModelParts, gates: LifecycleConfig
+) -> dict[str, Fold]:
+    """Where the fossils of a model are folded, by layer.
+
+    A layer is one whose output is linear in weights that nothing else uses, as for
+    `harvest`: `nnx.Linear` and `nnx.Conv`. Of its blueprints, those that are linear are
+    folded, unless another one of the layer would then read something else: if one reads
+    the layer's output, none is; if one reads a chunk, no adapter is.
+
+    Args:
+      model: the model.
+      parts: of it.
+      gates: say whether to fold, and into what.
+
+    Raises:
+      ValueError: if ``gates.fold`` is ``"trained"`` and a layer's weights do not train,
+        or there is nothing to fold in any layer.
+    """
+    if gates.fold == "never":
+        return {}
+    nodes = [(name_of(path), node) for path, node in nnx.iter_graph(model)]
+    layers = {name: node for name, node in nodes if isinstance(node, ChunkedLayer)}
+    references = references_in([node for _, node in nodes])
+    found: dict[str, Fold] = {}
+    for name, bed in parts.beds.items():
+        layer = layers.get(bed.owner)
+        if layer is None or not layer.enabled or references[id(layer.base)] != 1:
+            continue
+        base: Any = layer.base
+        if not takes_corrections(base, bed.stack, references):
+            continue
+        if kinds := _linear(base, parts.kinds[name]):
+            path = f"{bed.owner}/base" if bed.owner else "base"
+            bias = None if base.bias is None else f"{path}/bias"
+            found[name] = Fold(kinds, f"{path}/kernel", bias)
+    if not found:
+        raise ValueError(
+            f"fold must be 'never', got {gates.fold!r}: no layer has fossils that can "
+            "be folded. They must be linear (lora, affine, low_rank) and grow in an "
+            "nnx.Linear or nnx.Conv that nothing else uses, without blueprints beside "
+            "them that read what would change"
+        )
+    weights = {weight for fold in found.values() for weight in fold.weights}
+    frozen = sorted(weights - set(parts.trained))
+    if frozen and gates.fold == "trained":
+        raise ValueError(
+            f"fold='trained' takes weights that train, and {frozen[0]!r} does not: a "
+            "frozen host keeps its bits. Give fold='frozen' to change them on purpose, "
+            "or fold='never'"
+        )
+    return found
+
+
+def _linear(base: Any, kinds: tuple[Blueprint, ...]) -> tuple[int, ...]:
+    """Indices of the blueprints that can be folded while the others may live."""
+    if any(kind.reads == "layer" for kind in kinds):
+        return ()
+    chunks = any(kind.reads == "chunk" for kind in kinds)
+    return tuple(
+        i
+        for i, kind in enumerate(kinds)
+        if takes(base, kind) and not (chunks and isinstance(kind, Adapter))
+    )
+
+
+def fold_fossils(
+    parts: ModelParts,
+    folds: Mapping[str, Fold],
+    seeds: Mapping[str, SeedState],
+    banks: Mapping[str, Bank],
+    weights: Arrays,
+) -> Folded:
+    """Adds what fossils compute to the weights of their layers; pure and jittable.
+
+    Computed in float32 (float64 for float64 weights) and rounded once to the weights'
+    dtype. Such a seed leaves its slot and is DORMANT. One whose parameters are not
+    finite stays a fossil. Where nothing is folded, every bit stays.
+
+    Args:
+      parts: of the model.
+      folds: as `folds_of` returns them.
+      seeds: by layer.
+      banks: by layer.
+      weights: of the kernels and biases, by variable.
+    """
+    new, seeds = dict(weights), dict(seeds)
+    which: dict[str, Array] = {}
+    for name, fold in folds.items():
+        index = parts.beds[name].index
+        slots = _slots(seeds[name], banks[name], fold)
+        own = {w: new[w][index] for w in fold.weights}
+
+        def folded(
+            name: str = name, fold: Fold = fold, own: Arrays = own, slots: Array = slots
+        ) -> Arrays:
+            place = _Place(parts.layouts[name], parts.kinds[name], slots)
+            return place.fold(seeds[name], banks[name], fold, own)
+
+        own = jax.lax.cond(jnp.any(slots), folded, lambda own=own: own)
+        for weight, value in own.items():
+            new[weight] = new[weight].at[index].set(value) if index else value
+        owner = jnp.where(slots, seeds[name].seed_of_slot, seeds[name].num_seeds)
+        gone = jnp.zeros(seeds[name].num_seeds, bool).at[owner].set(True, mode="drop")
+        seeds[name], which[name] = released(seeds[name], gone), gone
+    return Folded({name: seeds[name] for name in folds}, new, which)
+
+
+def _slots(seeds: SeedState, bank: Bank, fold: Fold) -> Bool[Array, " K"]:
+    """Slots whose fossils are folded."""
+    owner = jnp.maximum(seeds.seed_of_slot, 0)
+    fossil = (seeds.seed_of_slot >= 0) & (seeds.stage[owner] == Stage.FOSSILIZED)
+    taken = jnp.isin(seeds.blueprint[owner].astype(jnp.int32), np.array(fold.kinds))
+    finite = [
+        jnp.all(jnp.isfinite(leaf), axis=tuple(range(1, leaf.ndim)))
+        for leaf in jax.tree.leaves(bank)
+    ]
+    return fossil & taken & jnp.all(jnp.stack(finite), axis=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """A layer and the slots of it that are folded."""
+
+    layout: ChunkLayout
+    kinds: tuple[Blueprint, ...]
+    slots: Bool[Array, " K"]
+
+    def fold(
+        self, seeds: SeedState, bank: Bank, fold: Fold, weights: Arrays
+    ) -> dict[str, Array]:
+        """The layer's weights with the slots' corrections in them."""
+        kernel = weights[fold.kernel]
+        dtype = wide_dtype(kernel.dtype)
+        wide = kernel.astype(dtype)
+        bias = None if fold.bias is None else weights[fold.bias].astype(dtype)
+        owner = jnp.maximum(seeds.seed_of_slot, 0)
+        kind = seeds.blueprint[owner].astype(jnp.int32)
+        if any(isinstance(self.kinds[i], Dense) for i in fold.kinds):
+            seed = jnp.where(self.slots, seeds.seed_of_slot, -1)
+            columns = self.layout.columns(seed)
+            matrix, offset = self._affine(bank, kind, dtype)
+
+            def with_chunks(x: Array) -> tuple[Array, Array]:
+                own = x.at[..., columns].get(mode="fill", fill_value=0)
+                return own, jnp.einsum("...kc,kcd->...kd", own, matrix, **_EXACT)
+
+            own, more = with_chunks(wide)
+            wide = wide.at[..., columns].set(own + more, mode="drop")
+            if bias is not None:
+                own, more = with_chunks(bias)
+                bias = bias.at[columns].set(own + more + offset, mode="drop")
+        for i in fold.kinds:
+            adapter = self.kinds[i]
+            if not isinstance(adapter, Adapter):
+                continue
+            mine = self.slots & (kind == i)
+            p = {
+                name: jnp.where(_per_slot(mine, leaf), leaf.astype(dtype), 0)
+                for name, leaf in bank.custom[adapter.name].items()
+            }
+            w2 = p["w2"] * adapter.scaling
+            more = jnp.einsum("kdh,khf->df", p["w1"], w2, **_EXACT)
+            wide = jnp.where(jnp.any(mine), wide + more.reshape(wide.shape), wide)
+            if adapter.bias and bias is not None:
+                more = jnp.einsum("kh,khf->f", p["b1"], w2, **_EXACT)
+                more += adapter.scaling * jnp.sum(p["b2"], axis=0)
+                bias = jnp.where(jnp.any(mine), bias + more, bias)
+        new = {fold.kernel: wide.astype(kernel.dtype)}
+        if fold.bias is not None and bias is not None:
+            new[fold.bias] = bias.astype(weights[fold.bias].dtype)
+        return new
+
+    def _affine(
+        self, bank: Bank, kind: Array, dtype: Any
+    ) -> tuple[Float[Array, "K C C"], Float[Array, "K C"]]:
+        """The correction of each slot's chunk ``y`` as ``y @ matrix + offset``."""
+        hidden, has_bias, has_scale = (
+            jnp.asarray(mask)[kind]
+            for mask in dense_masks(self.kinds, self.layout.width)
+        )
+        used = {
+            "w1": hidden[:, None, :],
+            "w2": hidden[:, :, None],
+            "b1": has_bias[:, None] & hidden,
+            "b2": has_bias[:, None],
+            "scale": has_scale[:, None],
+        }
+        p = {
+            name: jnp.where(mask, getattr(bank, name).astype(dtype), 0)
+            for name, mask in used.items()
+        }
+        matrix = jnp.einsum("kch,khd->kcd", p["w1"], p["w2"], **_EXACT)
+        matrix += jax.vmap(jnp.diag)(p["scale"])
+        offset = jnp.einsum("kh,khd->kd", p["b1"], p["w2"], **_EXACT) + p["b2"]
+        return matrix, offset
+
+
+_EXACT: dict[str, Any] = {"precision": "highest"}
+
+
+def _per_slot(x: Array, like: Array) -> Array:
+    return x.reshape(x.shape + (1,) * (like.ndim - x.ndim))
