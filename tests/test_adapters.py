@@ -122,6 +122,7 @@ def cotangent(dtype: Any) -> Any:
     [
         ("float32", "task", False, range(5), KINDS),
         ("float32", "reconstruction", True, (0, 3), KINDS),
+        ("float32", "bounded", True, (0, 3), KINDS),
         ("bfloat16", "task", False, (1,), KINDS[1:]),  # which no backend computes
     ],
 )

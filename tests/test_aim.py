@@ -213,15 +213,16 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match="judge must be one of"):
         TrialConfig(judge="luck")  # type: ignore[arg-type]
     model = Host(nnx.Rngs(0))
-    with pytest.raises(ValueError, match="incubation must be 'task'"):
-        make_growable(
-            model,
-            nnx.Linear,
-            2,
-            blueprints=[lora(start="gradient")],
-            incubation="reconstruction",
-            rngs=nnx.Rngs(1),
-        )
+    for incubation in ("reconstruction", "bounded"):
+        with pytest.raises(ValueError, match="incubation must be 'task'"):
+            make_growable(
+                model,
+                nnx.Linear,
+                2,
+                blueprints=[lora(start="gradient")],
+                incubation=incubation,
+                rngs=nnx.Rngs(1),
+            )
     make_growable(model, nnx.Linear, 2, blueprints=[group()], rngs=nnx.Rngs(1))
     policy = trial(TrialConfig(judge="gradient"))
     with pytest.raises(ValueError, match="reads what parts with start='gradient'"):

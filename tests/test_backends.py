@@ -481,6 +481,11 @@ ODD = {
     "wide": (static(ArgSpec(name="w", rows=1, features=1026, num_seeds=2)), 1, 2),
     "no rows": (static(SPECS["wide"]), 0, 2),
     "no slots": (static(SPECS["wide"]), 4, 0),
+    "bounded": (
+        static(dataclasses.replace(SPECS["wide"], incubation="bounded")),
+        4,
+        2,
+    ),
 }
 
 

@@ -180,6 +180,7 @@ CASES = [
     (EVEN, (6,), "float32", "task"),
     (UNEVEN, (2, 3), "float32", "reconstruction"),
     (UNEVEN, (6,), "bfloat16", "task"),
+    (UNEVEN, (2, 3), "float32", "bounded"),
 ]
 MORE_CASES = [
     (EVEN, (2, 3), "float32", "reconstruction"),
@@ -190,7 +191,9 @@ MORE_CASES = [
 
 
 # The coefficients are run-time values: all of them in one case, one turn elsewhere.
-@pytest.mark.parametrize(("case", "turns"), [(0, (0, 1, 2)), (1, (0,)), (2, (1,))])
+@pytest.mark.parametrize(
+    ("case", "turns"), [(0, (0, 1, 2)), (1, (0,)), (2, (1,)), (3, (0,))]
+)
 def test_values_and_gradients_are_the_oracles(
     case: int, turns: tuple[int, ...]
 ) -> None:

@@ -105,7 +105,35 @@ def data() -> tuple[jax.Array, jax.Array]:
     )
 
 
-@pytest.mark.parametrize("incubation", ["task", "reconstruction"])
+@pytest.mark.parametrize("blueprint", ["residual_mlp", "group"])
+def test_bounded_incubation_stays_as_small_as_the_activation(blueprint: str) -> None:
+    y = jnp.asarray(np.random.default_rng(0).normal(size=(32, 6)), jnp.float32)
+    towards = 100 * jnp.asarray([1.0, -1, 2, 1, -3, 1])  # a gradient that never turns
+    sizes = {}
+    for incubation in ("task", "bounded"):
+        bed = SeedBed(
+            6, 1, blueprints=[blueprint], incubation=incubation, rngs=nnx.Rngs(0)
+        )
+        grown(bed, {0: Stage.TRAINING})
+        graph, bank, rest = nnx.split(bed, BlueprintParam, ...)
+
+        def loss(bank: Any, graph: Any = graph, rest: Any = rest) -> Any:
+            return jnp.mean(nnx.merge(graph, bank, rest, copy=True)(y) @ towards)
+
+        def learn(bank: Any, _: None, loss: Any = loss) -> tuple[Any, None]:
+            step = jax.tree.map(lambda g: 0.03 * jnp.sign(g), jax.grad(loss)(bank))
+            return jax.tree.map(jnp.subtract, bank, step), None
+
+        bank, _ = jax.lax.scan(learn, bank, None, length=200)
+        nnx.update(bed, bank)
+        bed(y)
+        squares = bed.seeds.get_value().reconstruction[0]
+        sizes[incubation] = float(jnp.sqrt(squares / jnp.mean(y**2)))
+    assert sizes["task"] > 10
+    assert 0.3 < sizes["bounded"] < 1.5
+
+
+@pytest.mark.parametrize("incubation", ["task", "bounded", "reconstruction"])
 def test_dormant_and_training_seeds_leave_the_model_bit_identical(
     data: tuple[jax.Array, jax.Array], incubation: str
 ) -> None:

@@ -168,6 +168,7 @@ def test_the_benchmarks_of_results_exist():
             "durability",
             "faults",
             "growth",
+            "incubation",
             "lifecycle",
             "model",
             "monitor",

@@ -74,7 +74,8 @@ class SeedBed(nnx.Module):
       blueprints: what may grow: names, `Dense`, `Custom` or `Adapter`. A seed's
         blueprint id is an index into this sequence.
       strategy: grafting strategy that each seed starts with.
-      incubation: what a seed in TRAINING learns from: ``"task"`` or
+      incubation: what a seed in TRAINING learns from: ``"task"``, ``"bounded"`` (the
+        same with a pull that keeps its correction as small as the activation), or
         ``"reconstruction"``.
       statistics_rows: most rows that a call measures; None measures all. In a flattened
         batch of ``N`` rows, a call measures every ``ceil(N / statistics_rows)``-th row,
@@ -121,10 +122,10 @@ class SeedBed(nnx.Module):
             raise ValueError(
                 f"incubation must be one of {get_args(Incubation)}, got {incubation!r}"
             )
-        if incubation == "reconstruction" and aims(self.blueprints):
+        if incubation != "task" and aims(self.blueprints):
             raise ValueError(
                 "incubation must be 'task' for blueprints with start='gradient', whose "
-                "direction is that of the task's loss; got 'reconstruction'"
+                f"direction is that of the task's loss; got {incubation!r}"
             )
         self.incubation = incubation
         check_statistics_rows(statistics_rows)

@@ -135,6 +135,7 @@ class ChunkedLayer(nnx.Module):
             bed.probe.shape[-1],
             layout=bed.layout,
             blueprints=bed.blueprints,
+            incubation=bed.incubation,
             implementation=bed.implementation,
         ):
             return self.base(*args, **kwargs), None

@@ -92,6 +92,7 @@ def is_active(stage: Int[Array, "*S"]) -> Bool[Array, "*S"]:
     return (stage >= Stage.TRAINING) & (stage <= Stage.FINE_TUNING)
 
 
-Incubation = Literal["task", "reconstruction"]
-"""How a seed in TRAINING learns: straight through from the task's gradient, or from
+Incubation = Literal["task", "bounded", "reconstruction"]
+"""How a seed in TRAINING learns: straight through from the task's gradient; from that,
+with a pull on its correction that grows until it is as large as the activation; or from
 ``mean((f(y) - y)**2)`` on ``stop_gradient(y)``."""

@@ -97,7 +97,7 @@ class GrowthConfig:
       capacity: how many seeds of a layer can live at once.
       blueprints: names of the blueprints that may grow.
       strategy: grafting strategy, a name of `Strategy` in lower case.
-      incubation: what a seed in TRAINING learns from, ``"task"`` or
+      incubation: what a seed in TRAINING learns from: ``"task"``, ``"bounded"`` or
         ``"reconstruction"``.
     """
 

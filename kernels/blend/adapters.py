@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from esper_jax.blueprints import ACTIVATIONS, Adapter, Bank, Custom, Dense
-from esper_jax.kernels.blend.static import Slots, Static, wide
+from esper_jax.kernels.blend.static import Slots, Static, bound, wide
 
 __all__ = ["Read", "backward", "forward", "of_chunks", "read_of", "split", "tangent"]
 
@@ -58,7 +58,8 @@ def of_chunks(s: Static, bank: Bank, slots: Slots) -> tuple[Bank, Slots]:
 def read_of(s: Static, y: Array, x: Any) -> Read:
     """What must be kept for the backward pass."""
     reads = {b.reads for _, b in s.adapters}
-    return Read(y if "layer" in reads else None, x if "input" in reads else None)
+    whole = "layer" in reads or s.incubation == "bounded"
+    return Read(y if whole else None, x if "input" in reads else None)
 
 
 def forward(
@@ -121,7 +122,7 @@ def backward(
         params, d_alpha = {}, jnp.zeros_like(slots.alpha)
         for own in each:
             back, params[own.kind.name], more = own.gradients(
-                s, own.reads(read), g, bank.custom[own.kind.name]
+                s, read, g, bank.custom[own.kind.name]
             )
             d_alpha += more.astype(d_alpha.dtype)
             if own.kind.reads == "layer":
@@ -299,10 +300,10 @@ class _Own:
         return jnp.where(self.lives, jnp.maximum(total, 0), 0)
 
     def gradients(
-        self, s: Static, x: Any, g: Array, params: dict[str, Array]
+        self, s: Static, read: Read, g: Array, params: dict[str, Array]
     ) -> tuple[Callable[[], Array], dict[str, Array], Float[Array, " K"]]:
         """Gradient of what is read (when called), of the parameters, and of alpha."""
-        dtype, p = g.dtype, self.params
+        x, dtype, p = self.reads(read), g.dtype, self.params
         before = self.before(x, dtype)
         h, slope = jax.vjp(ACTIVATIONS[self.kind.activation], before)
         low = h.astype(dtype)
@@ -313,10 +314,14 @@ class _Own:
             sums = jnp.sum(g.astype(wide(g)), axis=0)
             d["b2"] = jnp.broadcast_to(sums, p["b2"].shape)
             d_alpha += p["b2"] @ sums
-        if s.incubation == "reconstruction":
-            own, back = self._reconstruction(low, back)
+        if s.incubation != "task":
             apart = self.alpha == 0
+            own, to_hidden = self._of_squares(low, self._pull(s, read, g))
+            if s.incubation == "bounded":
+                own = {name: leaf + own[name] for name, leaf in d.items()}
+                to_hidden = back + to_hidden
             d = {n: jnp.where(_per_slot(apart, v), own[n], v) for n, v in d.items()}
+            back = jnp.where(apart[:, None], to_hidden, back)
         (d_before,) = slope(back)
         d["w1"] = self._to_first(x, d_before.astype(dtype), p["w1"])
         if "b1" in p:
@@ -336,21 +341,26 @@ class _Own:
             learned[name] = grad.astype(leaf.dtype)
         return to_read, learned, jnp.where(self.lives, d_alpha, 0)
 
-    def _reconstruction(
-        self, hidden: Array, back: Array
-    ) -> tuple[dict[str, Array], Array]:
-        """Gradients of ``mean(r(x)**2)`` in place of the task's, where alpha is 0."""
+    def _pull(self, s: Static, read: Read, g: Array) -> Any:
+        """What the sum of ``r(x)**2`` counts, halved, where alpha is 0."""
+        if s.incubation == "bounded":
+            return bound(g, read.y, axis=(0, 1))[0, 0]
+        return 2.0 / (jnp.asarray(g.shape[0]).astype(wide(g)) * g.shape[1])
+
+    def _of_squares(self, hidden: Array, scale: Any) -> tuple[dict[str, Array], Array]:
+        """``scale`` times the gradients of half the sum of ``r(x)**2``.
+
+        Returns:
+          Those of the parameters but ``W1`` and ``b1``, and of the hidden units.
+        """
         inner, sums, outer, with_bias = self.moments(hidden)
         p, rows = self.params, jnp.asarray(hidden.shape[0]).astype(sums.dtype)
-        scale = 2.0 / (rows * p["w2"].shape[-1])
         d = {"w2": jnp.einsum("khg,kgf->khf", inner, p["w2"])}
         if "b2" in p:
             d["w2"] += sums[:, :, None] * p["b2"][:, None, :]
             d["b2"] = jnp.einsum("kh,khf->kf", sums, p["w2"]) + rows * p["b2"]
         own = jnp.einsum("nkh,khg->nkg", hidden.astype(outer.dtype), outer) + with_bias
-        apart = (self.alpha == 0)[:, None]
-        scaled = {name: scale * leaf for name, leaf in d.items()}
-        return scaled, jnp.where(apart, scale * own, back)
+        return {name: scale * leaf for name, leaf in d.items()}, scale * own
 
     def _to_first(self, x: Any, d: Float[Array, "N K H"], w1: Array) -> Array:
         if not jnp.issubdtype(x.dtype, jnp.integer):

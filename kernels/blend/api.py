@@ -86,7 +86,10 @@ def blend(
       blueprints: what may grow, as `esper_jax.blueprints.resolve` returns.
       incubation: what a slot learns from while its alpha is 0. With
         ``"reconstruction"`` its ``dtheta`` is instead ``beta`` times the gradient of
-        ``mean(r(y_c)**2)`` at ``stop_gradient(y_c)``, whatever the task's loss.
+        ``mean(r(y_c)**2)`` at ``stop_gradient(y_c)``, whatever the task's loss. With
+        ``"bounded"``, ``beta * J_theta(r)^T (g + rms(g) / rms(y_c) * r(y_c))``, in
+        plain JAX alone (`static.bound`); for an adapter, of all features. Each device
+        takes the ratio of its own rows.
       statistics_rows: number of rows of the flattened batch of ``N`` to take statistics
         over, at most. They are spread evenly over the batch: row 0 and about every
         ``ceil(N / statistics_rows)``-th after it. All rows if None. If 0, no row is
@@ -105,8 +108,9 @@ def blend(
       forward_mode: whether forward-mode derivatives (`jax.jvp`, `jacfwd`, `hessian`,
         `linearize`) work too, by plain JAX. They follow the rules above: the tangent of
         the output is ``y' + alpha * J_y(r) y' + beta * J_theta(r) theta' + alpha' r``.
-        Gradients are the same to rounding, but for one: with ``"reconstruction"``, the
-        ``dtheta`` of a slot with alpha 0 is 0. Backward passes keep more in memory.
+        Gradients are the same to rounding, but for the ``dtheta`` of a slot with alpha
+        0: with ``"reconstruction"`` it is 0, with ``"bounded"`` the task's. Backward
+        passes keep more in memory.
       bias: a vector that belongs to ``y``, cast to its dtype: every result is that of
         ``y + bias``. Kernels that can add it while they read ``y`` do, and XLA adds it
         to the output, where it fuses with what follows: so ``y + bias`` never goes to
@@ -158,6 +162,7 @@ def takes_bias(
     *,
     layout: ChunkLayout,
     blueprints: tuple[Blueprint, ...],
+    incubation: Incubation = "task",
     implementation: str | Sequence[str] | None = None,
 ) -> bool:
     """Whether it pays to pass a layer's bias to `blend` apart from its output.
@@ -170,9 +175,15 @@ def takes_bias(
       slots: ``K``.
       layout: how the features are cut into chunks.
       blueprints: what may grow.
+      incubation: as for `blend`.
       implementation: what is asked for.
     """
-    s = Static(layout=layout, blueprints=blueprints, dtype=jnp.dtype(dtype).name)
+    s = Static(
+        layout=layout,
+        blueprints=blueprints,
+        incubation=incubation,
+        dtype=jnp.dtype(dtype).name,
+    )
     s = adapters.split(s)
     if any(b.reads == "layer" for _, b in s.adapters):  # they need all of it
         return False

@@ -106,6 +106,8 @@ def blend(
             # Enters the sum over outputs with a cotangent of 1, whatever the loss.
             loss = jnp.mean(r_learning**2)
             new = new + _unit_cotangent(b * (loss - stop(loss)), chunk)
+        elif s.incubation == "bounded" and bool(a == 0):
+            new = new + b * _leaning(r_learning, stop(chunk))
         else:
             new = new + b * (r_learning - stop(r_learning))
         out = jax.lax.dynamic_update_slice_in_dim(out, new, start, axis=1)
@@ -133,6 +135,21 @@ def _statistics(flat: jax.Array, layout: ChunkLayout, rows: int | None) -> Stati
         squares=jnp.stack(squares),
         near_zero=jnp.stack(near_zero).astype(flat.dtype),
     )
+
+
+@jax.custom_vjp
+def _leaning(r: jax.Array, y: jax.Array) -> jax.Array:
+    """Zeros through which ``g + rms(g) / rms(y) * r`` reaches ``r``."""
+    return jnp.zeros_like(r)
+
+
+def _lean(kept: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, Any]:
+    r, y = kept
+    ratio = jnp.sqrt(jnp.mean(g**2)) / jnp.sqrt(jnp.mean(y**2))
+    return g + ratio * r, jnp.zeros_like(y)
+
+
+_leaning.defvjp(lambda r, y: (jnp.zeros_like(r), (r, y)), _lean)
 
 
 def _unit_cotangent(loss: jax.Array, like: jax.Array) -> jax.Array:

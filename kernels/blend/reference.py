@@ -23,7 +23,7 @@ from esper_jax.blueprints import (
 )
 from esper_jax.chunks import ChunkLayout
 from esper_jax.kernels.blend.backend import Backend
-from esper_jax.kernels.blend.static import NEAR_ZERO, Slots, Static, wide
+from esper_jax.kernels.blend.static import NEAR_ZERO, Slots, Static, bound, wide
 from esper_jax.lifecycle.signals import Statistics
 
 __all__ = ["BACKEND", "corrections", "statistics"]
@@ -310,6 +310,9 @@ def _gradients(
     if s.incubation == "reconstruction":
         size = _per_slot(_elements(owner, layout, y.shape[0]).astype(r.dtype), r)
         pulled = jnp.where(a == 0, 2.0 * r / size, g_wide)
+    elif s.incubation == "bounded":
+        pull_back = bound(g_chunks, chunks, axis=(1, 2)) * r
+        pulled = jnp.where(a == 0, g_wide + pull_back, g_wide)
     # One pull gives both gradients: alpha and beta only scale them.
     d_bank, d_chunks = pull(pulled)
     mixed = (g_wide + a * d_chunks.astype(r.dtype)).astype(g.dtype)

@@ -11,7 +11,7 @@ from esper_jax.blueprints import Adapter, Blueprint, hidden_width
 from esper_jax.chunks import ChunkLayout
 from esper_jax.lifecycle.stages import Incubation
 
-__all__ = ["NEAR_ZERO", "Slots", "Static", "wide"]
+__all__ = ["NEAR_ZERO", "Slots", "Static", "bound", "wide"]
 
 NEAR_ZERO = 1e-6
 """Magnitude under which an activation counts as near zero."""
@@ -20,6 +20,25 @@ NEAR_ZERO = 1e-6
 def wide(x: Array) -> Any:
     """The dtype that ``x`` is computed in: float64 for float64, else float32."""
     return jnp.dtype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
+
+
+def bound(g: Array, y: Array, axis: tuple[int, ...]) -> Array:
+    """``rms(g) / rms(y)``, 0 where ``y`` is: how hard ``"bounded"`` pulls corrections.
+
+    A correction ``r`` learns from ``g + rms(g) / rms(y) * r``, the gradient of the loss
+    and of a square that stands for what the loss would say to ``r`` if it counted. It
+    comes to rest where ``r`` is as large as ``y``.
+
+    Args:
+      g: cotangents.
+      y: activations, of the same shape.
+      axis: what the means are over; these axes are kept.
+    """
+    squares = (
+        jnp.sum(jnp.square(x.astype(wide(x))), axis, keepdims=True) for x in (g, y)
+    )
+    of_g, of_y = squares
+    return jnp.where(of_y > 0, jnp.sqrt(of_g / jnp.where(of_y > 0, of_y, 1)), 0)
 
 
 @jax.tree_util.register_dataclass

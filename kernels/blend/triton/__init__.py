@@ -49,6 +49,8 @@ def _refusal(s: Static, rows: int, slots: int) -> str | None:
     for b in s.blueprints:
         if not isinstance(b, Custom) and b.activation not in ACTIVATIONS:
             return f"activation {b.activation!r} has no kernel"
+    if s.incubation == "bounded":
+        return "incubation 'bounded' has no kernel"
     if s.dtype not in _DTYPES:
         return f"dtype {s.dtype} is none of {', '.join(_DTYPES)}"
     if s.width > MAX_WIDTH:
