@@ -1,102 +1,115 @@
-"""A pretrained, frozen host adapts to rotated digits, and is exported as a plain model.
+"""The host and the data of `configs/adapt.toml`, and a picture of what the run kept.
 
-A part of rank 1 is tried in every place; those of the greatest worth for each of their
-parameters stay within a budget, learn on, and are folded into the host's kernels.
+A small host is pretrained on upright digits and frozen. Parts of rank 1 are tried in
+every place of it on rotated ones, those that are worth most stay, and the plain model
+has them folded into its kernels.
 
     python examples/adapt.py [FILE.png]
 """
 
+import pathlib
 import sys
+import tempfile
 
-import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from rich.console import Console
 
 import esper_jax as ej
 from esper_jax.blueprints import lora
-from esper_jax.data import digits
-from esper_jax.policy import TrialConfig, trial, trial_lives
+from esper_jax.data import Dataset, digits
+from esper_jax.run.config import load_config
+from esper_jax.run.folder import RunFolder, read_lines
+from esper_jax.run.run import restore_run, train_run
 
-BUDGET = 4000
-data, rngs, rng = digits(), nnx.Rngs(0), np.random.default_rng(0)
-layers = [nnx.Linear(64, 256, rngs=rngs), nnx.relu, nnx.Linear(256, 256, rngs=rngs)]
-model = nnx.Sequential(*layers, nnx.relu, nnx.Linear(256, 10, rngs=rngs))
-
-
-def rotated(images):
-    return np.rot90(images.reshape(-1, 8, 8), axes=(1, 2)).reshape(-1, 64)
+ROOT = pathlib.Path(__file__).parents[1]
+PLACES, STEPS = 8, 600
 
 
-def loss_fn(model, images, labels):
-    logits = model(images)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    return losses.mean(), jnp.mean(logits.argmax(-1) == labels)
+def rotated() -> Dataset:
+    """Digits on their side; those to train on in batches of 64."""
+
+    def turn(part):
+        images, labels = part
+        turned = np.rot90(images.reshape(-1, 8, 8), axes=(1, 2))
+        return turned.reshape(-1, 64), labels
+
+    data = digits()
+    images, labels = turn(data.train)
+    starts = range(0, len(images) - 63, 64)
+    batches = [(images[i : i + 64], labels[i : i + 64]) for i in starts]
+    return data._replace(
+        train=batches, held_out=turn(data.held_out), test=turn(data.test)
+    )
 
 
-def batches(images, steps):
-    for _ in range(steps):
-        rows = rng.integers(len(images), size=64)
-        yield images[rows], data.train[1][rows]
+def pretrained(rngs: nnx.Rngs) -> nnx.Module:
+    """A host that knows upright digits, with a place for parts in eight chunks a layer.
+
+    Replace this by a model of yours and its checkpoint.
+    """
+    first, last = nnx.Linear(64, 256, rngs=rngs), nnx.Linear(256, 10, rngs=rngs)
+    middle = nnx.Linear(256, 256, rngs=rngs)
+    model = nnx.Sequential(first, nnx.relu, middle, nnx.relu, last)
+    optimizer = nnx.Optimizer(model, optax.adam(3e-3), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer, images, labels):
+        def loss_fn(model):
+            logits = model(images)
+            return optax.softmax_cross_entropy_with_integer_labels(
+                logits, labels
+            ).mean()
+
+        optimizer.update(model, nnx.grad(loss_fn)(model))
+
+    images, labels = digits().train
+    for rows in np.random.default_rng(0).integers(len(images), size=(STEPS, 64)):
+        step(model, optimizer, images[rows], labels[rows])
+    parts = [lora(rank=1, start="gradient")]
+    ej.make_growable(model, nnx.Linear, PLACES, blueprints=parts, rngs=rngs)
+    return model
 
 
-@nnx.jit
-def pretrain(model, optimizer, images, labels):
-    grads, _ = nnx.grad(loss_fn, has_aux=True)(model, images, labels)
-    optimizer.update(model, grads)
-
-
-@nnx.jit
-def adapt(model, growth, images, labels):
-    grad_fn = nnx.value_and_grad(loss_fn, has_aux=True, argnums=growth.argnums)
-    (loss, _), grads = grad_fn(model, images, labels)
-    growth.update(model, grads, loss=loss)
-
-
-optimizer = nnx.Optimizer(model, optax.adam(3e-3), wrt=nnx.Param)
-for batch in batches(data.train[0], 600):
-    pretrain(model, optimizer, *batch)
-
-parts = [lora(rank=1, start="gradient")]
-ej.make_growable(model, nnx.Linear, 8, blueprints=parts, rngs=rngs)
-growth = ej.Growth(
-    model,
-    optax.adam(optax.linear_schedule(0, 1e-2, 10)),
-    wrt=None,  # the host is frozen
-    policy=trial(TrialConfig(ticks=1, budget=BUDGET)),
-    lifecycle_config=trial_lives(tuning=1),
-)
-images, held_out = rotated(data.train[0]), rotated(data.held_out[0])
-evaluate = nnx.jit(lambda m: loss_fn(m, held_out, data.held_out[1]))
-before = float(evaluate(model)[1])
-# Born, aimed for 10 steps, counting for 50, judged, learning on, fossils.
-worth = {}
-for steps in (0, 10, 0, 50, 0, 0, 540, 0):
-    for batch in batches(images, steps):
-        adapt(model, growth, *batch)
-    report = growth.tick(model, evaluate)
-    if steps == 50:
-        worth = {name: layer.signals.worth for name, layer in report.layers.items()}
-
-test = rotated(data.test[0]), data.test[1]
-plain = ej.harvest(model)  # parts of low rank are folded into the kernels
-for name, layer in report.layers.items():
-    kept = np.flatnonzero(layer.stage == ej.Stage.FOSSILIZED)
-    of = ", ".join(f"{worth[name][i]:.4f}" for i in kept)
-    cost = float(np.nansum(layer.signals.parameters[kept]))
-    print(f"{name}: {len(kept)} of 8 parts kept, {cost:.0f} parameters, worth {of}")
-print(f"held-out accuracy before: {before:.3f}")
-print(f"test accuracy: {float(loss_fn(plain, *test)[1]):.3f}")
-assert all(not isinstance(m, ej.ChunkedLayer) for _, m in nnx.iter_graph(plain))
-if len(sys.argv) > 1:
+def draw(worth, kept, path):
+    """Bars of what each part was worth when it was judged, those kept in green."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, len(worth), sharey=True, figsize=(8, 2.5))
     for axis, (name, values) in zip(axes, worth.items(), strict=True):
-        kept = report.layers[name].stage == ej.Stage.FOSSILIZED
-        colors = np.where(kept, "tab:green", "lightgray")
-        axis.bar(np.arange(len(values)), np.nan_to_num(values), color=colors)
+        green = [seed in kept[name] for seed in range(PLACES)]
+        axis.bar(range(PLACES), values, color=np.where(green, "tab:green", "lightgray"))
         axis.set(title=name, xlabel="seed (green: kept)")
     axes[0].set_ylabel("held-out loss without it, less")
     figure.tight_layout()
-    figure.savefig(sys.argv[1])
+    figure.savefig(path)
+
+
+def main(picture: str | None) -> None:
+    config = load_config(ROOT / "configs" / "adapt.toml")
+    with tempfile.TemporaryDirectory() as folder:
+        run = RunFolder(pathlib.Path(folder) / "adapt")
+        train_run(config, run.path, console=Console(quiet=True))
+        ticks, events = read_lines(run.ticks), read_lines(run.events)
+        program, data, found = restore_run(run)
+    judged = next(e["tick"] for e in events if e["to"] == "STABILIZATION")
+    tried = ticks[judged - 1]["seeds"]
+    worth = {name: seeds["worth"] for name, seeds in tried.items()}  # of every place
+    model = program.model(found.state)
+    plain = ej.harvest(model)  # parts of low rank are folded into the kernels
+    kept = {}
+    for name, seeds in found.state.seeds.items():
+        kept[name] = np.flatnonzero(seeds.stage == ej.Stage.FOSSILIZED).tolist()
+        of = ", ".join(f"{worth[name][seed]:.4f}" for seed in kept[name])
+        print(f"{name}: {len(kept[name])} of {PLACES} parts kept, worth {of}")
+    print(f"held-out accuracy before: {ticks[0]['accuracy']:.3f}")
+    images, labels = data.test
+    print(f"test accuracy: {np.mean(plain(images).argmax(-1) == labels):.3f}")
+    assert all(not isinstance(m, ej.ChunkedLayer) for _, m in nnx.iter_graph(plain))
+    if picture:
+        draw(worth, kept, picture)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:2] or [None])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import pathlib
 from typing import Any
 
 import jax
@@ -17,11 +18,13 @@ from esper_jax.blueprints import lora
 from esper_jax.checkpoint import Checkpointer
 from esper_jax.policy import Reason, TrialConfig, heuristic, trial, trial_lives
 from esper_jax.run import run
-from esper_jax.run.config import ConfigError, parse_config, to_dict
+from esper_jax.run.config import ConfigError, load_config, parse_config, to_dict
 from esper_jax.run.folder import read_lines
 from esper_jax.run.run import train_run
+from esper_jax.train.governor import Governor
 from esper_jax.trees import state_hash
 
+ROOT = pathlib.Path(__file__).parents[1]
 X = np.random.default_rng(0).normal(size=(32, 6)).astype(np.float32)
 Y = np.sin(X @ np.random.default_rng(1).normal(size=(6, 3))).astype(np.float32)
 
@@ -80,7 +83,7 @@ def test_slots_are_given_back_and_no_value_changes(tmp_path: Any) -> None:
     small = Loop()
     assert not small.growth.settled
     assert small.growth.shrink(small.model) == {}  # not before the policy says so
-    report = small.ticks(4)
+    report = small.ticks(7)
     assert int(report.reason) == Reason.SETTLED
     before, out = small.parts(), np.asarray(small.model(X))
     assert 0 < len(before) < 9
@@ -112,7 +115,7 @@ def test_slots_are_given_back_and_no_value_changes(tmp_path: Any) -> None:
     assert same.growth.shrink(same.model) == changed
     hashes = [state_hash(x.growth.run_state(x.model)) for x in (small, same)]
     assert hashes[0] == hashes[1]
-    report = small.ticks(7)
+    report = small.ticks(4)
     stages = np.concatenate([x.stage for x in report.layers.values()])
     assert np.sum(stages == Stage.FOSSILIZED) == len(before)
     assert float(loss_fn(small.model)) < float(jnp.mean((out - Y) ** 2))
@@ -137,10 +140,14 @@ TABLES: dict[str, Any] = {
     "data": {"name": "spirals"},
     "model": {"hidden": [6]},
     "growth": {"num_seeds": 3, "capacity": 3, "blueprints": ["lora"]},
-    "train": {"ticks": 9, "batch_size": 300, "blueprint_learning_rate": 1e-2},
+    "train": {
+        "ticks": 10,
+        "batch_size": 300,
+        "frozen": True,
+        "blueprint_learning_rate": 1e-2,
+    },
     "trial": {"ticks": 1, "budget": 60, "rent": float("-inf")},
     "lifecycle": {"cull_delta": float("-inf"), "min_epochs": {"FINE_TUNING": 2}},
-    "governor": {"enabled": False},
     "checkpoint": {"every": 2, "keep": 9},
 }
 
@@ -154,15 +161,31 @@ def test_a_run_shrinks_by_itself_and_goes_on_across_it(
     quiet = Console(quiet=True)
     ended = train_run(config, tmp_path / "a", console=quiet)
     assert ended["recompiles"] == 2  # step and tick, once each
+    assert ended["host_params"] == (2 + 1) * 6 + (6 + 1) * 2  # all of them frozen
     events = read_lines(tmp_path / "a" / "events.jsonl")
     told = [e for e in events if "slots" in e]
-    assert {e["tick"] for e in told} == {4}
+    assert {e["tick"] for e in told} == {7}
     assert sum(e["slots"][0] - e["slots"][1] for e in told) > 0
     assert "slots stay" in told[0]["text"]
     assert [e["to"] for e in events].count("FOSSILIZED") > 0
 
+    # A loss that rises because parts were taken out is no jump to a governor.
+    state = program.init(jax.random.key(0))
+    governor = Governor(program)
+    governor.start(state)
+    data = run.load_data(config).held_out
+    losses = jnp.arange(32.0).reshape(16, 2)
+    state = dataclasses.replace(
+        state, governor=dataclasses.replace(state.governor, losses=losses)
+    )
+    _, report = program.tick(program.init(jax.random.key(0)), data)
+    lower = dataclasses.replace(report, loss=report.loss - 0.5)
+    raised = governor.allow_for(state, lower, data).governor.losses - losses
+    np.testing.assert_allclose(raised, 0.5, rtol=1e-4)
+    np.testing.assert_array_equal(governor.restore().governor.losses - losses, raised)
+
     # Stopped before the parts are judged, and after: the same run.
-    for stop in (2, 6):
+    for stop in (2, 8):
         out = tmp_path / f"b{stop}"
         tables = {**TABLES, "train": {**TABLES["train"], "ticks": stop}}
         train_run(parse_config(tables), out, console=quiet)
@@ -175,6 +198,9 @@ def test_a_trial_s_lifecycle_is_the_default_of_its_config() -> None:
     config = parse_config({"policy": "trial"})
     assert config.lifecycle == trial_lives()
     assert parse_config(to_dict(config)) == config
+    adapt = load_config(ROOT / "configs" / "adapt.toml")
+    assert (adapt.policy, adapt.train.frozen) == ("trial", True)
+    assert adapt.lifecycle.min_improvement == 0
     other = parse_config(TABLES).lifecycle
     ages = list(trial_lives().min_epochs)
     ages[Stage.FINE_TUNING] = 2

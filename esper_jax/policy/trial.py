@@ -133,9 +133,10 @@ def trial(config: TrialConfig | None = None) -> PolicyFactory:
     each part: one long tick is cheapest. Then those that are not kept are rolled back,
     or cancelled at the second tick if they are judged newborn. The others pass
     STABILIZATION and EVALUATING as the gates allow, and learn on in FINE_TUNING.
-    Nothing is born any more, which is the reason SETTLED in reports: `fit` gives back
-    the slots that are free then, and `Growth.shrink` does when it is called. Use it
-    with gates that let parts through (`trial_lives`).
+    Nothing is born any more, which is the reason SETTLED in reports from the tick after
+    those that stay begin to tune: `fit` gives back the slots that are free then, and
+    `Growth.shrink` does when it is called. Use it with gates that let parts through
+    (`trial_lives`).
 
     Args:
       config: its numbers.
@@ -249,9 +250,11 @@ def _decide(
 
     commands = {}
     begun = memory.begun | jnp.any(birth)
-    # All may have been taken out before they were judged, as by a governor.
-    lives = (stage >= Stage.GERMINATED) & (stage <= Stage.FOSSILIZED)
-    over = judged | (memory.begun & ~jnp.any(lives))
+    # Those that are on probation may still leave. All may have been taken out before
+    # they were judged, as by a governor.
+    tried = (stage >= Stage.GERMINATED) & (stage <= Stage.EVALUATING)
+    lives = tried | (stage == Stage.FINE_TUNING) | (stage == Stage.FOSSILIZED)
+    over = memory.begun & jnp.where(judged, ~jnp.any(tried), ~jnp.any(lives))
     for name, state in seeds.items():
         goal = jax.vmap(target)(state, signals[name], asked[name], ready[name])
         nothing = jnp.full(goal.shape, NO_REQUEST, jnp.int8)

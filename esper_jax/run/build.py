@@ -68,6 +68,7 @@ def build_run(
             ),
             lifecycle_config=config.lifecycle,
             policy=_policy(config),
+            wrt=None if train.frozen else nnx.Param,
             axis_name=axis_name,
             **named,
         )

@@ -44,7 +44,7 @@ def check_resumable(
             raise ConfigError(f"--allow-change {name}: there is no such key or table")
         if (
             _within(name, "model")
-            or name == "policy"
+            or name in ("policy", "train.frozen")
             or (_within(name, "growth") and name != "growth.capacity")
         ):
             raise ConfigError(

@@ -132,6 +132,7 @@ class TrainConfig:
       loss: ``"package.module:function"`` of one's own, ``loss(outputs, y)`` as in
         `train.build`; cross-entropy by default.
       objective: or ``objective(model, batch)`` instead.
+      frozen: whether the host stays as it is, and only what grows learns.
       learning_rate: of the host's AdamW.
       weight_decay: of the host's AdamW.
       blueprint_learning_rate: of each slot's AdamW.
@@ -143,6 +144,7 @@ class TrainConfig:
     steps_per_tick: int = 0
     loss: str = ""
     objective: str = ""
+    frozen: bool = False
     learning_rate: float = 1e-3
     weight_decay: float = 1e-2
     blueprint_learning_rate: float = 3e-4

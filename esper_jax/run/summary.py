@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 
 from esper_jax.blueprints import living_parameters, param_counts
 from esper_jax.data import Dataset
@@ -67,13 +68,21 @@ def _summary(session: Session, state: TrainState) -> dict[str, Any]:
         "final_accuracy": accuracy,
         "final_loss": loss,
         "state_hash": state_hash(state),
-        "host_params": sum(int(np.size(p)) for p in state.params.values()),
+        "host_params": _host_params(session, state),
         "grown_params": _grown_params(program, state),
         "recompiles": program.recompiles(),
         "rollbacks": log.rollbacks,
         "controller": why(int(state.memory.reason)),
         "events": log.events,
     }
+
+
+def _host_params(session: Session, state: TrainState) -> int:
+    """Parameters of the host, frozen ones too."""
+    params: Any = state.params
+    if session.config.train.frozen:
+        params = nnx.to_pure_dict(nnx.state(session.program.model(state), nnx.Param))
+    return sum(int(np.size(p)) for p in jax.tree.leaves(params))
 
 
 def _grown_params(program: Program, state: TrainState) -> int:

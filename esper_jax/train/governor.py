@@ -153,6 +153,28 @@ class Governor:
             )
         return state, rollback
 
+    def allow_for(
+        self, state: TrainState, report: TickReport, held_out: Batch
+    ) -> TrainState:
+        """The state after parts were taken out on purpose, which may raise the loss.
+
+        The losses that are remembered are raised by as much, as after a rollback, so
+        that the next tick is not taken for a jump.
+
+        Args:
+          state: after a tick that `review` found good.
+          report: of that tick.
+          held_out: data that the losses are watched on.
+        """
+        state = self._raised(state, report.loss, held_out)
+        self._good = copy_state(state)
+        return state
+
+    def _raised(self, state: TrainState, known: Array, held_out: Batch) -> TrainState:
+        higher = self._evaluate(state, held_out)[0] - known
+        higher = jnp.where(jnp.isfinite(higher), jnp.maximum(higher, 0.0), 0.0)
+        return _remember(state, losses=state.governor.losses + higher)
+
     def _go_back(
         self, failed: TrainState, report: TickReport, fault: Fault, held_out: Batch
     ) -> tuple[TrainState, Rollback]:
@@ -166,9 +188,7 @@ class Governor:
             good, jnp.int32(number), jnp.int32(in_a_row), self._gates
         )
         # Without the seeds that counted the loss may be higher. That is no new jump.
-        higher = self._evaluate(state, held_out)[0] - known
-        higher = jnp.where(jnp.isfinite(higher), jnp.maximum(higher, 0.0), 0.0)
-        state = _remember(state, losses=state.governor.losses + higher)
+        state = self._raised(state, known, held_out)
         return state, Rollback(
             number=number,
             failed_tick=int(report.tick),

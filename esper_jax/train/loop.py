@@ -114,6 +114,8 @@ def fit(
                 state, rollback = governor.review(state, report, seen, held_out)
                 if rollback is not None:
                     continue
+                if changed:
+                    state = governor.allow_for(state, report, held_out)
             elif not told:
                 told = _tell_if_broken(state, report, seen, held_out)
             if changed:
