@@ -173,6 +173,7 @@ def test_the_benchmarks_of_results_exist():
             "model",
             "monitor",
             "scaling",
+            "worth",
         )
     }
     assert all((ROOT / command).exists() for command in commands)

@@ -22,7 +22,6 @@ from esper_jax.growth.functions import (
     Remembered,
     check_loss,
     check_untraced,
-    read_measured,
     recipe_for,
     start,
     tick,
@@ -259,10 +258,10 @@ def _tick(
     values = _flat("variables", recipe, variables, _COLLECTIONS)
     old = _remembered(like, variables)
 
-    def measured(bed: str = "", probe: Any = None) -> tuple[float, float]:
-        changed = {} if probe is None else {f"{bed}/probe": jnp.asarray(probe)}
-        probes = _nested(recipe, values | changed)["probe"]
-        return read_measured(evaluate({**variables, "probe": probes}))
+    def measured(probes: Mapping[str, Any]) -> Any:
+        changed = {f"{bed}/probe": probe for bed, probe in probes.items()}
+        probe = _nested(recipe, values | changed)["probe"]
+        return evaluate({**variables, "probe": probe})
 
     check_untraced("tick", "variables that are", values)
     new, changed, report = tick(recipe, old, values, measured)

@@ -6,7 +6,7 @@ Linen. Names are those of `ModelParts`: ``layer/bed/seeds/steps``.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Collection
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +26,7 @@ from esper_jax.growth.state import Arrays, GrowthState
 from esper_jax.growth.tick import Seen, advance
 from esper_jax.growth.update import BankGradients, Learned, update_banks
 from esper_jax.growth.watch import StepGradients, start_monitor, watch
+from esper_jax.growth.worth import Measure, read_measured, worth_of
 from esper_jax.lifecycle.rules import LifecycleConfig
 from esper_jax.lifecycle.stages import Stage
 from esper_jax.lifecycle.state import SeedState, slot_coefficients
@@ -34,12 +35,10 @@ from esper_jax.policy.interface import Policy, PolicyFactory
 
 __all__ = [
     "MEASURE_EVERY",
-    "Measure",
     "Remembered",
     "Sums",
     "check_loss",
     "check_untraced",
-    "read_measured",
     "recipe_for",
     "start",
     "tick",
@@ -48,10 +47,6 @@ __all__ = [
 
 MEASURE_EVERY = 8
 """Default number of steps of which one measures the host's gradients."""
-
-Measure = Callable[..., tuple[float, float]]
-"""``measure()``: held-out loss and score; ``measure(bed, probe)``: with the array
-``probe`` added to the alphas of the bed of that path."""
 
 
 class Sums(NamedTuple):
@@ -234,7 +229,8 @@ def tick(
       recipe: what the model is grown by.
       remembered: after the steps since the last tick.
       values: of the model's variables.
-      measure: called once, and once more for each seed on probation.
+      measure: called once; then for the seeds on probation, `worth.AT_ONCE` of them in
+        one call where it can be vmapped, else one by one.
 
     Returns:
       What is remembered now, the values of the variables that changed, and the report
@@ -242,9 +238,9 @@ def tick(
     """
     checks: bool = jax.config.jax_debug_nans  # type: ignore[attr-defined]
 
-    def measured(*of: Any) -> tuple[float, float]:
+    def measured(probes: Mapping[str, Any]) -> Any:
         with jax.debug_nans(checks):  # as the user asked for
-            return measure(*of)
+            return measure(probes)
 
     with jax.debug_nans(False):
         return _tick(recipe, remembered, values, measured)
@@ -254,17 +250,14 @@ def _tick(
     recipe: Recipe, remembered: Remembered, values: Arrays, measure: Measure
 ) -> tuple[Remembered, Arrays, TickReport]:
     parts, groups = recipe.parts, recipe.parts.groups
-    loss, score = measure()
+    loss, score = read_measured(measure({}))
     seeds, sums = jax.device_get((parts.take_beds(values, "seeds"), remembered.sums))
     before = {
         key: dataclasses.replace(s, gain=sums.gains[key], errors=sums.errors[key])
         for key, s in groups.join(seeds).items()
     }
     asked = groups.part(jax.device_get(_asked(recipe, before)))
-    worth = {
-        path: _worth(path, alpha, slots, measure, loss)
-        for path, (alpha, slots) in asked.items()
-    }
+    worth = worth_of(recipe, asked, measure, loss)
     seen = Seen(
         jnp.float32(loss),
         jnp.float32(score),
@@ -350,49 +343,3 @@ def _asked(
         return slot_coefficients(layer)[0], asked_for_worth(layer, recipe.gates)
 
     return {key: jax.vmap(of)(layers) for key, layers in seeds.items()}
-
-
-def _worth(
-    path: str,
-    alpha: Float[np.ndarray, "*stack K"],
-    asked: Bool[np.ndarray, "*stack K"],
-    measure: Measure,
-    loss: float,
-) -> Float[np.ndarray, "*stack K"]:
-    """Worth of the seed in each slot of a bed; NaN where none is asked for."""
-    worth = np.full(alpha.shape, np.nan, np.float32)
-    for slot in zip(*np.nonzero(asked), strict=True):
-        probe = np.zeros_like(alpha)
-        probe[slot] = -alpha[slot]
-        worth[slot] = measure(path, probe)[0] - loss
-    return worth
-
-
-def read_measured(result: Any) -> tuple[float, float]:
-    """Held-out loss and score, NaN for none, of what ``evaluate`` returned.
-
-    Raises:
-      ValueError: if it is not one or two single numbers.
-    """
-    pair = result if isinstance(result, tuple) else (result, np.nan)
-    if len(pair) != 2 or not all(map(_is_number, pair)):
-        count = f"{len(pair)} values: " if isinstance(result, tuple) else ""
-        raise ValueError(
-            "evaluate must return the held-out loss, or (loss, score), each a single "
-            f"number; got {count}{', '.join(map(_kind, pair))}. Take means over the "
-            "rows, and leave anything else out"
-        )
-    return float(pair[0]), float(pair[1])
-
-
-def _is_number(x: Any) -> bool:
-    return (
-        not isinstance(x, str | bytes)
-        and np.ndim(x) == 0
-        and np.issubdtype(np.asarray(x).dtype, np.number)
-    )
-
-
-def _kind(x: Any) -> str:
-    shape = getattr(x, "shape", None)
-    return type(x).__name__ if shape is None else f"an array of shape {shape}"

@@ -6,21 +6,20 @@ batches, the host's optimizer and its random keys stay the user's.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-import jax.numpy as jnp
 import optax
 from flax import nnx
 from jaxtyping import Array, Float
 
+from esper_jax.growth.beds import name_of
 from esper_jax.growth.capacity import give_back, is_settled, switch_off
 from esper_jax.growth.folds import folds_of
 from esper_jax.growth.functions import (
     MEASURE_EVERY,
     check_loss,
     check_untraced,
-    read_measured,
     recipe_for,
     start,
     tick,
@@ -341,21 +340,18 @@ class Growth(nnx.Module):
         return given
 
 
-def _measured(
-    evaluate: Evaluate, model: nnx.Module, bed: str = "", probe: Any = None
-) -> tuple[float, float]:
-    """Held-out loss and score, NaN for none.
+def _measured(evaluate: Evaluate, model: nnx.Module, probes: Mapping[str, Any]) -> Any:
+    """What ``evaluate`` returns.
 
     Args:
       evaluate: the user's.
       model: seen by it in the same mode, recording nothing.
-      bed: path of a `SeedBed`.
-      probe: added to the alphas of that bed.
+      probes: added to the alphas of beds, by path.
     """
     view = nnx.merge(*nnx.split(model), copy=True)
     for path, node in nnx.iter_graph(view):
         if isinstance(node, SeedBed):
             node.deterministic = True
-            if probe is not None and "/".join(map(str, path)) == bed:
-                node.probe.set_value(jnp.asarray(probe))
-    return read_measured(evaluate(view))
+            if (probe := probes.get(name_of(path))) is not None:
+                node.probe.set_value(probe)
+    return evaluate(view)
