@@ -1,5 +1,6 @@
 """Parts that start in the direction of the gradient."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -10,8 +11,9 @@ import pytest
 from flax import nnx
 
 from esper_jax import Growth, build, make_growable
-from esper_jax.blueprints import Adapter, collected, group, lora
+from esper_jax.blueprints import Adapter, aim, collected, group, lora
 from esper_jax.hosts import MLP
+from esper_jax.layers.bed import SeedBed
 from esper_jax.lifecycle.stages import Stage
 from esper_jax.policy import TrialConfig, trial, trial_lives
 
@@ -227,3 +229,66 @@ def test_refusals() -> None:
     policy = trial(TrialConfig(judge="gradient"))
     with pytest.raises(ValueError, match="reads what parts with start='gradient'"):
         Growth(model, optax.adam(1e-2), policy=policy)
+
+
+def two_kinds() -> tuple[Any, Any, Any, list[Any]]:
+    """A layer of whose four seeds two hold each kind, all newborn; its kernel's sum."""
+    kinds = [
+        lora(rank=2, start="gradient").bound(12),
+        Adapter(name="other", hidden=1, reads="input", scaling=0.5, start="gradient"),
+    ]
+    kinds[1] = kinds[1].bound(12)
+    bed = SeedBed(9, 4, blueprints=kinds, inputs=12, rngs=nnx.Rngs(0))
+    every = jnp.arange(4, dtype=jnp.int32)
+    state = bed.seeds.get_value()
+    state = dataclasses.replace(
+        state,
+        stage=jnp.full_like(state.stage, Stage.GERMINATED),
+        blueprint=jnp.asarray([1, 0, 1, 0], state.blueprint.dtype),
+        slot_of_seed=every,
+        seed_of_slot=every,
+    )
+    gradient = jnp.asarray(np.random.default_rng(3).normal(size=(12, 9)), jnp.float32)
+    bank, custom = bed.bank.get_value(), {}
+    for kind in kinds:
+        keys = jax.random.split(jax.random.key(1), 4)
+        w2 = jax.vmap(lambda key, kind=kind: kind.fresh(key, 3, 9)["w2"])(keys)
+        w1 = -kind.scaling * jnp.einsum("df,khf->kdh", gradient, w2)
+        custom[kind.name] = {"w1": w1, "w2": w2}
+    return gradient, dataclasses.replace(bank, custom=custom), state, kinds
+
+
+def test_kinds_of_one_layer_share_the_directions() -> None:
+    _, bank, state, kinds = two_kinds()
+    starts = jnp.ones(4, bool)
+    new = aim(bank, jax.random.key(0), state, starts, kinds).custom
+    w1 = np.concatenate(
+        [
+            *np.asarray(new["lora"]["w1"])[[1, 3]],
+            *np.asarray(new["other"]["w1"])[[0, 2]],
+        ],
+        axis=-1,
+    )
+    np.testing.assert_allclose(w1.T @ w1, np.eye(6), atol=1e-5)
+    sketch = np.concatenate(
+        [
+            *np.asarray(bank.custom["lora"]["w1"])[[1, 3]],
+            *np.asarray(bank.custom["other"]["w1"] / 0.5)[[0, 2]],
+        ],
+        axis=-1,
+    )
+    expected = np.linalg.svd(sketch, full_matrices=False)[0]
+    np.testing.assert_allclose(abs(expected.T @ w1), np.eye(6), atol=1e-3)
+
+
+def test_the_norm_is_that_of_a_tick_however_long_a_newborn_waits() -> None:
+    _, bank, state, kinds = two_kinds()
+    once = float(collected(bank, state, kinds))
+    thrice = jax.tree.map(lambda x: x, bank)
+    for kind in kinds:
+        own = thrice.custom[kind.name]
+        thrice.custom[kind.name] = {**own, "w1": 3 * own["w1"]}
+    older = dataclasses.replace(
+        state, epochs_in_stage=jnp.full_like(state.epochs_in_stage, 2)
+    )
+    np.testing.assert_allclose(float(collected(thrice, older, kinds)), once, rtol=1e-5)

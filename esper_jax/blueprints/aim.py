@@ -63,15 +63,24 @@ def collect(
 def collected(
     bank: Bank, state: SeedState, blueprints: Sequence[Blueprint]
 ) -> Float[Array, ""]:
-    """Squared Frobenius norm of the gradient that a layer collected.
+    """Squared Frobenius norm of the gradient that a layer collected in a tick.
 
     An estimate from the sketches of its newborn parts, whose expectation over their
-    random ``W2`` is exact. NaN if none collects.
+    random ``W2`` is exact. A part that has waited for ticks holds the sum over all of
+    them, of which the mean is taken. NaN if none collects.
+
+    Args:
+      bank: of the layer.
+      state: its seeds, before they grow older by this tick.
+      blueprints: the layer's blueprints.
     """
     which = aiming(state, blueprints)
+    waited = state.epochs_in_stage[jnp.maximum(state.seed_of_slot, 0)]
+    ticks = waited.astype(jnp.float32) + 1
     total, columns = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32)
     for kind, mine in _apart(state, which, blueprints):
         squares = jnp.sum(bank.custom[kind.name]["w1"] ** 2, axis=(-2, -1))
+        squares /= ticks**2
         total += jnp.sum(jnp.where(mine, squares, 0)) / kind.scaling**2
         columns += kind.hidden * jnp.sum(mine)
     return jnp.where(columns > 0, total / jnp.maximum(columns, 1), jnp.nan)
@@ -86,8 +95,8 @@ def aim(
 ) -> Bank:
     """The bank of one layer with the parts that begin to train in their direction.
 
-    Parts of one kind that begin together share the singular vectors: the first gets
-    those of the largest singular values. A part that has collected nothing gets a
+    Parts that begin together share the singular vectors, kind after kind: the first
+    gets those of the largest singular values. A part that has collected nothing gets a
     random ``W1``.
 
     Args:
@@ -98,9 +107,15 @@ def aim(
       blueprints: the layer's blueprints.
     """
     custom = dict(bank.custom)
-    for i, (kind, mine) in enumerate(_apart(state, starts, blueprints)):
-        old, own = custom[kind.name], jax.random.fold_in(key, i)
-        w1 = _directions(old["w1"], mine)
+    apart = _apart(state, starts, blueprints)
+    found: dict[str, Array] = {}
+    for reads in ("input", "layer"):  # what reads something else has its own gradient
+        some = [(kind, mine) for kind, mine in apart if kind.reads == reads]
+        held = [(custom[kind.name]["w1"] / kind.scaling, mine) for kind, mine in some]
+        names = [kind.name for kind, _ in some]
+        found |= dict(zip(names, _directions(held) if held else [], strict=True))
+    for i, (kind, mine) in enumerate(apart):
+        old, own, w1 = custom[kind.name], jax.random.fold_in(key, i), found[kind.name]
         random = jax.random.normal(own, w1.shape) / math.sqrt(w1.shape[1])
         known = jnp.any(old["w1"] != 0, axis=(-2, -1), keepdims=True)
         w1 = jnp.where(known & jnp.isfinite(w1), w1, random)
@@ -114,18 +129,30 @@ def aim(
 
 
 def _directions(
-    sketch: Float[Array, "K D H"], mine: Bool[Array, " K"]
-) -> Float[Array, "K D H"]:
-    """Orthonormal columns for the slots chosen, by falling singular value."""
-    slots, width, hidden = sketch.shape
-    flat = jnp.where(mine[:, None, None], sketch, 0)
-    flat = jnp.swapaxes(flat, 0, 1).reshape(width, slots * hidden)
-    scale = jnp.max(jnp.abs(flat))
-    u, _, _ = jnp.linalg.svd(flat / jnp.where(scale > 0, scale, 1), full_matrices=False)
-    # Fewer directions than columns, if the input is narrow: begin again.
-    order = jnp.cumsum(mine) - 1
-    column = order[:, None] * hidden + jnp.arange(hidden)
-    return jnp.swapaxes(u[:, column % u.shape[1]], 0, 1)
+    sketches: Sequence[tuple[Float[Array, "K D _"], Bool[Array, " K"]]],
+) -> list[Float[Array, "K D _"]]:
+    """Orthonormal columns for the slots chosen, by falling singular value.
+
+    Args:
+      sketches: of each kind, what its slots collected, and which are chosen.
+    """
+    flat = []
+    for sketch, mine in sketches:
+        own = jnp.swapaxes(jnp.where(mine[:, None, None], sketch, 0), 0, 1)
+        flat.append(own.reshape(own.shape[0], -1))
+    joined = jnp.concatenate(flat, axis=1)
+    scale = jnp.max(jnp.abs(joined))
+    u, _, _ = jnp.linalg.svd(
+        joined / jnp.where(scale > 0, scale, 1), full_matrices=False
+    )
+    first, found = jnp.zeros((), jnp.int32), []
+    for sketch, mine in sketches:
+        hidden, order = sketch.shape[-1], jnp.cumsum(mine) - 1
+        # Fewer directions than columns, if the input is narrow: begin again.
+        column = first + order[:, None] * hidden + jnp.arange(hidden)
+        found.append(jnp.swapaxes(u[:, column % u.shape[1]], 0, 1))
+        first += hidden * jnp.sum(mine)
+    return found
 
 
 def _kinds(blueprints: Sequence[Blueprint]) -> list[Adapter]:

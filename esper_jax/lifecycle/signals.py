@@ -60,10 +60,9 @@ class Signals:
     """Gradient norm of the host weights that write the chunk, averaged over this tick's
     steps."""
     weight_gradient: Float[Array, "..."]
-    """Squared Frobenius norm of the gradient of the layer's kernel, averaged over this
-    tick's steps: what a newborn blueprint that starts in the gradient's direction has
-    collected. One that waits for further ticks goes on collecting, so that after n
-    ticks of as many steps it has up to n times the gradient, and n^2 times this."""
+    """Squared Frobenius norm of the gradient of the layer's kernel, averaged over the
+    steps in which a newborn blueprint that starts in the gradient's direction has
+    collected it. The ticks that it waits are taken to have as many steps as this."""
     parameters: Float[Array, "..."]
     """Parameters of a living seed's blueprint."""
     operations: Float[Array, "..."]
