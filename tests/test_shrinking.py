@@ -194,7 +194,7 @@ def test_a_run_shrinks_by_itself_and_goes_on_across_it(
         assert again["events"] == ended["events"]
 
 
-def test_a_trial_s_lifecycle_is_the_default_of_its_config() -> None:
+def test_a_trial_s_lifecycle_is_the_default_of_its_config(tmp_path: Any) -> None:
     config = parse_config({"policy": "trial"})
     assert config.lifecycle == trial_lives()
     assert parse_config(to_dict(config)) == config
@@ -207,6 +207,12 @@ def test_a_trial_s_lifecycle_is_the_default_of_its_config() -> None:
     assert other == dataclasses.replace(
         trial_lives(), min_epochs=tuple(ages), cull_delta=-np.inf
     )
+    few = {**TABLES, "growth": {**TABLES["growth"], "capacity": 2}}
+    fold = {**TABLES, "lifecycle": {"fold": "frozen"}}  # behind an activation
+    for tables, message in ((few, "2 for 3 seeds"), (fold, "fold must be 'never'")):
+        with pytest.raises(ConfigError, match=message):
+            train_run(parse_config(tables), tmp_path / "none")
+        assert not (tmp_path / "none").exists()
     for table, message in (
         ({"policy": "tril"}, "policy must be one of heuristic, trial"),
         ({"trial": {"judge": 3}}, "trial.judge: expected str, got 3"),

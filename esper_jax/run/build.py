@@ -49,8 +49,8 @@ def build_run(
       axis_name: of the devices that the rows are divided among; see `build`.
 
     Raises:
-      ConfigError: if the model or the loss cannot be used, or the built-in model does
-        not fit on the device.
+      ConfigError: if the model or the loss cannot be used, the policy or the lifecycle
+        does not suit the model, or the built-in model does not fit on the device.
     """
     train = config.train
     model = own_model(config) if config.model.factory else _perceptron(config, data)
@@ -73,9 +73,8 @@ def build_run(
             **named,
         )
     except ValueError as error:
-        if not config.model.factory:
-            raise
-        raise ConfigError(f"model.factory: {error}") from None
+        where = "model.factory: " if config.model.factory else ""
+        raise ConfigError(f"{where}{error}") from None
 
 
 def _policy(config: RunConfig) -> PolicyFactory:

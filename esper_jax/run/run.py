@@ -93,7 +93,7 @@ def train_run(
     together(lambda: look(warn=False), RunError)
     together(lambda: check_writers(config.monitor), ConfigError)
     data, program = together(lambda: _built(config, devices), ConfigError)
-    state = program.init(jax.random.key(config.seed))
+    state = together(lambda: _started(config, program), ConfigError)
     if is_own(config):
         together(lambda: check_one_step(config, program, state, data), ConfigError)
     together(lambda: _make(folder.path), RunError)
@@ -152,6 +152,13 @@ def _built(config: RunConfig, devices: int | None) -> tuple[Dataset, Program]:
     check_data(config, data)
     mesh = mesh_of(config, data, devices)
     return data, over(build_run(config, data, AXIS if mesh else None), mesh)
+
+
+def _started(config: RunConfig, program: Program) -> TrainState:
+    try:
+        return program.init(jax.random.key(config.seed))
+    except ValueError as error:  # by the policy, if a model has no room for it
+        raise ConfigError(str(error)) from None
 
 
 def _make(out: Path) -> None:
