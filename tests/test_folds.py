@@ -192,7 +192,7 @@ def test_a_frozen_host_is_changed_on_purpose_alone() -> None:
 
 
 X = np.random.default_rng(0).normal(size=(32, 6)).astype(np.float32)
-Y = np.sin(X @ np.random.default_rng(1).normal(size=(6, 3))).astype(np.float32)
+Y = np.sin(X @ np.random.default_rng(1).normal(size=(6, 6))).astype(np.float32)
 
 
 def objective(model: Any, batch: Any = None) -> Any:
@@ -201,7 +201,7 @@ def objective(model: Any, batch: Any = None) -> Any:
 
 def host() -> nnx.Sequential:
     rngs = nnx.Rngs(0)
-    layers = [nnx.Linear(6, 6, rngs=rngs), nnx.tanh, nnx.Linear(6, 3, rngs=rngs)]
+    layers = [nnx.Linear(6, 6, rngs=rngs), nnx.tanh, nnx.Linear(6, 6, rngs=rngs)]
     model = nnx.Sequential(*layers)
     make_growable(model, nnx.Linear, 3, blueprints=[lora(rank=1)], rngs=rngs)
     return model
