@@ -164,7 +164,7 @@ def test_a_run_shrinks_by_itself_and_goes_on_across_it(
     told = [e for e in events if "slots" in e]
     assert {e["tick"] for e in told} == {7}
     assert sum(e["slots"][0] - e["slots"][1] for e in told) > 0
-    assert "slots stay" in told[0]["text"]
+    assert "gives back 2 of 3 slots" in told[0]["text"]
     assert [e["to"] for e in events].count("FOSSILIZED") > 0
 
     # A loss that rises because parts were taken out is no jump to a governor.

@@ -47,7 +47,7 @@ class LayerReport(SeedMoves):
     signals: Signals
     folded: Bool[Array, "*S"] | None = None
     """Fossils that became part of the layer's weights at this tick, whose seeds are
-    dormant after it; None where none ever does."""
+    dormant after it; None where none was looked for."""
 
 
 @struct.dataclass

@@ -209,8 +209,9 @@ class Growth(nnx.Module):
 
         Shapes change, which no step can do by itself: call it between steps. What is
         jitted compiles once more, and states that were split before have to be split
-        again. No value changes, nor does an output. A `ChunkedLayer` in which nothing
-        lives runs its base alone from then on (``enabled`` is False).
+        again. No value changes; outputs of adapters may round differently, as fewer
+        hidden units are summed. A `ChunkedLayer` in which nothing lives runs its base
+        alone from then on (``enabled`` is False).
 
         Args:
           model: the model; its banks, seeds and probes are changed.

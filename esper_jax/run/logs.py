@@ -315,8 +315,8 @@ class EventLog:
                 "to": str(after),
                 "outcome": Outcome.OK.name,
                 "measured": {},
-                "text": f"nothing germinates any more: {after} of {before} slots stay, "
-                f"{before - after} are given back",
+                "text": f"gives back {before - after} of {before} slots, since nothing "
+                "germinates any more",
                 "slots": [before, after],
             }
             for layer, (before, after) in changed.items()
