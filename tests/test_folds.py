@@ -286,3 +286,20 @@ def test_a_program_folds_in_its_tick_without_compiling_again() -> None:
             eval_params=lambda opt, params: params,
             lifecycle_config=trial_lives(fold="trained"),
         )
+
+
+def test_the_program_follows_the_shapes_and_not_the_layers() -> None:
+    sizes = []
+    for layers in (1, 4):
+        model = nnx.List([filled(linear, [lora(), biased])[0] for _ in range(layers)])
+        parts, values = split_model(model), values_of(model)
+        found = folds_of(model, parts, LifecycleConfig(fold="trained"))
+        assert len(found) == layers
+        seeds, banks = parts.take(values, "seeds"), parts.take(values, "bank")
+        weights = {w: values[w] for fold in found.values() for w in fold.weights}
+        traced = jax.make_jaxpr(lambda *a, p=parts, f=found: fold_fossils(p, f, *a))(
+            seeds, banks, weights
+        )
+        [folds_here] = [e for e in traced.eqns if e.primitive.name == "cond"]
+        sizes.append(str(folds_here.params["branches"][1]).count("dot_general["))
+    assert sizes[0] == sizes[1] > 0

@@ -147,24 +147,53 @@ def fold_fossils(
     """
     new, seeds = dict(weights), dict(seeds)
     which: dict[str, Array] = {}
-    for name, fold in folds.items():
-        index = parts.beds[name].index
-        slots = _slots(seeds[name], banks[name], fold)
-        own = {w: new[w][index] for w in fold.weights}
+    for names in _alike(parts, folds, weights):
+        fold, first = folds[names[0]], names[0]
+        slots = jnp.stack([_slots(seeds[n], banks[n], folds[n]) for n in names])
+        old = [
+            tuple(new[w][parts.beds[n].index] for w in folds[n].weights) for n in names
+        ]
+        lives = [(seeds[n], banks[n]) for n in names]
+        place = _Place(parts.layouts[first], parts.kinds[first], fold.kinds)
 
         def folded(
-            name: str = name, fold: Fold = fold, own: Arrays = own, slots: Array = slots
-        ) -> Arrays:
-            place = _Place(parts.layouts[name], parts.kinds[name], slots)
-            return place.fold(seeds[name], banks[name], fold, own)
+            place: _Place = place, old: Any = old, lives: Any = lives, of: Any = slots
+        ) -> list[tuple[Array, ...]]:
+            own, living = (
+                jax.tree.map(lambda *x: jnp.stack(x), *each) for each in (old, lives)
+            )
+            found = jax.vmap(place.fold)(own, living, of)
+            return [jax.tree.map(lambda x, i=i: x[i], found) for i in range(len(old))]
 
-        own = jax.lax.cond(jnp.any(slots), folded, lambda own=own: own)
-        for weight, value in own.items():
-            new[weight] = new[weight].at[index].set(value) if index else value
-        owner = jnp.where(slots, seeds[name].seed_of_slot, seeds[name].num_seeds)
-        gone = jnp.zeros(seeds[name].num_seeds, bool).at[owner].set(True, mode="drop")
-        seeds[name], which[name] = released(seeds[name], gone), gone
+        each = jax.lax.cond(jnp.any(slots), folded, lambda old=old: old)
+        for name, values, mine in zip(names, each, slots, strict=True):
+            index = parts.beds[name].index
+            for weight, value in zip(folds[name].weights, values, strict=True):
+                new[weight] = new[weight].at[index].set(value) if index else value
+            seeds[name], which[name] = _released(seeds[name], mine)
     return Folded({name: seeds[name] for name in folds}, new, which)
+
+
+def _alike(
+    parts: ModelParts, folds: Mapping[str, Fold], weights: Arrays
+) -> list[list[str]]:
+    """Layers by shape, for each of which the program is written once."""
+    groups, found = parts.groups.names(), dict[Any, list[str]]()
+    for name, fold in folds.items():
+        own = [weights[w] for w in fold.weights]
+        depth = len(parts.beds[name].stack)
+        shapes = tuple((w.shape[depth:], jnp.dtype(w.dtype).name) for w in own)
+        found.setdefault((groups[name], fold.kinds, shapes), []).append(name)
+    return list(found.values())
+
+
+def _released(
+    seeds: SeedState, slots: Bool[Array, " K"]
+) -> tuple[SeedState, Bool[Array, " S"]]:
+    """The seeds without those of some slots, and which these are."""
+    owner = jnp.where(slots, seeds.seed_of_slot, seeds.num_seeds)
+    gone = jnp.zeros(seeds.num_seeds, bool).at[owner].set(True, mode="drop")
+    return released(seeds, gone), gone
 
 
 def _slots(seeds: SeedState, bank: Bank, fold: Fold) -> Bool[Array, " K"]:
@@ -181,56 +210,57 @@ def _slots(seeds: SeedState, bank: Bank, fold: Fold) -> Bool[Array, " K"]:
 
 @dataclasses.dataclass(frozen=True)
 class _Place:
-    """A layer and the slots of it that are folded."""
+    """Where layers of one shape fold.
+
+    Args:
+      layout: their chunks.
+      kinds: their blueprints.
+      folds: indices of those that are folded.
+    """
 
     layout: ChunkLayout
     kinds: tuple[Blueprint, ...]
-    slots: Bool[Array, " K"]
+    folds: tuple[int, ...]
 
     def fold(
-        self, seeds: SeedState, bank: Bank, fold: Fold, weights: Arrays
-    ) -> dict[str, Array]:
-        """The layer's weights with the slots' corrections in them."""
-        kernel = weights[fold.kernel]
-        dtype = wide_dtype(kernel.dtype)
-        wide = kernel.astype(dtype)
-        bias = None if fold.bias is None else weights[fold.bias].astype(dtype)
+        self,
+        weights: tuple[Array, ...],
+        living: tuple[SeedState, Bank],
+        slots: Bool[Array, " K"],
+    ) -> tuple[Array, ...]:
+        """A layer's kernel, and bias if it has one, with the slots' corrections."""
+        seeds, bank = living
+        dtype = wide_dtype(weights[0].dtype)
+        kernel, *biases = (w.astype(dtype) for w in weights)
         owner = jnp.maximum(seeds.seed_of_slot, 0)
         kind = seeds.blueprint[owner].astype(jnp.int32)
-        if any(isinstance(self.kinds[i], Dense) for i in fold.kinds):
-            seed = jnp.where(self.slots, seeds.seed_of_slot, -1)
-            columns = self.layout.columns(seed)
+        if any(isinstance(self.kinds[i], Dense) for i in self.folds):
+            columns = self.layout.columns(jnp.where(slots, seeds.seed_of_slot, -1))
             matrix, offset = self._affine(bank, kind, dtype)
 
-            def with_chunks(x: Array) -> tuple[Array, Array]:
+            def with_chunks(x: Array, offset: Any = 0) -> Array:
                 own = x.at[..., columns].get(mode="fill", fill_value=0)
-                return own, jnp.einsum("...kc,kcd->...kd", own, matrix, **_EXACT)
+                more = jnp.einsum("...kc,kcd->...kd", own, matrix, **_EXACT)
+                return x.at[..., columns].set(own + more + offset, mode="drop")
 
-            own, more = with_chunks(wide)
-            wide = wide.at[..., columns].set(own + more, mode="drop")
-            if bias is not None:
-                own, more = with_chunks(bias)
-                bias = bias.at[columns].set(own + more + offset, mode="drop")
-        for i in fold.kinds:
-            adapter = self.kinds[i]
-            if not isinstance(adapter, Adapter):
-                continue
-            mine = self.slots & (kind == i)
-            p = {
-                name: jnp.where(_per_slot(mine, leaf), leaf.astype(dtype), 0)
-                for name, leaf in bank.custom[adapter.name].items()
-            }
-            w2 = p["w2"] * adapter.scaling
-            more = jnp.einsum("kdh,khf->df", p["w1"], w2, **_EXACT)
-            wide = jnp.where(jnp.any(mine), wide + more.reshape(wide.shape), wide)
-            if adapter.bias and bias is not None:
-                more = jnp.einsum("kh,khf->f", p["b1"], w2, **_EXACT)
-                more += adapter.scaling * jnp.sum(p["b2"], axis=0)
-                bias = jnp.where(jnp.any(mine), bias + more, bias)
-        new = {fold.kernel: wide.astype(kernel.dtype)}
-        if fold.bias is not None and bias is not None:
-            new[fold.bias] = bias.astype(weights[fold.bias].dtype)
-        return new
+            kernel, biases = (
+                with_chunks(kernel),
+                [with_chunks(b, offset) for b in biases],
+            )
+        for i in self.folds:
+            if isinstance(adapter := self.kinds[i], Adapter):
+                mine = slots & (kind == i)
+                p = {
+                    name: jnp.where(_per_slot(mine, leaf), leaf.astype(dtype), 0)
+                    for name, leaf in bank.custom[adapter.name].items()
+                }
+                matrix, offset = _product(adapter, p)
+                more = kernel + matrix.reshape(kernel.shape)
+                kernel = jnp.where(jnp.any(mine), more, kernel)
+                if adapter.bias:
+                    biases = [jnp.where(jnp.any(mine), b + offset, b) for b in biases]
+        new = (kernel, *biases)
+        return tuple(x.astype(w.dtype) for x, w in zip(new, weights, strict=True))
 
     def _affine(
         self, bank: Bank, kind: Array, dtype: Any
@@ -255,6 +285,16 @@ class _Place:
         matrix += jax.vmap(jnp.diag)(p["scale"])
         offset = jnp.einsum("kh,khd->kd", p["b1"], p["w2"], **_EXACT) + p["b2"]
         return matrix, offset
+
+
+def _product(adapter: Adapter, p: Mapping[str, Array]) -> tuple[Array, Array]:
+    """What slots of an adapter add to a kernel, (D, F), and to a bias, (F,)."""
+    w2 = p["w2"] * adapter.scaling
+    matrix = jnp.einsum("kdh,khf->df", p["w1"], w2, **_EXACT)
+    if not adapter.bias:
+        return matrix, jnp.zeros(w2.shape[-1], w2.dtype)
+    offset = jnp.einsum("kh,khf->f", p["b1"], w2, **_EXACT)
+    return matrix, offset + adapter.scaling * jnp.sum(p["b2"], axis=0)
 
 
 _EXACT: dict[str, Any] = {"precision": "highest"}
