@@ -2,15 +2,20 @@
 
 from esper_jax.rollout.flag_file import FlagFile
 from esper_jax.rollout.flags import FEATURES, Decision, Flag, FlagError, bucket, decide
-from esper_jax.run.features import Features
+from esper_jax.rollout.hybrid import Comparison, HybridLayer
+from esper_jax.run.features import Features, apply_features, policy_under
 
 __all__ = [
     "FEATURES",
+    "Comparison",
     "Decision",
     "Features",
     "Flag",
     "FlagError",
     "FlagFile",
+    "HybridLayer",
+    "apply_features",
     "bucket",
     "decide",
+    "policy_under",
 ]

@@ -9,6 +9,7 @@ Any other provider (flagd, LaunchDarkly, ...) is set in the same way, and used a
 This module needs the extra ``rollout``.
 """
 
+import dataclasses
 import logging
 import threading
 from collections.abc import Mapping, Sequence
@@ -38,7 +39,7 @@ except ModuleNotFoundError as error:
         f"pip install 'esper-jax[rollout]' ({error})"
     ) from None
 
-__all__ = ["DOMAIN", "FlagFileProvider", "features_for"]
+__all__ = ["DOMAIN", "FlagFileProvider", "features_for", "flag_for"]
 
 DOMAIN = "esper_jax"
 """The OpenFeature domain that esper_jax asks; without a provider of its own, that is
@@ -209,46 +210,67 @@ class FlagFileProvider(AbstractProvider):
         return found.st_mtime_ns, found.st_size, found.st_ino
 
 
+def flag_for(
+    name: str,
+    model_id: str | None,
+    default: _T,
+    *,
+    client: OpenFeatureClient | None = None,
+) -> _T:
+    """What a flag is for a model, by the OpenFeature provider that is set.
+
+    ``ESPER_FEATURE_<NAME>`` overrides any provider.
+
+    Args:
+      name: of the flag.
+      model_id: the targeting key; None for a model without an id.
+      default: what holds where the provider says nothing; its type is the flag's.
+      client: to ask; by default the one of `DOMAIN`.
+
+    Raises:
+      FlagError: if the flag is of another type, or its value cannot be. That a provider
+        cannot be reached is logged, and the default holds.
+    """
+    text = isinstance(default, str)
+    override: Any = overridden(name, text)
+    if override is not None:
+        return override
+    client = client or api.get_client(DOMAIN)
+    ask: Any = client.get_string_details if text else client.get_boolean_details
+    found = ask(name, default, EvaluationContext(targeting_key=model_id))
+    if found.error_code in (ErrorCode.TYPE_MISMATCH, ErrorCode.PARSE_ERROR):
+        raise FlagError(f"{name}: {found.error_message}")
+    if found.error_code not in (None, ErrorCode.FLAG_NOT_FOUND):
+        _log.warning(
+            "%s: the default %r holds, since the provider of the flags failed: %s %s",
+            name,
+            default,
+            found.error_code,
+            found.error_message or "",
+        )
+    return found.value
+
+
 def features_for(
     model_id: str | None,
     *,
     defaults: Features | None = None,
     client: OpenFeatureClient | None = None,
 ) -> Features:
-    """What a model may use, by the OpenFeature provider that is set.
+    """What a model may use: all flags of `FEATURES`, asked by `flag_for`.
 
     Call it outside of jit, where a model is made or between steps, and hand the result
-    to `apply_features`. ``ESPER_FEATURE_<NAME>`` overrides any provider.
+    to `apply_features` and `policy_under`.
 
     Args:
-      model_id: the targeting key; None for a model without one.
+      model_id: as for `flag_for`, which also says what is raised.
       defaults: what holds where the provider says nothing.
-      client: to ask; by default the one of `DOMAIN`.
-
-    Raises:
-      FlagError: if a flag is of another type, or its value cannot be. That a provider
-        cannot be reached is logged, and the default holds.
+      client: as for `flag_for`.
     """
-    client = client or api.get_client(DOMAIN)
-    context = EvaluationContext(targeting_key=model_id)
-    values: dict[str, Any] = {}
-    for name in FEATURES:
-        default = getattr(defaults or Features(), name)
-        text = isinstance(default, str)
-        ask = client.get_string_details if text else client.get_boolean_details
-        found = ask(name, default, context)
-        if found.error_code in (ErrorCode.TYPE_MISMATCH, ErrorCode.PARSE_ERROR):
-            raise FlagError(f"{name}: {found.error_message}")
-        if found.error_code not in (None, ErrorCode.FLAG_NOT_FOUND):
-            _log.warning(
-                "%s: %s (%s): the default %r holds",
-                name,
-                found.error_code,
-                found.error_message,
-                default,
-            )
-        override = overridden(name, text)
-        values[name] = found.value if override is None else override
+    values: dict[str, Any] = {
+        name: flag_for(name, model_id, default, client=client)
+        for name, default in dataclasses.asdict(defaults or Features()).items()
+    }
     try:
         return Features(**values)
     except ValueError as error:
