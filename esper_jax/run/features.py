@@ -99,8 +99,9 @@ def apply_features(model: nnx.Module, features: Features) -> None:
                 raise ValueError(
                     f"incubation must be on for {name!r}: {error}"
                 ) from None
-    for layer in layers:
-        layer.enabled = features.chunked_layers
+    if not features.chunked_layers:
+        for layer in layers:
+            layer.enabled = False
     for bed in beds.values():
         if not features.fused_kernels:
             bed.implementation = "xla"
