@@ -3,6 +3,7 @@
 from esper_jax.commands.base import Command
 from esper_jax.commands.checkpoints import Checkpoint
 from esper_jax.commands.reading import Evaluate, Export, Report
+from esper_jax.commands.rollout import Flags
 from esper_jax.commands.training import Train
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "Command",
     "Evaluate",
     "Export",
+    "Flags",
     "Report",
     "Train",
 ]
@@ -21,5 +23,6 @@ COMMANDS: dict[str, type[Command]] = {
     "export": Export,
     "checkpoint": Checkpoint,
     "report": Report,
+    "flags": Flags,
 }
 """By the word that calls them."""
