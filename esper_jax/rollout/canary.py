@@ -1,0 +1,312 @@
+"""A canary: a rollout that advances, holds or rolls back a flag by itself.
+
+`Canary` joins what `decisions.decide` says with a flag and a `journal`. It first writes
+down what it will do, then turns the flag, then writes down that it did. So whenever it
+is stopped, the journal explains the percentage that the flag has: that of the last
+entry, or that of the entry before if the flag was not turned yet.
+"""
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from esper_jax.rollout.decisions import (
+    Action,
+    State,
+    begin,
+    decide,
+    from_json,
+    to_json,
+)
+from esper_jax.rollout.journal import Journal, read_journal
+from esper_jax.rollout.observations import batch_of, read_from
+from esper_jax.rollout.plan import CanaryError, Plan
+
+__all__ = ["Canary", "Dial", "Report", "report", "start"]
+
+_JOURNAL = "journal.jsonl"
+
+
+class Dial(Protocol):
+    """What a canary turns: the percentage of one flag, wherever it is kept."""
+
+    @property
+    def name(self) -> str:
+        """Where the flag is, in words; the same each time."""
+
+    def percentage(self) -> int:
+        """Of the model ids that have the flag now."""
+
+    def turn(self, percent: int) -> None:
+        """Sets the percentage, and returns when it is kept."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Report:
+    """Where a canary stands, as its journal says.
+
+    Args:
+      flag: that it turns.
+      state: of the rollout.
+      percent: that the flag shall have.
+      before: percentage that it had before the canary.
+      turned: whether the journal says that the flag has it.
+      reason: of the last decision.
+      observations: file that they are read from.
+      offset: bytes of it that were read.
+      looks: decisions so far.
+    """
+
+    flag: str
+    state: State
+    percent: int
+    before: int
+    turned: bool
+    reason: str
+    observations: Path
+    offset: int
+    looks: int
+
+
+def report(folder: Path) -> Report:
+    """Where the canary of a folder stands; changes nothing.
+
+    Raises:
+      CanaryError: if there is none, or its journal is damaged.
+    """
+    path = folder.expanduser() / _JOURNAL
+    if not path.exists():
+        raise _none(folder)
+    return _report(path, read_journal(path))
+
+
+def _none(folder: Path) -> CanaryError:
+    return CanaryError(
+        f"{folder}: holds no canary; begin one with esper-jax canary start, or name "
+        "its folder"
+    )
+
+
+def _report(path: Path, entries: list[dict[str, Any]]) -> Report:
+    if not entries:
+        raise _none(path.parent)
+    try:
+        first = entries[0]
+        plan = Plan(**first["plan"])
+        last = next(e for e in reversed(entries) if "state" in e)
+        return Report(
+            flag=first["flag"],
+            state=from_json(plan, last["state"]),
+            percent=last["percent"],
+            before=first["before"],
+            turned=entries[-1]["kind"] == "turned" or last["action"] == "hold",
+            reason=last["reason"],
+            observations=Path(first["observations"]),
+            offset=last["offset"],
+            looks=sum(e["kind"] == "look" for e in entries),
+        )
+    except (KeyError, TypeError, StopIteration, CanaryError) as error:
+        raise CanaryError(
+            f"{path}: is no journal of a canary of this version "
+            f"({type(error).__name__}: {error})"
+        ) from None
+
+
+def start(
+    folder: Path,
+    dial: Dial,
+    plan: Plan,
+    observations: Path | None = None,
+    now: float | None = None,
+) -> "Canary":
+    """Begins a canary: turns the flag to the first percentage.
+
+    Args:
+      folder: for the journal; made if it is not there.
+      dial: of the flag.
+      plan: of the rollout.
+      observations: file that they will come in; what it has already is not looked at.
+        By default ``observations.jsonl`` in the folder.
+      now: seconds since 1970; by default the system's clock.
+
+    Raises:
+      CanaryError: if the folder has a canary, or the flag's percentage is not below the
+        first one; nothing is changed then.
+    """
+    folder = folder.expanduser().resolve()
+    before = dial.percentage()
+    if before >= plan.percents[0]:
+        raise CanaryError(
+            f"{dial.name} is at {before}%: expected less than the first stage, "
+            f"{plan.percents[0]}%; turn it down, or leave stages out of the plan"
+        )
+    file = (observations or folder / "observations.jsonl").expanduser().resolve()
+    state = begin(plan, time.time() if now is None else now)
+    _, offset = read_from(file, 0)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CanaryError(
+            f"{folder}: cannot be made: {error.strerror}; name another folder"
+        ) from None
+    journal = Journal(folder / _JOURNAL)
+    try:
+        if journal.entries:
+            raise CanaryError(
+                f"{folder}: holds a canary already; go on with it (step, status, "
+                "abort), or name another folder"
+            )
+        journal.append(
+            "start",
+            time=state.clock,
+            action="start",
+            percent=plan.percents[0],
+            reason="the first stage begins",
+            flag=dial.name,
+            before=before,
+            plan=dataclasses.asdict(plan),
+            observations=str(file),
+            offset=offset,
+            state=to_json(state),
+        )
+    finally:
+        journal.close()
+    return Canary(folder, dial)
+
+
+class Canary:
+    """A canary of a folder, held by one process at a time.
+
+    Opening it finishes what a crash has left half done: the flag is turned to what the
+    journal says. Use it as a context manager, or call `close`.
+
+    Args:
+      folder: of the canary.
+      dial: of its flag.
+
+    Attributes:
+      mended: what was finished, in words; empty if nothing was.
+
+    Raises:
+      CanaryError: if the folder has no canary, or one of another flag; if another
+        process holds it; or if somebody else turned the flag.
+    """
+
+    def __init__(self, folder: Path, dial: Dial) -> None:
+        path = folder.expanduser().resolve() / _JOURNAL
+        if not path.exists():
+            raise _none(folder)
+        self._dial = dial
+        self._journal = Journal(path)
+        self.mended = ""
+        try:
+            found = self.report()
+            if found.flag != dial.name:
+                raise CanaryError(
+                    f"{folder}: is a canary of {found.flag}, not of {dial.name}"
+                )
+            if not found.turned:
+                self._turn(found)
+                self.mended = f"{dial.name} was turned to {found.percent}%"
+        except BaseException:
+            self.close()
+            raise
+
+    def report(self) -> Report:
+        """Where it stands."""
+        return _report(self._journal.path, self._journal.entries)
+
+    def step(self, now: float | None = None) -> Action:
+        """Looks at what was observed since the last step, decides, and turns the flag.
+
+        Args:
+          now: seconds since 1970; by default the system's clock.
+
+        Returns:
+          What was decided, and why.
+
+        Raises:
+          CanaryError: if the canary is over, the clock ran backwards, somebody else
+            turned the flag, or the observations cannot be read: nothing is changed
+            then. Or if a trigger has seen nothing in a whole stage: that is a hold.
+        """
+        found = self.report()
+        if found.state.status == "watching":
+            self._check(found)
+        new, offset = read_from(found.observations, found.offset)
+        clock = time.time() if now is None else now
+        state, action = decide(found.state, batch_of(new), clock)
+        percent = found.before if action.kind == "roll back" else state.percent
+        self._note("look", action.kind, percent, action.reason, offset, state)
+        if percent != found.percent:
+            self._turn(self.report())
+        elif action.kind != "hold":
+            self._journal.append("turned", time=clock, percent=percent)
+        if action.blind:
+            raise CanaryError(f"{found.flag} stays at {percent}%: {action.reason}")
+        return action
+
+    def abort(self, reason: str = "by hand", now: float | None = None) -> None:
+        """Ends the rollout, and turns the flag back to what it was before.
+
+        Args:
+          reason: for the journal.
+          now: seconds since 1970; by default the system's clock.
+
+        Raises:
+          CanaryError: if it is over.
+        """
+        found = self.report()
+        if found.state.status != "watching":
+            raise CanaryError(f"this canary is over ({found.state.status}) already")
+        clock = max(time.time() if now is None else now, found.state.clock)
+        state = dataclasses.replace(found.state, status="aborted", clock=clock)
+        self._note("abort", "abort", found.before, reason, found.offset, state)
+        self._turn(self.report())
+
+    def _note(
+        self,
+        kind: str,
+        action: str,
+        percent: int,
+        reason: str,
+        offset: int,
+        state: State,
+    ) -> None:
+        """Writes a decision down."""
+        said: Mapping[str, Any] = {"percent": percent, "reason": reason}
+        self._journal.append(
+            kind,
+            time=state.clock,
+            action=action,
+            **said,
+            offset=offset,
+            state=to_json(state),
+        )
+
+    def _check(self, found: Report) -> None:
+        """Refuses to go on if somebody else turned the flag."""
+        now = self._dial.percentage()
+        if now != found.percent:
+            raise CanaryError(
+                f"{found.flag} is at {now}%, but its canary left it at "
+                f"{found.percent}%: somebody else turned it. Turn it to "
+                f"{found.percent}%, or end the canary with abort"
+            )
+
+    def _turn(self, found: Report) -> None:
+        """Turns the flag to what the journal says, and writes that down."""
+        self._dial.turn(found.percent)
+        self._journal.append("turned", time=found.state.clock, percent=found.percent)
+
+    def close(self) -> None:
+        """Lets another process go on with it."""
+        self._journal.close()
+
+    def __enter__(self) -> "Canary":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
