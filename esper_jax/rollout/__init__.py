@@ -1,3 +1,26 @@
 """Safe rollout: what decides, outside of jit, which models get what is new."""
 
-__all__: list[str] = []
+from esper_jax.rollout.canary import Canary
+from esper_jax.rollout.dial import Dial, FlagDial
+from esper_jax.rollout.flag_file import FlagFile
+from esper_jax.rollout.flags import FEATURES, Decision, Flag, FlagError, bucket, decide
+from esper_jax.rollout.observations import Observer
+from esper_jax.rollout.plan import CanaryError, Plan
+from esper_jax.run.features import Features
+
+__all__ = [
+    "FEATURES",
+    "Canary",
+    "CanaryError",
+    "Decision",
+    "Dial",
+    "Features",
+    "Flag",
+    "FlagDial",
+    "FlagError",
+    "FlagFile",
+    "Observer",
+    "Plan",
+    "bucket",
+    "decide",
+]

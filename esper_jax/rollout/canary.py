@@ -10,7 +10,7 @@ import dataclasses
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from esper_jax.rollout.decisions import (
     Action,
@@ -20,27 +20,14 @@ from esper_jax.rollout.decisions import (
     from_json,
     to_json,
 )
+from esper_jax.rollout.dial import Dial
 from esper_jax.rollout.journal import Journal, read_journal
-from esper_jax.rollout.observations import batch_of, read_from
+from esper_jax.rollout.observations import batch_of, end_of, read_from
 from esper_jax.rollout.plan import CanaryError, Plan
 
-__all__ = ["Canary", "Dial", "Report", "report", "start"]
+__all__ = ["Canary", "Report", "report"]
 
 _JOURNAL = "journal.jsonl"
-
-
-class Dial(Protocol):
-    """What a canary turns: the percentage of one flag, wherever it is kept."""
-
-    @property
-    def name(self) -> str:
-        """Where the flag is, in words; the same each time."""
-
-    def percentage(self) -> int:
-        """Of the model ids that have the flag now."""
-
-    def turn(self, percent: int) -> None:
-        """Sets the percentage, and returns when it is kept."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,7 +35,7 @@ class Report:
     """Where a canary stands, as its journal says.
 
     Args:
-      flag: that it turns.
+      where: the flag is that it turns; see `Dial`.
       state: of the rollout.
       percent: that the flag shall have.
       before: percentage that it had before the canary.
@@ -59,7 +46,7 @@ class Report:
       looks: decisions so far.
     """
 
-    flag: str
+    where: Mapping[str, str]
     state: State
     percent: int
     before: int
@@ -68,6 +55,11 @@ class Report:
     observations: Path
     offset: int
     looks: int
+
+    @property
+    def flag(self) -> str:
+        """Name of the flag."""
+        return self.where["flag"]
 
 
 def report(folder: Path) -> Report:
@@ -89,6 +81,13 @@ def _none(folder: Path) -> CanaryError:
     )
 
 
+def _another(folder: Path) -> CanaryError:
+    return CanaryError(
+        f"{folder}: holds a canary already; go on with it (step, status, abort), or "
+        "name another folder"
+    )
+
+
 def _report(path: Path, entries: list[dict[str, Any]]) -> Report:
     if not entries:
         raise _none(path.parent)
@@ -97,7 +96,7 @@ def _report(path: Path, entries: list[dict[str, Any]]) -> Report:
         plan = Plan(**first["plan"])
         last = next(e for e in reversed(entries) if "state" in e)
         return Report(
-            flag=first["flag"],
+            where=first["where"],
             state=from_json(plan, last["state"]),
             percent=last["percent"],
             before=first["before"],
@@ -112,68 +111,6 @@ def _report(path: Path, entries: list[dict[str, Any]]) -> Report:
             f"{path}: is no journal of a canary of this version "
             f"({type(error).__name__}: {error})"
         ) from None
-
-
-def start(
-    folder: Path,
-    dial: Dial,
-    plan: Plan,
-    observations: Path | None = None,
-    now: float | None = None,
-) -> "Canary":
-    """Begins a canary: turns the flag to the first percentage.
-
-    Args:
-      folder: for the journal; made if it is not there.
-      dial: of the flag.
-      plan: of the rollout.
-      observations: file that they will come in; what it has already is not looked at.
-        By default ``observations.jsonl`` in the folder.
-      now: seconds since 1970; by default the system's clock.
-
-    Raises:
-      CanaryError: if the folder has a canary, or the flag's percentage is not below the
-        first one; nothing is changed then.
-    """
-    folder = folder.expanduser().resolve()
-    before = dial.percentage()
-    if before >= plan.percents[0]:
-        raise CanaryError(
-            f"{dial.name} is at {before}%: expected less than the first stage, "
-            f"{plan.percents[0]}%; turn it down, or leave stages out of the plan"
-        )
-    file = (observations or folder / "observations.jsonl").expanduser().resolve()
-    state = begin(plan, time.time() if now is None else now)
-    _, offset = read_from(file, 0)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CanaryError(
-            f"{folder}: cannot be made: {error.strerror}; name another folder"
-        ) from None
-    journal = Journal(folder / _JOURNAL)
-    try:
-        if journal.entries:
-            raise CanaryError(
-                f"{folder}: holds a canary already; go on with it (step, status, "
-                "abort), or name another folder"
-            )
-        journal.append(
-            "start",
-            time=state.clock,
-            action="start",
-            percent=plan.percents[0],
-            reason="the first stage begins",
-            flag=dial.name,
-            before=before,
-            plan=dataclasses.asdict(plan),
-            observations=str(file),
-            offset=offset,
-            state=to_json(state),
-        )
-    finally:
-        journal.close()
-    return Canary(folder, dial)
 
 
 class Canary:
@@ -203,16 +140,81 @@ class Canary:
         self.mended = ""
         try:
             found = self.report()
-            if found.flag != dial.name:
+            if dict(found.where) != dict(dial.where):
                 raise CanaryError(
-                    f"{folder}: is a canary of {found.flag}, not of {dial.name}"
+                    f"{folder}: is a canary of {dict(found.where)}, not of "
+                    f"{dict(dial.where)}"
                 )
             if not found.turned:
                 self._turn(found)
-                self.mended = f"{dial.name} was turned to {found.percent}%"
+                self.mended = f"{found.flag} was turned to {found.percent}%"
         except BaseException:
             self.close()
             raise
+
+    @classmethod
+    def start(
+        cls,
+        folder: Path,
+        dial: Dial,
+        plan: Plan,
+        *,
+        observations: Path | None = None,
+        now: float | None = None,
+    ) -> "Canary":
+        """Begins a canary: turns the flag to the first percentage.
+
+        Args:
+          folder: for the journal; made if it is not there.
+          dial: of the flag.
+          plan: of the rollout.
+          observations: file that they will come in; what it has already is not looked
+            at. By default ``observations.jsonl`` in the folder.
+          now: seconds since 1970; by default the system's clock.
+
+        Raises:
+          CanaryError: if the folder has a canary, or the flag's percentage is not below
+            the first one; nothing is changed then.
+        """
+        folder = folder.expanduser().resolve()
+        path = folder / _JOURNAL
+        if path.exists() and read_journal(path):
+            raise _another(folder)
+        before = dial.percentage()
+        if before >= plan.percents[0]:
+            raise CanaryError(
+                f"{dial.where['flag']} is at {before}%: expected less than the first "
+                f"stage, {plan.percents[0]}%; turn it down, or leave stages out"
+            )
+        file = (observations or folder / "observations.jsonl").expanduser().resolve()
+        state = begin(plan, time.time() if now is None else now)
+        offset = end_of(file)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CanaryError(
+                f"{folder}: cannot be made: {error.strerror}; name another folder"
+            ) from None
+        journal = Journal(path)
+        try:
+            if journal.entries:
+                raise _another(folder)
+            journal.append(
+                "start",
+                time=state.clock,
+                action="start",
+                percent=plan.percents[0],
+                reason="the first stage begins",
+                where=dict(dial.where),
+                before=before,
+                plan=dataclasses.asdict(plan),
+                observations=str(file),
+                offset=offset,
+                state=to_json(state),
+            )
+        finally:
+            journal.close()
+        return cls(folder, dial)
 
     def report(self) -> Report:
         """Where it stands."""

@@ -24,7 +24,15 @@ from jaxtyping import Bool, Float
 from esper_jax.rollout.plan import CanaryError
 from esper_jax.run.references import shown
 
-__all__ = ["ARMS", "Batch", "Observer", "batch_of", "observation", "read_from"]
+__all__ = [
+    "ARMS",
+    "Batch",
+    "Observer",
+    "batch_of",
+    "end_of",
+    "observation",
+    "read_from",
+]
 
 ARMS = ("candidate", "baseline")
 
@@ -205,6 +213,18 @@ class Observer:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def end_of(path: Path) -> int:
+    """Bytes of a file up to the end of its last whole line.
+
+    Raises:
+      CanaryError: if it cannot be read.
+    """
+    try:
+        return path.read_bytes().rfind(b"\n") + 1 if path.exists() else 0
+    except OSError as error:
+        raise CanaryError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def read_from(path: Path, offset: int) -> tuple[list[dict[str, Any]], int]:
