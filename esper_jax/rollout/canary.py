@@ -25,9 +25,13 @@ from esper_jax.rollout.journal import Journal, read_journal
 from esper_jax.rollout.observations import batch_of, end_of, read_from
 from esper_jax.rollout.plan import CanaryError, Plan
 
-__all__ = ["Canary", "Report", "report"]
+__all__ = ["BlindError", "Canary", "Report", "report"]
 
 _JOURNAL = "journal.jsonl"
+
+
+class BlindError(CanaryError):
+    """A trigger has nothing to watch; the flag stays where it is."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,7 +44,8 @@ class Report:
       percent: that the flag shall have.
       before: percentage that it had before the canary.
       turned: whether the journal says that the flag has it.
-      reason: of the last decision.
+      action: the last decision.
+      reason: for it.
       observations: file that they are read from.
       offset: bytes of it that were read.
       looks: decisions so far.
@@ -51,6 +56,7 @@ class Report:
     percent: int
     before: int
     turned: bool
+    action: str
     reason: str
     observations: Path
     offset: int
@@ -101,6 +107,7 @@ def _report(path: Path, entries: list[dict[str, Any]]) -> Report:
             percent=last["percent"],
             before=first["before"],
             turned=entries[-1]["kind"] == "turned" or last["action"] == "hold",
+            action=last["action"],
             reason=last["reason"],
             observations=Path(first["observations"]),
             offset=last["offset"],
@@ -128,7 +135,7 @@ class Canary:
 
     Raises:
       CanaryError: if the folder has no canary, or one of another flag; if another
-        process holds it; or if somebody else turned the flag.
+        process holds it.
     """
 
     def __init__(self, folder: Path, dial: Dial) -> None:
@@ -232,7 +239,8 @@ class Canary:
         Raises:
           CanaryError: if the canary is over, the clock ran backwards, somebody else
             turned the flag, or the observations cannot be read: nothing is changed
-            then. Or if a trigger has seen nothing in a whole stage: that is a hold.
+            then.
+          BlindError: if a trigger has seen nothing in a whole stage; that is a hold.
         """
         found = self.report()
         if found.state.status == "watching":
@@ -247,8 +255,28 @@ class Canary:
         elif action.kind != "hold":
             self._journal.append("turned", time=clock, percent=percent)
         if action.blind:
-            raise CanaryError(f"{found.flag} stays at {percent}%: {action.reason}")
+            raise BlindError(f"{found.flag} stays at {percent}%: {action.reason}")
         return action
+
+    def resume(self) -> str:
+        """Turns the flag to what the journal says, if somebody else turned it.
+
+        What a crash left half done is finished when the canary is opened.
+
+        Returns:
+          What was done, in words; empty if nothing was.
+        """
+        found = self.report()
+        if found.state.status != "watching" or self._dial_says(found.percent):
+            return self.mended
+        self._turn(found)
+        return f"{found.flag} was turned back to {found.percent}%"
+
+    def _dial_says(self, percent: int) -> bool:
+        try:
+            return self._dial.percentage() == percent
+        except CanaryError:  # on for every model
+            return False
 
     def abort(self, reason: str = "by hand", now: float | None = None) -> None:
         """Ends the rollout, and turns the flag back to what it was before.
@@ -294,8 +322,8 @@ class Canary:
         if now != found.percent:
             raise CanaryError(
                 f"{found.flag} is at {now}%, but its canary left it at "
-                f"{found.percent}%: somebody else turned it. Turn it to "
-                f"{found.percent}%, or end the canary with abort"
+                f"{found.percent}%: somebody else turned it. esper-jax canary resume "
+                "turns it back, and abort ends the canary"
             )
 
     def _turn(self, found: Report) -> None:

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 from esper_jax.rollout.evidence import Evidence, needed
 from esper_jax.rollout.observations import ARMS, Batch
 from esper_jax.rollout.plan import CanaryError, Plan, in_words
-from esper_jax.rollout.watches import Watch, figure, watched
+from esper_jax.rollout.watches import Watch, figure, odds, watched
 
 __all__ = ["Action", "State", "begin", "decide", "from_json", "to_json"]
 
@@ -162,8 +162,8 @@ def _harm(state: State) -> str:
         known = watch.evidence.log_within() >= -math.log(plan.miss)
         if watch.evidence.log_harm() >= bound and not known:
             return (
-                f"{figure(name, watch)}; evidence {_power(watch.evidence.log_harm())} "
-                f"to 1 that it is worse, of {_power(bound)} that are needed"
+                f"{figure(name, watch)}; evidence {odds(watch.evidence.log_harm())} "
+                f"to 1 that it is worse, of {odds(bound)} that are needed"
             )
     return ""
 
@@ -227,7 +227,7 @@ def _not_clear(state: State) -> Action | None:
             return Action(
                 "hold",
                 f"{figure(name, watch)}; evidence "
-                f"{_power(watch.evidence.log_clear())} to 1 that it is no regression, "
+                f"{odds(watch.evidence.log_clear())} to 1 that it is no regression, "
                 f"of {1 / state.plan.miss:.3g} that are needed",
             )
     return None
@@ -251,11 +251,6 @@ def _next_stage(state: State, now: float) -> State:
 def _figures(state: State) -> str:
     found = [figure(name, watch) for name, watch in state.watches.items()]
     return "; ".join(found) or "none with a NaN"
-
-
-def _power(log: float) -> str:
-    """The number of a logarithm, which may be too large for a float."""
-    return f"{math.exp(log):.3g}" if log < 100 else f"1e{log / math.log(10):.0f}"
 
 
 def to_json(state: State) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from esper_jax.rollout.evidence import (
 from esper_jax.rollout.observations import Batch
 from esper_jax.rollout.plan import Plan
 
-__all__ = ["Watch", "figure", "values_of", "watched"]
+__all__ = ["Watch", "figure", "odds", "values_of", "watched"]
 
 _REFERENCE = 256
 """Last values of the baseline that stand in for it at 100%."""
@@ -160,3 +160,8 @@ def figure(name: str, watch: Watch) -> str:
         sign = -1 if name == "accuracy" else 1
         candidate, baseline = (f"{sign * mean + 0.0:.4g}" for mean in means)
     return f"{name} {candidate} against {baseline}"
+
+
+def odds(log: float) -> str:
+    """Evidence in words, from its logarithm; it may be too large for a float."""
+    return f"{math.exp(log):.3g}" if log < 100 else f"1e{log / math.log(10):.0f}"
