@@ -221,7 +221,9 @@ class Canary:
             )
         finally:
             journal.close()
-        return cls(folder, dial)
+        canary = cls(folder, dial)
+        canary.mended = ""
+        return canary
 
     def report(self) -> Report:
         """Where it stands."""

@@ -60,8 +60,8 @@ class Yardstick(NamedTuple):
     """Whether a value is 1 for a fault and 0 else."""
 
     def scores(
-        self, differences: Float[np.ndarray, " P"], shift: float
-    ) -> Float[np.ndarray, " P"]:
+        self, differences: Float[np.ndarray, "*R P"], shift: float
+    ) -> Float[np.ndarray, "*R P"]:
         """Scores of pairs, from -1 to 1.
 
         If the candidate's values are spread as the baseline's, moved by ``shift`` or
@@ -237,7 +237,7 @@ def needed(evidence: Evidence, yardstick: Yardstick, alpha: float, power: float)
     apart = max(evidence.squares - evidence.number * mean**2, 0.0)
     spread = (apart + 1.0) / (evidence.number + 1)
     if yardstick.rare:  # more faults vary more
-        spread = max(spread, effect * (1 - effect))
+        spread += effect * (1 - effect)
     bet = min(float(BETS[0]), effect / (spread + effect**2))
     growth = bet * effect - bet**2 * (spread + effect**2) / 2
     noise = NormalDist().inv_cdf(power) * bet * math.sqrt(spread)
