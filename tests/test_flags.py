@@ -1,14 +1,38 @@
 """Flags: what a file says of a model, how it is changed, what OpenFeature is told."""
 
 import concurrent.futures
+import dataclasses
 import json
 import os
+import queue
 import stat
+import sys
 from pathlib import Path
 
 import pytest
+from openfeature import api
+from openfeature.evaluation_context import EvaluationContext
+from openfeature.event import ProviderEvent
+from openfeature.exception import GeneralError
+from openfeature.provider import ProviderStatus
+from openfeature.provider.in_memory_provider import InMemoryFlag, InMemoryProvider
 
-from esper_jax.rollout import Flag, FlagError, FlagFile, bucket, decide
+from esper_jax.rollout import (
+    FEATURES,
+    Features,
+    Flag,
+    FlagError,
+    FlagFile,
+    HybridLayer,
+    bucket,
+    decide,
+)
+from esper_jax.rollout.provider import (
+    DOMAIN,
+    FlagFileProvider,
+    features_for,
+    flag_for,
+)
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "lifecycle.json").read_text())
 
@@ -196,3 +220,187 @@ def test_of_two_writers_neither_loses_a_change(file):
     assert file.read() == dict.fromkeys(
         ["first", "second"], Flag(rollout_percentage=20)
     )
+
+
+FLAGS = """\
+[on]
+enabled = true
+[part]
+rollout_percentage = 50
+allowlist = ["vip"]
+blocklist = ["bad"]
+[none]
+[grafting_strategies]
+rollout_percentage = 50
+value = "momentum"
+"""
+
+
+@pytest.fixture
+def client(file):
+    """A client of a provider of `FLAGS`. ``m66`` is number 21 and ``m91`` 79."""
+    file.path.write_text(FLAGS)
+    api.set_provider_and_wait(FlagFileProvider(file.path), DOMAIN)
+    yield api.get_client(DOMAIN)
+    api.clear_providers()
+
+
+def asked(client, name, model_id=None, default=False):
+    context = EvaluationContext(targeting_key=model_id)
+    ask = client.get_string_details
+    if not isinstance(default, str):
+        ask = client.get_boolean_details
+    found = ask(name, default, context)
+    return found.value, found.reason, found.error_code
+
+
+def test_openfeature_is_told_value_and_reason(client):
+    assert asked(client, "on") == (True, "STATIC", None)
+    assert asked(client, "none", "m66") == (False, "DISABLED", None)
+    assert asked(client, "part", "bad", True) == (False, "TARGETING_MATCH", None)
+    assert asked(client, "part", "vip") == (True, "TARGETING_MATCH", None)
+    assert asked(client, "part", "m66") == (True, "SPLIT", None)
+    assert asked(client, "part", "m91", True) == (False, "SPLIT", None)
+    assert asked(client, "part", None, True) == (False, "DEFAULT", None)
+    # A flag with a value answers with it, or with the caller's default.
+    name = "grafting_strategies"
+    assert asked(client, name, "m66", "linear") == ("momentum", "SPLIT", None)
+    assert asked(client, name, "m91", "linear") == ("linear", "SPLIT", None)
+    # One of ours that the file leaves out has the default without a word.
+    assert asked(client, "growth", "m66", True) == (True, "DEFAULT", None)
+
+
+def test_what_cannot_be_answered_is_an_error_and_the_default(client, caplog):
+    for _ in range(3):
+        assert asked(client, "prat", "m66", True) == (True, "ERROR", "FLAG_NOT_FOUND")
+        assert client.get_integer_details("qart", 3).error_code == "FLAG_NOT_FOUND"
+    [first, second] = caplog.messages  # each once
+    assert "has no flag 'prat': the default holds. Write [prat] into the" in first
+    assert "'qart'" in second
+    wrong = (True, "ERROR", "TYPE_MISMATCH")
+    assert asked(client, "grafting_strategies", "m66", True) == wrong
+    assert asked(client, "on", "m66", "x") == ("x", "ERROR", "TYPE_MISMATCH")
+    for ask, default in (
+        (client.get_integer_details, 3),
+        (client.get_float_details, 0.5),
+        (client.get_object_details, {"a": 1}),
+    ):
+        found = ask("on", default)
+        assert (found.value, found.error_code) == (default, "TYPE_MISMATCH")
+
+
+def test_the_environment_overrides_the_file(client, monkeypatch):
+    for word, value in (("1", True), ("OFF", False), ("yes", True), ("false", False)):
+        monkeypatch.setenv("ESPER_FEATURE_PART", word)
+        assert asked(client, "part", "bad") == (value, "STATIC", None)
+        assert flag_for("part", "bad", True) is value
+    monkeypatch.setenv("ESPER_FEATURE_PART", "perhaps")
+    assert asked(client, "part", "vip") == (False, "ERROR", "PARSE_ERROR")
+    with pytest.raises(FlagError, match=r"1 or 0, true or false.*got 'perhaps'. Corr"):
+        flag_for("part", "vip", False)
+    monkeypatch.setenv("ESPER_FEATURE_PART", "")  # as good as unset
+    assert asked(client, "part", "vip") == (True, "TARGETING_MATCH", None)
+    monkeypatch.setenv("ESPER_FEATURE_GRAFTING_STRATEGIES", "linear")
+    assert features_for("m66").grafting_strategies == "linear"
+    monkeypatch.setenv("ESPER_FEATURE_GRAFTING_STRATEGIES", "steep")
+    with pytest.raises(FlagError, match=r"must be one of linear.*got 'steep'. Corr"):
+        features_for("m66")
+
+
+def test_a_changed_file_is_read_again_and_a_broken_one_is_not(client, file, caplog):
+    events = queue.Queue()
+    for event in (
+        ProviderEvent.PROVIDER_STALE,
+        ProviderEvent.PROVIDER_CONFIGURATION_CHANGED,
+    ):
+        client.add_handler(event, events.put)
+    file.roll_out("part", 10)
+    assert asked(client, "part", "m66") == (False, "SPLIT", None)
+    assert events.get(timeout=10).flags_changed == ["part"]
+    sound = file.path.read_text()
+    for broken in (sound + "[part]", None):
+        if broken is None:
+            file.path.unlink()
+        else:
+            file.path.write_text(broken)
+        for _ in range(3):
+            assert asked(client, "on") == (True, "STALE", None)
+            assert asked(client, "part", "m66") == (False, "STALE", None)
+        [said] = caplog.messages  # once
+        caplog.clear()
+        assert "The flags from before hold until that is mended" in said
+        assert events.get(timeout=10).message in said
+        assert client.get_provider_status() is ProviderStatus.STALE
+    file.path.write_text(sound.replace("= 10", "= 30"))
+    assert asked(client, "part", "m66") == (True, "SPLIT", None)
+    assert client.get_provider_status() is ProviderStatus.READY
+    assert events.get(timeout=10).flags_changed == ["part"]
+    assert not caplog.messages
+
+
+def test_a_broken_file_is_no_beginning(tmp_path):
+    (tmp_path / "features.toml").write_text("growth = true")
+    with pytest.raises(FlagError, match="growth: expected a table"):
+        FlagFileProvider(tmp_path / "features.toml")
+
+
+@pytest.fixture
+def foreign():
+    """Sets the user's own provider, with given flags, as OpenFeature's default."""
+
+    def set_flags(**values):
+        flags = {name: InMemoryFlag("it", {"it": v}) for name, v in values.items()}
+        provider = InMemoryProvider(flags)
+        api.set_provider_and_wait(provider)
+        return provider
+
+    yield set_flags
+    api.clear_providers()
+
+
+def test_another_provider_is_used_as_it_is(foreign, monkeypatch, caplog):
+    foreign(growth=False, grafting_strategies="momentum")
+    expected = Features(growth=False, grafting_strategies="momentum")
+    assert features_for("m66") == expected
+    base = Features(incubation=False)
+    assert features_for("m66", defaults=base) == dataclasses.replace(
+        expected, incubation=False
+    )
+    monkeypatch.setenv("ESPER_FEATURE_GROWTH", "on")
+    assert features_for("m66") == dataclasses.replace(expected, growth=True)
+    assert not caplog.messages
+
+
+def test_what_another_provider_has_wrong_is_told(foreign, monkeypatch, caplog):
+    foreign(grafting_strategies="steep")
+    with pytest.raises(FlagError, match=r"grafting_strategies must be one of linear"):
+        features_for("m66")
+    foreign(growth="yes")
+    with pytest.raises(FlagError, match="growth: Expected type <class 'bool'>"):
+        features_for("m66")
+    provider = foreign()
+
+    def fails(*_, **__):
+        raise GeneralError("nobody answers")
+
+    monkeypatch.setattr(provider, "resolve_boolean_details", fails)
+    assert features_for("m66") == Features()
+    assert "growth: the default True holds, since the provider of the flags failed" in (
+        caplog.text
+    )
+
+
+def test_without_a_provider_the_defaults_hold():
+    assert features_for("m66") == Features()
+    assert dataclasses.asdict(Features()) == FEATURES
+
+
+def test_a_missing_extra_is_an_error_in_words(file, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tomlkit", None)
+    with pytest.raises(FlagError, match=r"needs tomlkit: pip install 'esper-jax\[rol"):
+        file.roll_out("growth", 10)
+    assert file.path.read_text() == COMMENTED
+    monkeypatch.delitem(sys.modules, "esper_jax.rollout.provider")
+    monkeypatch.setitem(sys.modules, "openfeature", None)
+    with pytest.raises(ImportError, match=r"pip install 'esper-jax\[rollout\]'"):
+        HybridLayer(None, 4, model_id="m66", rngs=None)

@@ -4,6 +4,7 @@ from esper_jax.commands.base import Command
 from esper_jax.commands.canary import Canary
 from esper_jax.commands.checkpoints import Checkpoint
 from esper_jax.commands.reading import Evaluate, Export, Report
+from esper_jax.commands.rollout import Flags
 from esper_jax.commands.training import Train
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "Command",
     "Evaluate",
     "Export",
+    "Flags",
     "Report",
     "Train",
 ]
@@ -23,6 +25,7 @@ COMMANDS: dict[str, type[Command]] = {
     "export": Export,
     "checkpoint": Checkpoint,
     "report": Report,
+    "flags": Flags,
     "canary": Canary,
 }
 """By the word that calls them."""

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from esper_jax.commands.base import Errand
+from esper_jax.commands.rollout import FILE
 
 __all__ = ["AbortCanary", "Canary", "Observe", "Resume", "Start", "Status", "Step"]
 
@@ -32,7 +33,7 @@ class Start:
     """The flag. It must be off, or below the first percentage."""
     dir: _Folder
     """Folder for its journal and observations."""
-    file: Annotated[Path, tyro.conf.arg(metavar="FILE")] = Path("configs/features.toml")
+    file: Annotated[Path, tyro.conf.arg(metavar="FILE")] = FILE
     """File of flags."""
     observations: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """File that observations come in; observations.jsonl in DIR by default."""

@@ -4,14 +4,16 @@ from esper_jax.rollout.canary import Canary
 from esper_jax.rollout.dial import Dial, FlagDial
 from esper_jax.rollout.flag_file import FlagFile
 from esper_jax.rollout.flags import FEATURES, Decision, Flag, FlagError, bucket, decide
+from esper_jax.rollout.hybrid import Comparison, HybridLayer
 from esper_jax.rollout.observations import Observer
 from esper_jax.rollout.plan import CanaryError, Plan
-from esper_jax.run.features import Features
+from esper_jax.run.features import Features, apply_features, policy_under
 
 __all__ = [
     "FEATURES",
     "Canary",
     "CanaryError",
+    "Comparison",
     "Decision",
     "Dial",
     "Features",
@@ -19,8 +21,11 @@ __all__ = [
     "FlagDial",
     "FlagError",
     "FlagFile",
+    "HybridLayer",
     "Observer",
     "Plan",
+    "apply_features",
     "bucket",
     "decide",
+    "policy_under",
 ]

@@ -14,6 +14,7 @@ from esper_jax.data import DATASETS, Dataset
 from esper_jax.hosts import MLP
 from esper_jax.lifecycle.grafting import Strategy
 from esper_jax.run.config import ConfigError, RunConfig
+from esper_jax.run.features import apply_features, policy_under
 from esper_jax.run.own import losses, own_data, own_model
 from esper_jax.train.program import Program, build
 
@@ -51,6 +52,10 @@ def build_run(
     """
     train = config.train
     model = own_model(config) if config.model.factory else _perceptron(config, data)
+    try:
+        apply_features(model, config.features)
+    except ValueError as error:
+        raise ConfigError(f"features.{error}") from None
     for _, node in nnx.iter_graph(model):
         # Else it would normalize with each device's own rows.
         if isinstance(node, nnx.BatchNorm) and node.axis_name is None:
@@ -64,7 +69,7 @@ def build_run(
                 train.blueprint_learning_rate, weight_decay=train.blueprint_weight_decay
             ),
             lifecycle_config=config.lifecycle,
-            controller_config=config.controller,
+            policy=policy_under(config.features, config.controller),
             axis_name=axis_name,
             **named,
         )
