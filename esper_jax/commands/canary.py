@@ -176,10 +176,16 @@ class Status:
     def act(self) -> int:
         """Prints it."""
         from esper_jax.rollout.canary import report
+        from esper_jax.rollout.dial import FlagDial
         from esper_jax.rollout.showing import lines_of
 
-        for line in lines_of(report(self.dir), time.time()):
+        found = report(self.dir)
+        for line in lines_of(found, time.time()):
             print(line)
+        if found.turned and found.state.status == "watching" and _in_file(found):
+            now = FlagDial(**found.where).percentage()
+            if now != found.percent:
+                print(f"  the flag is at {now}%: somebody else turned it")
         return 0
 
 
@@ -264,13 +270,19 @@ def _opened(folder: Path) -> Any:
     from esper_jax.rollout.dial import FlagDial
     from esper_jax.rollout.plan import CanaryError
 
-    where = report(folder).where
-    if set(where) != {"flag", "file"}:
+    found = report(folder)
+    where = found.where
+    if not _in_file(found):
         raise CanaryError(
             f"{folder}: its flag is in no file ({dict(where)}): go on with it where it "
             "was begun, with esper_jax.rollout.Canary"
         )
     return Canary(folder, FlagDial(**where))
+
+
+def _in_file(found: Any) -> bool:
+    """Whether a canary's flag is in a file, and not somewhere that we do not know."""
+    return set(found.where) == {"flag", "file"}
 
 
 def _last(found: Any) -> str:
