@@ -197,7 +197,9 @@ value = "adaptive"
 """
 
 
-def test_a_run_keeps_the_features_that_it_began_with(command, tmp_path):
+def test_a_run_keeps_the_features_that_it_began_with(
+    command, tmp_path, monkeypatch, caplog
+):
     file = FlagFile(tmp_path / "features.toml")
     file.path.write_text(FLAGS)
     train = ["train", SMOKE, "--out", "r", "--features", "features.toml"]
@@ -227,6 +229,11 @@ def test_a_run_keeps_the_features_that_it_began_with(command, tmp_path):
     config = load_config(SMOKE)
     silent = with_features(config, folder, None, "m7", resume=True)
     assert silent.features == began
+    assert not caplog.messages
+    monkeypatch.setenv("ESPER_FEATURE_CHUNKED_LAYERS", "on")
+    assert with_features(config, folder, None, "m7", resume=True) == silent
+    assert "features.chunked_layers stays False, as the run began" in caplog.text
+    monkeypatch.delenv("ESPER_FEATURE_CHUNKED_LAYERS")
 
     # With other flags too, but for what may change.
     file.roll_out("chunked_layers", 100)

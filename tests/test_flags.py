@@ -1,10 +1,12 @@
 """Flags: what a file says of a model, how it is changed, what OpenFeature is told."""
 
+import ast
 import concurrent.futures
 import dataclasses
 import json
 import os
 import queue
+import re
 import stat
 import sys
 from pathlib import Path
@@ -17,6 +19,7 @@ from openfeature.exception import GeneralError
 from openfeature.provider import ProviderStatus
 from openfeature.provider.in_memory_provider import InMemoryFlag, InMemoryProvider
 
+import esper_jax
 from esper_jax.rollout import (
     FEATURES,
     Features,
@@ -90,6 +93,8 @@ def test_a_percentage_is_that_share_of_many_ids():
 def test_a_change_keeps_comments_and_all_other_keys(file):
     assert file.roll_out("growth", 10).rollout_percentage == 10
     file.change("own_thing", blocklist=["z"])
+    file.change("own_thing", value="some")
+    file.change("own_thing", value=None)
     file.change("grafting_strategies", enabled=True, value="momentum")
     expected = COMMENTED.replace("enabled = true ", "enabled = false ")
     expected = expected.replace("percentage = 0", "percentage = 10")
@@ -155,9 +160,7 @@ def test_a_wrong_file_is_refused_with_what_to_do(text, message, tmp_path):
 
 
 def test_files_that_are_none_are_refused(tmp_path):
-    with pytest.raises(
-        FlagError, match=r"no such file.*copy of configs/features\.toml"
-    ):
+    with pytest.raises(FlagError, match=r"no such file.*a line \[NAME\] and a line"):
         FlagFile(tmp_path / "none.toml").read()
     with pytest.raises(FlagError, match="expected a file of flags, and is none"):
         FlagFile(tmp_path).read()
@@ -318,7 +321,7 @@ def test_a_changed_file_is_read_again_and_a_broken_one_is_not(client, file, capl
     assert asked(client, "part", "m66") == (False, "SPLIT", None)
     assert events.get(timeout=10).flags_changed == ["part"]
     sound = file.path.read_text()
-    for broken in (sound + "[part]", None):
+    for broken in (sound + "[part]", "# written anew", None):
         if broken is None:
             file.path.unlink()
         else:
@@ -335,6 +338,14 @@ def test_a_changed_file_is_read_again_and_a_broken_one_is_not(client, file, capl
     assert asked(client, "part", "m66") == (True, "SPLIT", None)
     assert client.get_provider_status() is ProviderStatus.READY
     assert events.get(timeout=10).flags_changed == ["part"]
+    assert not caplog.messages
+
+
+def test_a_relative_path_outlives_a_change_of_the_folder(file, monkeypatch, caplog):
+    monkeypatch.chdir(file.path.parent)
+    provider = FlagFileProvider(file.path.name)
+    monkeypatch.chdir("/")
+    assert provider.flags() == file.read()
     assert not caplog.messages
 
 
@@ -390,9 +401,40 @@ def test_what_another_provider_has_wrong_is_told(foreign, monkeypatch, caplog):
     )
 
 
+def test_the_shipped_file_and_the_docs_have_every_flag_and_change_nothing():
+    root = Path(esper_jax.__file__).parents[1]
+    provider = FlagFileProvider(root / "configs" / "features.toml")
+    assert list(provider.flags()) == list(FEATURES)
+    api.set_provider_and_wait(provider, DOMAIN)
+    assert features_for("m66") == Features()
+    api.clear_providers()
+    rows = re.findall(r"^\| `(\w+)` \|", (root / "docs/flags.md").read_text(), re.M)
+    assert rows == list(FEATURES)
+
+
 def test_without_a_provider_the_defaults_hold():
     assert features_for("m66") == Features()
     assert dataclasses.asdict(Features()) == FEATURES
+
+
+def test_the_provider_alone_imports_what_the_extra_installs():
+    package = Path(esper_jax.__file__).parent
+    needing = {
+        str(path.relative_to(package))
+        for path in package.rglob("*.py")
+        for node in ast.parse(path.read_text()).body
+        if not isinstance(node, ast.FunctionDef | ast.ClassDef)
+        for inner in ast.walk(node)
+        if _root(inner) in ("openfeature", "tomlkit")
+    }
+    assert needing == {"rollout/provider.py"}
+
+
+def _root(node):
+    """The package that a statement imports from, if it is an import."""
+    if isinstance(node, ast.Import):
+        return node.names[0].name.split(".")[0]
+    return (node.module or "").split(".")[0] if isinstance(node, ast.ImportFrom) else ""
 
 
 def test_a_missing_extra_is_an_error_in_words(file, monkeypatch):

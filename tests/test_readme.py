@@ -22,6 +22,7 @@ SUBJECTS = (
     "command-line",
     "design",
     "devices",
+    "flags",
     "lifecycle",
     "monitoring",
     "policies",

@@ -82,6 +82,7 @@ class Train(Command):
         from esper_jax.parallel.processes import together
         from esper_jax.rollout.opening import with_features
         from esper_jax.run.config import ConfigError, load_config
+        from esper_jax.run.features import Features
         from esper_jax.run.folder import RunFolder
         from esper_jax.run.run import train_run
 
@@ -106,7 +107,8 @@ class Train(Command):
                 resume=self.resume,
                 allowed=self.allow_change,
             )
-            if not jax.process_index() and self.features is not None:
+            flagged = self.features is not None or config.features != Features()
+            if flagged and not jax.process_index():
                 print(f"features of {model_id}: {config.features}", flush=True)
             try:
                 summary = train_run(

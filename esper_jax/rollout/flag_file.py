@@ -122,7 +122,10 @@ def _edited(text: str, name: str, keys: Mapping[str, Any]) -> str:
         document.append(name, tomlkit.table())
     table: Any = document[name]
     for key, value in keys.items():
-        table[key] = list(value) if isinstance(value, tuple) else value
+        if value is None:
+            table.pop(key)
+        else:
+            table[key] = list(value) if isinstance(value, tuple) else value
     changed = mark + tomlkit.dumps(document)
     if text.count("\n") == text.count("\r\n"):
         changed = re.sub("(?<!\r)\n", "\r\n", changed) if "\n" in text else changed
@@ -206,8 +209,8 @@ class FlagFile:
             return self.path.read_bytes().decode()
         except FileNotFoundError:
             raise FlagError(
-                f"{self.path}: there is no such file of flags; name another, or begin "
-                "with a copy of configs/features.toml"
+                f"{self.path}: there is no such file of flags; name another, or write "
+                "one: for each flag a line [NAME] and a line enabled = true or false"
             ) from None
         except OSError as error:
             raise FlagError(f"{self.path}: cannot be read: {error.strerror}") from None

@@ -54,7 +54,8 @@ def with_features(
         return dataclasses.replace(config, features=asked)
     began = read_config(folder).features
     kept: dict[str, Any] = dataclasses.asdict(began)
-    silent = file is None and asked == Features()
+    set_by_hand = any(os.environ.get(variable(name)) for name in FEATURES)
+    silent = file is None and not set_by_hand and asked == Features()
     for name, before in dataclasses.asdict(began).items():
         now = getattr(asked, name)
         if f"features.{name}" in allowed:

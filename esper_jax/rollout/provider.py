@@ -71,7 +71,7 @@ class FlagFileProvider(AbstractProvider):
 
     def __init__(self, path: Path | str) -> None:
         super().__init__()
-        self._file = FlagFile(path)
+        self._file = FlagFile(Path(path).expanduser().absolute())  # outlives chdir
         self._lock = threading.Lock()
         self._seen = self._stamp()  # before it is read, so that no change is missed
         self._flags = self._file.read()
@@ -91,7 +91,7 @@ class FlagFileProvider(AbstractProvider):
             self._seen = stamp
             before, was_stale = self._flags, self._stale
             try:
-                self._flags, self._stale = self._file.read(), ""
+                self._flags, self._stale = self._read_again(), ""
             except FlagError as error:
                 self._stale = str(error)
             after, stale = self._flags, self._stale
@@ -181,6 +181,18 @@ class FlagFileProvider(AbstractProvider):
             reason=Reason.STALE if self._stale else reason,
             variant="on" if on else "off",
         )
+
+    def _read_again(self) -> dict[str, Flag]:
+        """The flags of the file.
+
+        Raises:
+          FlagError: if it is broken, or empty: as a rule its writer is not done yet,
+            and without flags all models would have everything.
+        """
+        flags = self._file.read()
+        if self._flags and not flags:
+            raise FlagError(f"{self._file.path}: holds no flag any more")
+        return flags
 
     def _unknown(self, name: str) -> FlagNotFoundError:
         said = (
