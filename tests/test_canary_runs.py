@@ -347,6 +347,7 @@ def test_runs_are_observed_once_when_they_are_over(sound, command, tmp_path):
     assert out == "failed: candidate: error True\n"
     for line, message in (
         ("canary observe c nowhere", "nowhere holds no run"),
+        ("canary observe c", "RUN: expected the folder of a run at least"),
         ("canary observe d failed", "d: holds no canary"),
     ):
         status, _, err = command(line)

@@ -142,9 +142,12 @@ class Observe:
         """Appends the observations."""
         from esper_jax.rollout.canary import report
         from esper_jax.rollout.observations import Observer, read_from
+        from esper_jax.rollout.plan import CanaryError
         from esper_jax.rollout.runs import arm_of, observation_of
 
         found = report(self.dir)
+        if not self.runs:
+            raise CanaryError("RUN: expected the folder of a run at least, got none")
         known = {o.get("run") for o in read_from(found.observations, 0)[0]}
         new = []
         for run in self.runs:
