@@ -288,6 +288,21 @@ def test_what_is_slow_counts_as_an_error_and_a_state_is_kept_exactly():
     assert decide(again, more, 2.0) == decide(state, more, 2.0)
 
 
+def test_evidence_does_not_depend_on_when_one_looks():
+    batch = traffic(np.random.default_rng(9), 50, 400)
+    once, _ = decide(begin(PLAN, 0.0), batch, 1.0)
+    often = begin(PLAN, 0.0)
+    for cut in range(0, 400, 3):
+        some = Batch(*(column[cut : cut + 3] for column in batch))
+        often, _ = decide(often, some, 1.0)
+    for name, watch in once.watches.items():
+        other = often.watches[name]
+        assert (other.seen, other.waiting) == (watch.seen, watch.waiting)
+        assert other.evidence.number == watch.evidence.number > 90
+        np.testing.assert_allclose(other.evidence.harm, watch.evidence.harm)
+        np.testing.assert_allclose(other.evidence.clear, watch.evidence.clear)
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [

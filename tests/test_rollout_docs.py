@@ -9,9 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
+from openfeature import api
 
 from esper_jax.cli import main
-from esper_jax.rollout import canary
+from esper_jax.rollout import bucket, canary
+from esper_jax.rollout.observations import read_from
+from esper_jax.rollout.provider import FlagFileProvider
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "rollout.md").read_text()
@@ -104,6 +107,33 @@ def test_the_other_faults_of_the_example_are_rolled_back_too(fault, trigger, run
     run("esper-jax canary start chunked_layers c --percents 10 100")
     run(f"python examples/rollout_traffic.py 6000 c/observations.jsonl --fault {fault}")
     assert f": roll back: {trigger}" in run("esper-jax canary step c # exit status 1")
+
+
+def test_the_service_of_the_page_records_what_the_flag_says(run):
+    """Its code, with a provider of the same file."""
+    names = {}
+    [code] = re.findall(r"```python\n(import time.*?)```", PAGE, re.DOTALL)
+    exec(code, names)
+
+    def answer(request, new):
+        if new and request % 2:
+            raise ValueError("a broken version")
+
+    run("esper-jax flags rollout chunked_layers 50")
+    Path("canary").mkdir()
+    requests = [(f"model-{number}", number) for number in range(40)]
+    api.set_provider_and_wait(FlagFileProvider("configs/features.toml"))
+    try:
+        names["serve"](requests, answer)
+    finally:
+        api.clear_providers()
+    seen, _ = read_from(Path("canary/observations.jsonl"), 0)
+    for (model_id, number), row in zip(requests, seen, strict=True):
+        new = bucket(model_id) < 50
+        assert row["arm"] == ("candidate" if new else "baseline")
+        assert row["error"] == bool(new and number % 2)
+        assert row["latency"] >= 0
+    assert {row["arm"] for row in seen} == {"candidate", "baseline"}
 
 
 def test_the_page_names_every_option_of_a_plan():

@@ -8,7 +8,6 @@ from jaxtyping import Bool, Float
 
 from esper_jax.rollout.evidence import (
     BETS,
-    Comparisons,
     Evidence,
     Yardstick,
     compare,
@@ -21,6 +20,9 @@ __all__ = ["Watch", "figure", "odds", "values_of", "watched"]
 
 _REFERENCE = 256
 """Last values of the baseline that stand in for it at 100%."""
+
+_AT_ONCE = 4096
+"""Values that are compared with those at once, to bound the memory."""
 
 _LEAST_LATENCY = 1e-9
 """Latencies are compared by their logarithm, and coarse clocks measure 0."""
@@ -127,20 +129,21 @@ def _at_the_end(
     """Evidence of harm where the baseline is only remembered.
 
     The mean score of a candidate that is no worse, over values of the baseline that are
-    given, exceeds 0 by more than ``slack`` with a chance of ``alpha / 2`` at most.
+    given, exceeds 0 by more than ``slack`` with a chance of ``alpha / 2`` at most (W.
+    Hoeffding, 1963). This takes them as drawn apart from the decision to advance.
     """
     count = len(watch.baseline)
     if not count or not len(values):
         return watch.evidence
     slack = math.sqrt(2 * math.log(2 / alpha) / count)
-    pairs = Comparisons(
-        (values[:, None] - np.array(watch.baseline)).ravel(),
-        np.arange(len(values)) * count,
-        np.full(len(values), count),
-        0,
+    baseline, parts = np.array(watch.baseline), -(-len(values) // _AT_ONCE)
+    scores = np.concatenate(
+        [
+            yardstick.scores(part[:, None] - baseline, 0.0).mean(axis=1)
+            for part in np.array_split(values, parts)
+        ]
     )
-    scores = (pairs.scores(yardstick, 0.0) - slack) / (1 + slack)
-    grown = np.log1p(scores[:, None] * BETS).sum(axis=0)
+    grown = np.log1p((scores[:, None] - slack) / (1 + slack) * BETS).sum(axis=0)
     return dataclasses.replace(
         watch.evidence,
         harm=tuple((np.array(watch.evidence.harm) + grown).tolist()),
