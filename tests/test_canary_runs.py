@@ -14,7 +14,7 @@ from rich.console import Console
 from esper_jax.cli import main
 from esper_jax.data import digits
 from esper_jax.rollout import Canary, FlagDial, FlagFile, Observer, Plan, decide
-from esper_jax.rollout.runs import arm_of, observation_of
+from esper_jax.rollout.canary.runs import arm_of, observation_of
 from esper_jax.run.config import load_config
 from esper_jax.run.folder import RunError
 from esper_jax.run.run import train_run

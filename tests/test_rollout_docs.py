@@ -12,8 +12,9 @@ import pytest
 from openfeature import api
 
 from esper_jax.cli import main
-from esper_jax.rollout import bucket, canary
-from esper_jax.rollout.observations import read_from
+from esper_jax.rollout import bucket
+from esper_jax.rollout.canary import canary
+from esper_jax.rollout.canary.observations import read_from
 from esper_jax.rollout.provider import FlagFileProvider
 
 ROOT = Path(__file__).parents[1]

@@ -64,9 +64,9 @@ class Start:
 
     def act(self) -> int:
         """Begins it."""
-        from esper_jax.rollout.canary import Canary
-        from esper_jax.rollout.dial import FlagDial
-        from esper_jax.rollout.plan import Plan, in_words
+        from esper_jax.rollout.canary.canary import Canary
+        from esper_jax.rollout.canary.dial import FlagDial
+        from esper_jax.rollout.canary.plan import Plan, in_words
 
         given = {f.name: getattr(self, f.name) for f in dataclasses.fields(Plan)}
         given["watch"] = _seconds("watch", self.watch)
@@ -98,7 +98,7 @@ class Step:
 
     def act(self) -> int:
         """Does a step, or all."""
-        from esper_jax.rollout.canary import BlindError
+        from esper_jax.rollout.canary.canary import BlindError
 
         pause = None if self.every is None else _seconds("every", self.every)
         with _opened(self.dir) as canary:
@@ -140,10 +140,10 @@ class Observe:
 
     def act(self) -> int:
         """Appends the observations."""
-        from esper_jax.rollout.canary import report
-        from esper_jax.rollout.observations import Observer, read_from
-        from esper_jax.rollout.plan import CanaryError
-        from esper_jax.rollout.runs import arm_of, observation_of
+        from esper_jax.rollout.canary.canary import report
+        from esper_jax.rollout.canary.observations import Observer, read_from
+        from esper_jax.rollout.canary.plan import CanaryError
+        from esper_jax.rollout.canary.runs import arm_of, observation_of
 
         found = report(self.dir)
         if not self.runs:
@@ -178,9 +178,9 @@ class Status:
 
     def act(self) -> int:
         """Prints it."""
-        from esper_jax.rollout.canary import report
-        from esper_jax.rollout.dial import FlagDial
-        from esper_jax.rollout.showing import lines_of
+        from esper_jax.rollout.canary.canary import report
+        from esper_jax.rollout.canary.dial import FlagDial
+        from esper_jax.rollout.canary.showing import lines_of
 
         found = report(self.dir)
         for line in lines_of(found, time.time()):
@@ -257,7 +257,7 @@ def _seconds(name: str, text: str) -> float:
     Raises:
       CanaryError: if it is none.
     """
-    from esper_jax.rollout.plan import CanaryError
+    from esper_jax.rollout.canary.plan import CanaryError
 
     found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)([smhd]?)", text)
     if not found or not float(found[1]):
@@ -269,9 +269,9 @@ def _seconds(name: str, text: str) -> float:
 
 def _opened(folder: Path) -> Any:
     """The canary of a folder, with the flag that its journal names."""
-    from esper_jax.rollout.canary import Canary, report
-    from esper_jax.rollout.dial import FlagDial
-    from esper_jax.rollout.plan import CanaryError
+    from esper_jax.rollout.canary.canary import Canary, report
+    from esper_jax.rollout.canary.dial import FlagDial
+    from esper_jax.rollout.canary.plan import CanaryError
 
     found = report(folder)
     where = found.where

@@ -4,7 +4,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from esper_jax.rollout.plan import CanaryError
+from esper_jax.rollout.canary.plan import CanaryError
 from esper_jax.run.folder import RunFolder, read_config, read_json, read_lines
 from esper_jax.train.faults import Fault
 

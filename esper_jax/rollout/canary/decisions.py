@@ -22,10 +22,10 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from esper_jax.rollout.evidence import Evidence, needed
-from esper_jax.rollout.observations import ARMS, Batch
-from esper_jax.rollout.plan import CanaryError, Plan, in_words
-from esper_jax.rollout.watches import Watch, figure, odds, watched
+from esper_jax.rollout.canary.evidence import Evidence, needed
+from esper_jax.rollout.canary.observations import ARMS, Batch
+from esper_jax.rollout.canary.plan import CanaryError, Plan, in_words
+from esper_jax.rollout.canary.watches import Watch, figure, odds, watched
 
 __all__ = ["Action", "State", "begin", "decide", "from_json", "to_json"]
 

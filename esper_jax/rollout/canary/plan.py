@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from esper_jax.rollout.evidence import Yardstick
+from esper_jax.rollout.canary.evidence import Yardstick
 from esper_jax.run.references import shown
 
 __all__ = ["CanaryError", "Plan", "in_words"]

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float
 
-from esper_jax.rollout.plan import CanaryError
+from esper_jax.rollout.canary.plan import CanaryError
 from esper_jax.run.references import shown
 
 __all__ = [

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
+from esper_jax.rollout.canary.plan import CanaryError
 from esper_jax.rollout.flag_file import FlagFile
-from esper_jax.rollout.plan import CanaryError
 
 __all__ = ["Dial", "FlagDial"]
 

@@ -1,10 +1,10 @@
 """Where a canary stands, in lines for a terminal."""
 
-from esper_jax.rollout.canary import Report
-from esper_jax.rollout.decisions import State
-from esper_jax.rollout.evidence import needed
-from esper_jax.rollout.plan import in_words
-from esper_jax.rollout.watches import Watch, figure, odds
+from esper_jax.rollout.canary.canary import Report
+from esper_jax.rollout.canary.decisions import State
+from esper_jax.rollout.canary.evidence import needed
+from esper_jax.rollout.canary.plan import in_words
+from esper_jax.rollout.canary.watches import Watch, figure, odds
 
 __all__ = ["lines_of"]
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from esper_jax.rollout.decisions import (
+from esper_jax.rollout.canary.decisions import (
     Action,
     State,
     begin,
@@ -20,10 +20,10 @@ from esper_jax.rollout.decisions import (
     from_json,
     to_json,
 )
-from esper_jax.rollout.dial import Dial
-from esper_jax.rollout.journal import Journal, read_journal
-from esper_jax.rollout.observations import batch_of, end_of, read_from
-from esper_jax.rollout.plan import CanaryError, Plan
+from esper_jax.rollout.canary.dial import Dial
+from esper_jax.rollout.canary.journal import Journal, read_journal
+from esper_jax.rollout.canary.observations import batch_of, end_of, read_from
+from esper_jax.rollout.canary.plan import CanaryError, Plan
 
 __all__ = ["BlindError", "Canary", "Report", "report"]
 

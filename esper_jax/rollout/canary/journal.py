@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from esper_jax.rollout.plan import CanaryError
+from esper_jax.rollout.canary.plan import CanaryError
 
 __all__ = ["Journal", "read_journal"]
 

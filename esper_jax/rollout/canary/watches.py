@@ -6,15 +6,15 @@ import math
 import numpy as np
 from jaxtyping import Bool, Float
 
-from esper_jax.rollout.evidence import (
+from esper_jax.rollout.canary.evidence import (
     BETS,
     Evidence,
     Yardstick,
     compare,
     with_comparisons,
 )
-from esper_jax.rollout.observations import Batch
-from esper_jax.rollout.plan import Plan
+from esper_jax.rollout.canary.observations import Batch
+from esper_jax.rollout.canary.plan import Plan
 
 __all__ = ["Watch", "figure", "odds", "values_of", "watched"]
 
