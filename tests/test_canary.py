@@ -263,6 +263,17 @@ def test_each_decision_says_why():
     off, action = next_(mixed(20), 120.0)
     assert off.status == "rolled back"
     assert action.reason.startswith("not decided after 2m: 20 of 59")
+    # NaN alone needs no baseline: as many observations as show one in 20.
+    alone = Plan(
+        percents=(100,),
+        error_increase=None,
+        latency_ratio=None,
+        accuracy_drop=None,
+    )
+    state = begin(alone, 0.0)
+    assert next_(rows(True, 58, loss=1.0), 3600.0)[1].reason.startswith("58 of 59 obs")
+    assert next_(rows(True, 59, loss=1.0), 3600.0)[0].status == "finished"
+    assert next_(rows(True, nan=True), 1.0)[0].status == "rolled back"
     for wrong, message in ((math.nan, "expected seconds"), (-1.0, "ran backwards")):
         with pytest.raises(CanaryError, match=message):
             next_([], wrong)
