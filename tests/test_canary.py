@@ -636,6 +636,27 @@ def test_a_full_disk_leaves_journal_and_flag_as_they_were(tmp_path, monkeypatch)
         assert flag.percent == 50
 
 
+def test_a_flag_that_cannot_be_turned_is_turned_by_the_next_step(tmp_path):
+    """Also in the process that failed to: no bad candidate is left where it was."""
+    flag = FakeFlag()
+    with Canary.start(tmp_path, flag, ERRORS, now=0.0) as canary:
+        with Observer(canary.report().observations) as observer:
+            observer.observe("candidate", loss=math.nan)
+
+        def broken(percent):
+            raise OSError("the service that keeps it is gone")
+
+        flag.turn = broken
+        for _ in range(2):
+            with pytest.raises(OSError, match="is gone"):
+                canary.step(now=1.0)
+            assert (flag.percent, canary.report().turned) == (10, False)
+        del flag.turn
+        with pytest.raises(CanaryError, match=r"is over \(rolled back\)"):
+            canary.step(now=1.0)
+        assert flag.percent == 0
+
+
 def test_what_others_do_to_the_flag_is_found_out_and_can_be_undone(tmp_path):
     flag = FakeFlag()
     flag.percent = 10

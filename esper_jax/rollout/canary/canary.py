@@ -153,7 +153,7 @@ class Canary:
                     f"{dict(dial.where)}"
                 )
             if not found.turned:
-                self._turn(found)
+                self._settled()
                 self.mended = f"{found.flag} was turned to {found.percent}%"
         except BaseException:
             self.close()
@@ -244,7 +244,7 @@ class Canary:
             then.
           BlindError: if a trigger has seen nothing in a whole stage; that is a hold.
         """
-        found = self.report()
+        found = self._settled()
         if found.state.status == "watching":
             self._check(found)
         new, offset = read_from(found.observations, found.offset)
@@ -253,7 +253,7 @@ class Canary:
         percent = found.before if action.kind == "roll back" else state.percent
         self._note("look", action.kind, percent, action.reason, offset, state)
         if percent != found.percent:
-            self._turn(self.report())
+            self._settled()
         elif action.kind != "hold":
             self._journal.append("turned", time=clock, percent=percent)
         if action.blind:
@@ -268,7 +268,7 @@ class Canary:
         Returns:
           What was done, in words; empty if nothing was.
         """
-        found = self.report()
+        found = self._settled()
         if found.state.status != "watching" or self._dial_says(found.percent):
             return self.mended
         self._turn(found)
@@ -290,13 +290,13 @@ class Canary:
         Raises:
           CanaryError: if it is over.
         """
-        found = self.report()
+        found = self._settled()
         if found.state.status != "watching":
             raise CanaryError(f"this canary is over ({found.state.status}) already")
         clock = max(time.time() if now is None else now, found.state.clock)
         state = dataclasses.replace(found.state, status="aborted", clock=clock)
         self._note("abort", "abort", found.before, reason, found.offset, state)
-        self._turn(self.report())
+        self._settled()
 
     def _note(
         self,
@@ -308,15 +308,23 @@ class Canary:
         state: State,
     ) -> None:
         """Writes a decision down."""
-        said: Mapping[str, Any] = {"percent": percent, "reason": reason}
         self._journal.append(
             kind,
             time=state.clock,
             action=action,
-            **said,
+            percent=percent,
+            reason=reason,
             offset=offset,
             state=to_json(state),
         )
+
+    def _settled(self) -> Report:
+        """Where it stands, after turning the flag if that was left undone."""
+        found = self.report()
+        if found.turned:
+            return found
+        self._turn(found)
+        return self.report()
 
     def _check(self, found: Report) -> None:
         """Refuses to go on if somebody else turned the flag."""
