@@ -21,6 +21,7 @@ ROOMS = (
     "train",
     "monitor",
     "rollout",
+    "rollout.canary",
     "rollout.provider",
     "checkpoint",
     "kernels.blend",

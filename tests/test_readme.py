@@ -26,6 +26,7 @@ SUBJECTS = (
     "lifecycle",
     "monitoring",
     "policies",
+    "rollout",
     "shipping",
     "tutorial",
     "your-loop",

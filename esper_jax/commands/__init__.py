@@ -1,6 +1,7 @@
 """The commands of ``esper-jax``: what each takes, and what it does."""
 
 from esper_jax.commands.base import Command
+from esper_jax.commands.canary import Canary
 from esper_jax.commands.checkpoints import Checkpoint
 from esper_jax.commands.reading import Evaluate, Export, Report
 from esper_jax.commands.rollout import Flags
@@ -8,6 +9,7 @@ from esper_jax.commands.training import Train
 
 __all__ = [
     "COMMANDS",
+    "Canary",
     "Checkpoint",
     "Command",
     "Evaluate",
@@ -24,5 +26,6 @@ COMMANDS: dict[str, type[Command]] = {
     "checkpoint": Checkpoint,
     "report": Report,
     "flags": Flags,
+    "canary": Canary,
 }
 """By the word that calls them."""
