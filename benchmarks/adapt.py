@@ -281,7 +281,11 @@ def summary(found: dict[str, Any]) -> None:
         line = []
         for other in ("uniform LoRA", "AdaLoRA"):
             tables = [found["cells"][label] for label in by_cell]
-            gaps = [np.subtract(t[arm]["score"], t[other]["score"]) for t in tables]
+            gaps = [
+                np.subtract(t[arm]["score"], t[other]["score"])
+                for t in tables
+                if other in t
+            ]
             better = sum(g.mean() + half(g) < 0 for g in gaps)
             worse = sum(g.mean() - half(g) > 0 for g in gaps)
             line.append(f"{better} / {worse}")
