@@ -2,11 +2,13 @@
 
 from esper_jax.commands.base import Command
 from esper_jax.commands.checkpoints import Checkpoint
+from esper_jax.commands.comparing import Ab
 from esper_jax.commands.reading import Evaluate, Export, Report
 from esper_jax.commands.training import Train
 
 __all__ = [
     "COMMANDS",
+    "Ab",
     "Checkpoint",
     "Command",
     "Evaluate",
@@ -21,5 +23,6 @@ COMMANDS: dict[str, type[Command]] = {
     "export": Export,
     "checkpoint": Checkpoint,
     "report": Report,
+    "ab": Ab,
 }
 """By the word that calls them."""

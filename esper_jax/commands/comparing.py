@@ -1,0 +1,95 @@
+"""``esper-jax ab``: it runs two configs beside each other."""
+
+import dataclasses
+import itertools
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from esper_jax import _early
+from esper_jax.commands.base import Command
+
+__all__ = ["Ab"]
+
+_Overrides = Annotated[
+    tuple[tuple[str, ...], ...],
+    tyro.conf.arg(metavar="KEY=VALUE ..."),
+    tyro.conf.UseAppendAction,
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Ab(Command):
+    """Compare two configs by paired runs: the same data, seeds and order of rows.
+
+    Tells before how many pairs a difference takes, and afterwards the difference with
+    its interval. The same command goes on with a test that was stopped.
+    """
+
+    config_a: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG_A")]
+    """TOML file of A. Its seed is that of the first pair."""
+    config_b: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG_B")]
+    """TOML file of B; may be the same file, changed by --set-b."""
+    seeds: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """Pairs of runs; at most that many with --sequential. Default: as many as --effect
+    and --power take."""
+    metric: Annotated[
+        tuple[str, ...],
+        tyro.conf.arg(metavar="NAME"),
+        tyro.conf.UseAppendAction,
+    ] = ()
+    """A key of summary.json, ticks:KEY, or metrics:SERIES[/LABEL]; the latter two may
+    end in :last, :first, :min, :max, :mean, :median or :sum. May be repeated. Default:
+    final_loss."""
+    out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Folder of the test. Default: runs/ab-CONFIG_A-CONFIG_B."""
+    sequential: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Look after each pair, and stop once the first metric differs; the error stays
+    --alpha."""
+    alpha: float = 0.05
+    """Chance to see a difference where there is none, over all metrics."""
+    power: float = 0.8
+    """Chance to see a difference of --effect."""
+    effect: float = 0.8
+    """Difference to plan for, in standard deviations of the pairs' differences."""
+    set: _Overrides = ()
+    """Override values of both configs, for example train.ticks=100."""
+    set_a: _Overrides = ()
+    """Override values of A."""
+    set_b: _Overrides = ()
+    """Override values of B."""
+
+    def run(self, stop: Any) -> int:
+        from esper_jax.rollout.ab import run_ab
+        from esper_jax.rollout.plan import Plan, pairs_worked_out
+        from esper_jax.run.config import load_config
+
+        both = list(itertools.chain(*self.set))
+        metrics = self.metric or ("final_loss",)
+        seeds = self.seeds
+        if seeds is None:
+            seeds = pairs_worked_out(
+                self.effect,
+                self.power,
+                self.alpha,
+                metrics=len(metrics),
+                sequential=self.sequential,
+            )
+        plan = Plan(
+            a=load_config(self.config_a, [*both, *itertools.chain(*self.set_a)]),
+            b=load_config(self.config_b, [*both, *itertools.chain(*self.set_b)]),
+            metrics=metrics,
+            pairs=seeds,
+            alpha=self.alpha,
+            power=self.power,
+            effect=self.effect,
+            sequential=self.sequential,
+        )
+        stems = f"ab-{self.config_a.stem}-{self.config_b.stem}"
+        out = self.out or Path("runs") / stems
+        _early.started()
+        with stop:
+            result = run_ab(plan, out, stop=stop, say=print)
+        print("", *result.lines(), "", f"result: {out / 'result.json'}", sep="\n")
+        return 0
