@@ -2,13 +2,14 @@
 
 from esper_jax.commands.base import Command
 from esper_jax.commands.checkpoints import Checkpoint
-from esper_jax.commands.comparing import Ab
+from esper_jax.commands.comparing import Ab, Bench
 from esper_jax.commands.reading import Evaluate, Export, Report
 from esper_jax.commands.training import Train
 
 __all__ = [
     "COMMANDS",
     "Ab",
+    "Bench",
     "Checkpoint",
     "Command",
     "Evaluate",
@@ -24,5 +25,6 @@ COMMANDS: dict[str, type[Command]] = {
     "checkpoint": Checkpoint,
     "report": Report,
     "ab": Ab,
+    "bench": Bench,
 }
 """By the word that calls them."""

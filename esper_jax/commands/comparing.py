@@ -1,4 +1,4 @@
-"""``esper-jax ab``: it runs two configs beside each other."""
+"""``esper-jax ab`` and ``bench``: they run two things beside each other."""
 
 import dataclasses
 import itertools
@@ -8,9 +8,9 @@ from typing import Annotated, Any
 import tyro
 
 from esper_jax import _early
-from esper_jax.commands.base import Command
+from esper_jax.commands.base import Command, Errand
 
-__all__ = ["Ab"]
+__all__ = ["Ab", "Bench"]
 
 _Overrides = Annotated[
     tuple[tuple[str, ...], ...],
@@ -93,3 +93,73 @@ class Ab(Command):
             result = run_ab(plan, out, stop=stop, say=print)
         print("", *result.lines(), "", f"result: {out / 'result.json'}", sep="\n")
         return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench(Errand):
+    """Measure step and tick of a config; save them as a baseline, or compare with one.
+
+    A comparison runs the saved programs again, in turns with today's. It exits with
+    status 1 if today's take more time or memory than the tolerance, beyond doubt, and
+    with 2 if they cannot be compared.
+    """
+
+    config: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")]
+    """TOML file with the model and its data."""
+    save: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    """Save a baseline under this name."""
+    against: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    """Compare with the baseline of this name."""
+    dir: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("baselines")
+    """Folder of the baselines."""
+    tolerance: float = 0.1
+    """With --against: share by which time and memory may be worse."""
+    rounds: Annotated[int, tyro.conf.arg(metavar="N")] = 40
+    """Turns of each program."""
+    json: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
+    """With --against: also write the comparison there."""
+    set: _Overrides = ()
+    """Override config values."""
+
+    def act(self) -> int:
+        from esper_jax.rollout import baseline
+        from esper_jax.rollout.baseline_words import compared, figures_told
+        from esper_jax.run.config import ConfigError, load_config
+        from esper_jax.run.folder import write_json
+
+        if self.save is not None and self.against is not None:
+            raise ConfigError("--save and --against: expected one of them, got both")
+        if self.json is not None and self.against is None:
+            raise ConfigError("--json: expected --against NAME with it")
+        if not 0 <= self.tolerance <= 10:
+            raise ConfigError(
+                f"--tolerance: expected a share from 0 to 10, such as 0.1, got "
+                f"{self.tolerance}"
+            )
+        if not 8 <= self.rounds <= 10_000:
+            raise ConfigError(
+                "--rounds: expected from 8, below which there is no interval, to "
+                f"10000, got {self.rounds}"
+            )
+        name = self.save or self.against
+        folder = None if name is None else baseline.check_name(self.dir, name)
+        overrides = list(itertools.chain(*self.set))
+        config = load_config(self.config, overrides)
+        if folder is not None:
+            baseline.check_there(folder, self.against is not None)
+        prepared = baseline.prepare(config)
+        rows = prepared.sizes["rows"]
+        if folder is None or self.save is not None:
+            figures = baseline.measure(prepared, self.rounds)
+            print(*figures_told(figures, rows), sep="\n")
+            if folder is not None:
+                baseline.save(prepared, figures, folder)
+                print(f"baseline: {folder}")
+            return 0
+        comparison = baseline.compare(
+            prepared, folder, tolerance=self.tolerance, rounds=self.rounds
+        )
+        if self.json is not None:
+            write_json(self.json, comparison.to_dict())
+        print(*compared(comparison, rows), sep="\n")
+        return 1 if comparison.regressed else 0

@@ -136,19 +136,19 @@ def run_ab(
         say(line)
     pairs: list[Pair] = []
     train = functools.partial(_run, plan, out, shared, stop)
-    while len(pairs) < plan.pairs and not is_decided(plan, pairs):
-        number = len(pairs)
-        # Which comes first alternates, for metrics that are times.
-        order = ("a", "b") if number % 2 == 0 else ("b", "a")
-        try:
+    try:
+        while len(pairs) < plan.pairs and not is_decided(plan, pairs):
+            number = len(pairs)
+            # Which comes first alternates, for metrics that are times.
+            order = ("a", "b") if number % 2 == 0 else ("b", "a")
             values = {arm: train(arm, number) for arm in order}
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(
-                f"{number} of {plan.pairs} pairs are done; the same command with --out "
-                f"{out} goes on"
-            ) from None
-        pairs.append(Pair(plan.a.seed + number, values["a"], values["b"]))
-        say(_progress(plan, pairs))
+            pairs.append(Pair(plan.a.seed + number, values["a"], values["b"]))
+            say(_progress(plan, pairs))
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"{len(pairs)} of {plan.pairs} pairs are done; the same command with --out "
+            f"{out} goes on"
+        ) from None
     result = Result(
         plan=plan,
         pairs=tuple(pairs),

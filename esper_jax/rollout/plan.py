@@ -13,6 +13,7 @@ __all__ = [
     "Plan",
     "altered",
     "as_t_test",
+    "differing",
     "least_pairs",
     "pairs_for",
     "pairs_worked_out",
@@ -113,7 +114,12 @@ def plan_of(table: Mapping[str, Any]) -> Plan:
 
 def altered(a: RunConfig, b: RunConfig) -> dict[str, tuple[Any, Any]]:
     """Keys that differ and can change a number of a run; the values in both."""
-    first, second = _flat(to_dict(a)), _flat(to_dict(b))
+    return differing(to_dict(a), to_dict(b))
+
+
+def differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """`altered` for tables as `run.config.to_dict` makes them, or JSON of them."""
+    first, second = _flat(a), _flat(b)
     return {
         key: (first.get(key), second.get(key))
         for key in sorted(first.keys() | second.keys())
@@ -123,10 +129,13 @@ def altered(a: RunConfig, b: RunConfig) -> dict[str, tuple[Any, Any]]:
 
 
 def _flat(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values by dotted key; tuples as the lists that JSON makes of them."""
     flat: dict[str, Any] = {}
     for key, value in tables.items():
-        inner = isinstance(value, Mapping) and value
-        flat |= _flat(value, f"{prefix}{key}.") if inner else {prefix + key: value}
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = [*value] if isinstance(value, tuple) else value
     return flat
 
 

@@ -59,7 +59,7 @@ def build_run(
 
 
 class SharedPrograms:
-    """`build_run` for many runs: those that differ in their seed alone compile once.
+    """`build_run` for many runs: those that differ in seed or length compile once.
 
     Each still begins with the values that its own seed draws, and ends with the same
     bits as alone. A model of one's own whose form depends on the seed is compiled anew.
@@ -75,7 +75,7 @@ class SharedPrograms:
         model = _model(config, data, axis_name)
         values, form = values_of(model), nnx.graphdef(model)
         shapes = jax.tree.map(lambda x: (x.shape, x.dtype), values)
-        key = dataclasses.replace(config, seed=0), axis_name
+        key = _form(config), axis_name
         known, program = self._made.get(key, (None, None))
         if program is None or known != (form, shapes):
             program = _program(config, model, axis_name)
@@ -84,6 +84,13 @@ class SharedPrograms:
         return program._replace(
             init=lambda rng, values=values: shared.init(rng, values)
         )
+
+
+def _form(config: RunConfig) -> RunConfig:
+    """The config without what the program of a run does not depend on."""
+    kept = ("data", "model", "growth", "lifecycle", "controller")
+    tables = {name: getattr(config, name) for name in kept}
+    return RunConfig(**tables, train=dataclasses.replace(config.train, ticks=1))
 
 
 def _model(config: RunConfig, data: Dataset, axis_name: str | None) -> nnx.Module:

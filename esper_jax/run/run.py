@@ -75,7 +75,7 @@ def train_run(
       console: where the live view prints; standard output by default.
       stop: signals to end for; SIGINT by default, and only while steps are done.
       build: makes the program; a `run.build.SharedPrograms` compiles once for runs that
-        differ in their seed alone.
+        differ in seed or length.
 
     Raises:
       RunError: if ``out`` cannot be used, or, as a `RunStopped`, if the governor
