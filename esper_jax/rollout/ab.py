@@ -25,7 +25,14 @@ from rich.console import Console
 
 from esper_jax.rollout.metrics import read_metric
 from esper_jax.rollout.plan import Plan, altered, plan_of, told
-from esper_jax.rollout.verdict import Finding, Pair, findings, is_decided, table
+from esper_jax.rollout.verdict import (
+    Finding,
+    Pair,
+    advised,
+    findings,
+    is_decided,
+    table,
+)
 from esper_jax.run.build import SharedPrograms, load_data
 from esper_jax.run.config import ConfigError, RunConfig
 from esper_jax.run.folder import (
@@ -153,7 +160,7 @@ def run_ab(
         plan=plan,
         pairs=tuple(pairs),
         stopped_early=len(pairs) < plan.pairs,
-        findings=tuple(findings(plan, pairs)),
+        findings=tuple(advised(plan, f) for f in findings(plan, pairs)),
     )
     write_json(out / "result.json", result.to_dict())
     return result

@@ -40,7 +40,7 @@ _TRIALS = 4000
 _BLOCK = 64
 """Pairs that are simulated at first."""
 
-_GRID = 256
+_GRID = 64
 """Means on each side that an interval is looked for among."""
 
 

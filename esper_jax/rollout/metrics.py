@@ -141,6 +141,7 @@ def _at(table: Any, metric: Metric) -> Any:
     for depth, key in enumerate(metric.path):
         if not isinstance(table, Mapping):
             return None
+        # A run writes a series in every line, or not at all.
         table = table.get(key, metric.absent if depth else None)
     return table
 

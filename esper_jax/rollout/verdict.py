@@ -10,7 +10,7 @@ import numpy as np
 from esper_jax.rollout import anytime, paired
 from esper_jax.rollout.plan import Plan, as_t_test, least_pairs, pairs_for
 
-__all__ = ["Finding", "Pair", "findings", "is_decided", "table"]
+__all__ = ["Finding", "Pair", "advised", "findings", "is_decided", "table"]
 
 
 class Pair(NamedTuple):
@@ -45,8 +45,8 @@ class Finding:
       p: what is judged by: the larger of both, or that of the sequential test.
       adjusted_p: by Holm, over all metrics that are judged.
       detectable: difference that as many pairs find with the plan's power, if the
-        spread is the true one; of a fixed number of pairs only.
-      pairs_for_this: pairs that a difference like the one seen takes.
+        spread is the true one; of a fixed number of pairs only. See `advised`.
+      pairs_for_this: pairs that a difference like the one seen takes; likewise.
     """
 
     metric: str
@@ -166,15 +166,21 @@ def _seen(plan: Plan, differences: np.ndarray) -> dict[str, Any]:
         found["t_p"] = float(test.p)
         found["wilcoxon_p"] = paired.wilcoxon_p(differences)
         found["p"] = max(found["t_p"], found["wilcoxon_p"])
-        if len(differences) >= least_pairs(plan.strict):
-            number = as_t_test(len(differences))
-            least = paired.detectable(number, plan.power, plan.strict)
-            found["detectable"] = spread * least
-    if spread and abs(mean) / spread > 1e-3:
-        found["pairs_for_this"] = pairs_for(
-            abs(mean) / spread, plan.power, plan.strict, False
-        )
     return found | {"interval": (low, high)}
+
+
+def advised(plan: Plan, finding: Finding) -> Finding:
+    """A finding with what as many pairs can find, and what one like it takes."""
+    spread, mean = finding.spread, finding.difference
+    if not spread or mean is None:
+        return finding
+    detectable = pairs = None
+    if not plan.sequential and finding.pairs >= least_pairs(plan.strict):
+        number = as_t_test(finding.pairs)
+        detectable = spread * paired.detectable(number, plan.power, plan.strict)
+    if abs(mean) / spread > 1e-3:
+        pairs = pairs_for(abs(mean) / spread, plan.power, plan.strict, False)
+    return dataclasses.replace(finding, detectable=detectable, pairs_for_this=pairs)
 
 
 def table(plan: Plan, found: Sequence[Finding]) -> list[str]:
