@@ -29,6 +29,9 @@ from esper_jax.trees import is_key
 
 __all__ = ["Compiled", "Exported", "compiled", "export_program", "load", "occupied"]
 
+_PLATFORMS = {"gpu": ("cuda", "rocm")}
+"""What `jax.export` calls a backend, where it is something else."""
+
 _TRITON = ("__gpu$xla.gpu.triton", "triton_kernel_call")
 """Custom calls without a promise for the future, which our own kernels are."""
 
@@ -73,7 +76,7 @@ def load(path: Path) -> Exported:
     try:
         data = path.with_suffix(".stablehlo").read_bytes()
         program = jax.export.deserialize(bytearray(data))
-        with np.load(path.with_suffix(".npz")) as raw:
+        with path.with_suffix(".npz").open("rb") as file, np.load(file) as raw:
             arrays = [
                 raw[f"{i:06d}"].view(jnp.dtype(aval.dtype)).reshape(aval.shape)
                 for i, aval in enumerate(program.in_avals)
@@ -179,7 +182,7 @@ def compiled(exported: Exported) -> Compiled:
     """
     here = jax.default_backend()
     platforms = exported.program.platforms
-    if _platform(here) not in platforms:
+    if not {here, *_PLATFORMS.get(here, ())} & {*platforms}:
         raise RunError(
             f"the program is for {', '.join(platforms)}, and this device is {here}"
         )
@@ -201,11 +204,6 @@ def compiled(exported: Exported) -> Compiled:
         )
     )
     return Compiled(exported, run, seconds, memory)
-
-
-def _platform(backend: str) -> str:
-    """A backend as `jax.export` calls it."""
-    return "cuda" if backend == "gpu" else backend
 
 
 @contextlib.contextmanager

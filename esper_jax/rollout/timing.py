@@ -18,7 +18,15 @@ import numpy as np
 from jaxtyping import Float
 from scipy import stats
 
-__all__ = ["Ratio", "Replay", "Times", "busy_of_marks", "ratio_of", "take_turns"]
+__all__ = [
+    "Ratio",
+    "Replay",
+    "Times",
+    "busy_of_marks",
+    "device_times",
+    "ratio_of",
+    "take_turns",
+]
 
 _MARK = "esper-bench"
 """Name of a call in the profiler's trace."""
@@ -48,8 +56,8 @@ def take_turns(first: Replay, second: Replay, rounds: int) -> Times:
 
     Both are called before, and not timed then.
     """
-    on_device = jax.default_backend() == "gpu" and _device_times(first(2)) is not None
-    clock = _device_times if on_device else _wall_times
+    on_device = jax.default_backend() == "gpu" and device_times(first(2)) is not None
+    clock = device_times if on_device else _wall_times
     slowest = max(min(_wall_times(replay(3))) for replay in (first, second))
     calls = max(1, min(20, int(_LONGEST / slowest)))
     if on_device:
@@ -73,7 +81,7 @@ def _wall_times(calls: Sequence[Callable[[], Any]]) -> list[float]:
     return seconds
 
 
-def _device_times(calls: Sequence[Callable[[], Any]]) -> list[float] | None:
+def device_times(calls: Sequence[Callable[[], Any]]) -> list[float] | None:
     """Time that a GPU was busy in each call, by the profiler; None if it saw none."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder, create_perfetto_trace=True):
