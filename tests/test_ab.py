@@ -14,10 +14,10 @@ from rich.console import Console
 from scipy import stats
 
 from esper_jax.cli import main
-from esper_jax.rollout import ab, anytime, paired
-from esper_jax.rollout.metrics import parse_metric, read_metric
-from esper_jax.rollout.plan import Plan, pairs_for, plan_of, power_with, told
-from esper_jax.rollout.verdict import Pair, advised, findings, is_decided, table
+from esper_jax.rollout.ab import anytime, paired, run_ab
+from esper_jax.rollout.ab.metrics import parse_metric, read_metric
+from esper_jax.rollout.ab.plan import Plan, pairs_for, plan_of, power_with, told
+from esper_jax.rollout.ab.verdict import Pair, advised, findings, is_decided, table
 from esper_jax.run.config import ConfigError, load_config, parse_config
 from esper_jax.run.folder import RunError, RunFolder
 from esper_jax.run.run import train_run
@@ -372,10 +372,10 @@ def ran(tmp_path_factory):
             os.kill(os.getpid(), signal.SIGINT)
 
     with Stop() as stop, pytest.raises(KeyboardInterrupt) as stopped:
-        ab.run_ab(tiny(), out, stop=stop, say=say)
+        run_ab(tiny(), out, stop=stop, say=say)
     ids = {p.parent.name: p.read_text() for p in out.glob("*/run.json")}
     more = []
-    return out, str(stopped.value), ids, ab.run_ab(tiny(), out, say=more.append), more
+    return out, str(stopped.value), ids, run_ab(tiny(), out, say=more.append), more
 
 
 def test_a_test_that_was_stopped_goes_on(ran):
@@ -427,17 +427,17 @@ def test_a_test_goes_on_with_its_own_plan_alone(ran, tmp_path):
     ):
         before = sorted(out.rglob("*"))
         with pytest.raises(ConfigError, match=message):
-            ab.run_ab(other, out)
+            run_ab(other, out)
         assert sorted(out.rglob("*")) == before
     note = tmp_path / "note"
     note.touch()
     with pytest.raises(RunError, match="holds no A/B test"):
-        ab.run_ab(tiny(), tmp_path)
+        run_ab(tiny(), tmp_path)
     with pytest.raises(RunError, match="note is no folder"):
-        ab.run_ab(tiny(), note)
+        run_ab(tiny(), note)
     (tmp_path / "plan.json").write_text('{"plan": {"a": {}}}')
     with pytest.raises(RunError, match="damaged"):
-        ab.run_ab(tiny(), tmp_path)
+        run_ab(tiny(), tmp_path)
 
 
 def test_the_command_tells_its_plan_its_result_and_what_is_wrong(

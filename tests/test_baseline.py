@@ -14,16 +14,16 @@ from scipy import stats
 from esper_jax.cli import main
 from esper_jax.lifecycle.stages import Stage
 from esper_jax.rollout import baseline
-from esper_jax.rollout.baseline_words import compared, figures_told
-from esper_jax.rollout.comparison import judged
-from esper_jax.rollout.exported import compiled, export_program, load, occupied
-from esper_jax.rollout.timing import (
+from esper_jax.rollout.baseline.comparison import judged
+from esper_jax.rollout.baseline.exported import compiled, export_program, load, occupied
+from esper_jax.rollout.baseline.timing import (
     Times,
     busy_of_marks,
     device_times,
     ratio_of,
     take_turns,
 )
+from esper_jax.rollout.baseline.words import compared, figures_told
 from esper_jax.run.build import build_run, load_data
 from esper_jax.run.config import ConfigError, load_config
 from esper_jax.run.folder import RunError

@@ -61,8 +61,8 @@ class Ab(Command):
     """Override values of B."""
 
     def run(self, stop: Any) -> int:
-        from esper_jax.rollout.ab import run_ab
-        from esper_jax.rollout.plan import Plan, pairs_worked_out
+        from esper_jax.rollout.ab.plan import Plan, pairs_worked_out
+        from esper_jax.rollout.ab.running import run_ab
         from esper_jax.run.config import load_config
 
         both = list(itertools.chain(*self.set))
@@ -122,8 +122,8 @@ class Bench(Errand):
     """Override config values."""
 
     def act(self) -> int:
-        from esper_jax.rollout import baseline
-        from esper_jax.rollout.baseline_words import compared, figures_told
+        from esper_jax.rollout.baseline import saved as baseline
+        from esper_jax.rollout.baseline.words import compared, figures_told
         from esper_jax.run.config import ConfigError, load_config
         from esper_jax.run.folder import write_json
 

@@ -26,6 +26,10 @@ Build = Callable[[RunConfig, Dataset, str | None], Program]
 """Makes the program of a run, as `build_run` does."""
 
 
+_OF_A_RUN = ("checkpoint", "compare", "governor", "monitor")
+"""Tables that change no program."""
+
+
 def load_data(config: RunConfig) -> Dataset:
     """The data set of a config.
 
@@ -88,9 +92,10 @@ class SharedPrograms:
 
 def _form(config: RunConfig) -> RunConfig:
     """The config without what the program of a run does not depend on."""
-    kept = ("data", "model", "growth", "lifecycle", "controller")
-    tables = {name: getattr(config, name) for name in kept}
-    return RunConfig(**tables, train=dataclasses.replace(config.train, ticks=1))
+    bare = RunConfig()
+    others = {name: getattr(bare, name) for name in _OF_A_RUN}
+    train = dataclasses.replace(config.train, ticks=1)
+    return dataclasses.replace(config, seed=0, train=train, **others)
 
 
 def _model(config: RunConfig, data: Dataset, axis_name: str | None) -> nnx.Module:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from esper_jax.rollout.comparison import Comparison, Figures, Part
+from esper_jax.rollout.baseline.comparison import Comparison, Figures, Part
 
 __all__ = ["compared", "figures_told"]
 

@@ -23,9 +23,9 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from esper_jax.rollout.metrics import read_metric
-from esper_jax.rollout.plan import Plan, altered, plan_of, told
-from esper_jax.rollout.verdict import (
+from esper_jax.rollout.ab.metrics import read_metric
+from esper_jax.rollout.ab.plan import Plan, altered, plan_of, told
+from esper_jax.rollout.ab.verdict import (
     Finding,
     Pair,
     advised,

@@ -5,15 +5,15 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from esper_jax.rollout import anytime, paired
-from esper_jax.rollout.metrics import Metric, parse_metric
+from esper_jax.rollout.ab import anytime, paired
+from esper_jax.rollout.ab.metrics import Metric, parse_metric
+from esper_jax.run.changes import differing
 from esper_jax.run.config import ConfigError, RunConfig, parse_config, to_dict
 
 __all__ = [
     "Plan",
     "altered",
     "as_t_test",
-    "differing",
     "least_pairs",
     "pairs_for",
     "pairs_worked_out",
@@ -36,7 +36,7 @@ class Plan:
     Args:
       a: config of one arm. Pair number ``i`` runs with the seed ``a.seed + i``.
       b: config of the other; must train on the same data. Its seed is not used.
-      metrics: names, as in `rollout.metrics`. All of them are judged together.
+      metrics: names, as in `rollout.ab.metrics`. All of them are judged together.
       pairs: of runs; at most that many if ``sequential``.
       alpha: chance to see a difference in any metric where there is none.
       power: chance to see one of ``effect`` in a metric; for planning.
@@ -114,29 +114,7 @@ def plan_of(table: Mapping[str, Any]) -> Plan:
 
 def altered(a: RunConfig, b: RunConfig) -> dict[str, tuple[Any, Any]]:
     """Keys that differ and can change a number of a run; the values in both."""
-    return differing(to_dict(a), to_dict(b))
-
-
-def differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """`altered` for tables as `run.config.to_dict` makes them, or JSON of them."""
-    first, second = _flat(a), _flat(b)
-    return {
-        key: (first.get(key), second.get(key))
-        for key in sorted(first.keys() | second.keys())
-        if first.get(key) != second.get(key)
-        and key.split(".")[0] not in _WITHOUT_EFFECT
-    }
-
-
-def _flat(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Values by dotted key; tuples as the lists that JSON makes of them."""
-    flat: dict[str, Any] = {}
-    for key, value in tables.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = [*value] if isinstance(value, tuple) else value
-    return flat
+    return differing(to_dict(a), to_dict(b), _WITHOUT_EFFECT)
 
 
 def _check_numbers(alpha: float, power: float, effect: float) -> None:

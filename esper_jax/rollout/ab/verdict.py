@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from esper_jax.rollout import anytime, paired
-from esper_jax.rollout.plan import Plan, as_t_test, least_pairs, pairs_for
+from esper_jax.rollout.ab import anytime, paired
+from esper_jax.rollout.ab.plan import Plan, as_t_test, least_pairs, pairs_for
 
 __all__ = ["Finding", "Pair", "advised", "findings", "is_decided", "table"]
 

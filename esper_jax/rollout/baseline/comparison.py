@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from esper_jax.rollout.timing import Ratio
+from esper_jax.rollout.baseline.timing import Ratio
 
 __all__ = ["Comparison", "Figures", "Part", "judged"]
 

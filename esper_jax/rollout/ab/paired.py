@@ -1,7 +1,7 @@
 """Statistics of paired differences with a number of pairs that was fixed beforehand.
 
 Pure functions of NumPy arrays whose last axis is ``N`` pairs; axes before it are for
-many experiments at once. `rollout.anytime` is for looking after each pair.
+many experiments at once. `rollout.ab.anytime` is for looking after each pair.
 """
 
 import math

@@ -4,7 +4,7 @@ A baseline is a folder:
 
 ====================  ==============================================================
 ``baseline.json``     device, versions, sizes, the config and its hash, and figures
-``step.*, tick.*``    both programs with their inputs; see `rollout.exported`
+``step.*, tick.*``    both programs with their inputs; see `rollout.baseline.exported`
 ====================  ==============================================================
 
 A comparison does not read the figures. It runs the saved programs again, in turns with
@@ -25,8 +25,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from esper_jax.rollout.comparison import Comparison, Figures, Part, judged
-from esper_jax.rollout.exported import (
+from esper_jax.rollout.baseline.comparison import Comparison, Figures, Part, judged
+from esper_jax.rollout.baseline.exported import (
     Compiled,
     Exported,
     compiled,
@@ -34,9 +34,9 @@ from esper_jax.rollout.exported import (
     load,
     occupied,
 )
-from esper_jax.rollout.plan import differing
-from esper_jax.rollout.timing import Ratio, ratio_of, take_turns
+from esper_jax.rollout.baseline.timing import Ratio, ratio_of, take_turns
 from esper_jax.run.build import build_run, load_data
+from esper_jax.run.changes import differing
 from esper_jax.run.config import ConfigError, RunConfig, to_dict
 from esper_jax.run.folder import RunError, read_json, write_json
 from esper_jax.run.opening import check_data
@@ -55,6 +55,9 @@ __all__ = [
 ]
 
 _VERSION = 1
+_OF_A_RUN = ("seed", "checkpoint", "compare", "governor", "monitor")
+"""Keys and tables that change neither program."""
+
 _PROGRAMS = ("step", "tick")
 
 
@@ -233,7 +236,7 @@ def compare(
         same=same,
         baseline=old_figures,
         now=new_figures,
-        changes=differing(table["config"], to_dict(prepared.config)),
+        changes=differing(table["config"], to_dict(prepared.config), _OF_A_RUN),
         unlike={
             key: (before[key], now[key])
             for key in sorted(before.keys() & now.keys())
