@@ -20,6 +20,8 @@ ROOMS = (
     "policy",
     "train",
     "monitor",
+    "rollout",
+    "rollout.provider",
     "checkpoint",
     "kernels.blend",
 )

@@ -283,6 +283,10 @@ def test_words_give_the_interval_with_every_verdict():
         ),
         ({"b": parse_config({"data": {"seed": 3}})}, "data.seed: expected the same"),
         (
+            {"b": parse_config({"features": {"ab_testing": False}})},
+            "features.ab_testing of B is off",
+        ),
+        (
             {
                 "b": parse_config({"monitor": {"writers": []}}),
                 "metrics": ("metrics:esper_seeds/TRAINING",),

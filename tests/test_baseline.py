@@ -17,6 +17,7 @@ from esper_jax.rollout import baseline
 from esper_jax.rollout.baseline.comparison import judged
 from esper_jax.rollout.baseline.exported import compiled, export_program, load, occupied
 from esper_jax.rollout.baseline.timing import (
+    Ratio,
     Times,
     busy_of_marks,
     device_times,

@@ -4,6 +4,7 @@ from esper_jax.commands.base import Command
 from esper_jax.commands.checkpoints import Checkpoint
 from esper_jax.commands.comparing import Ab, Bench
 from esper_jax.commands.reading import Evaluate, Export, Report
+from esper_jax.commands.rollout import Flags
 from esper_jax.commands.training import Train
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "Command",
     "Evaluate",
     "Export",
+    "Flags",
     "Report",
     "Train",
 ]
@@ -26,5 +28,6 @@ COMMANDS: dict[str, type[Command]] = {
     "report": Report,
     "ab": Ab,
     "bench": Bench,
+    "flags": Flags,
 }
 """By the word that calls them."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -53,6 +54,8 @@ class Ab(Command):
     """Chance to see a difference of --effect."""
     effect: float = 0.8
     """Difference to plan for, in standard deviations of the pairs' differences."""
+    features: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """File of flags for both configs; they know the test by the name of its folder."""
     set: _Overrides = ()
     """Override values of both configs, for example train.ticks=100."""
     set_a: _Overrides = ()
@@ -63,7 +66,9 @@ class Ab(Command):
     def run(self, stop: Any) -> int:
         from esper_jax.rollout.ab.plan import Plan, pairs_worked_out
         from esper_jax.rollout.ab.running import run_ab
-        from esper_jax.run.config import load_config
+        from esper_jax.rollout.opening import with_features
+        from esper_jax.run.config import RunConfig, load_config
+        from esper_jax.run.folder import RunFolder
 
         both = list(itertools.chain(*self.set))
         metrics = self.metric or ("final_loss",)
@@ -76,9 +81,17 @@ class Ab(Command):
                 metrics=len(metrics),
                 sequential=self.sequential,
             )
+        stems = f"ab-{self.config_a.stem}-{self.config_b.stem}"
+        out = self.out or Path("runs") / stems
+
+        def arm(path: Path, own: Iterable[Sequence[str]]) -> RunConfig:
+            config = load_config(path, [*both, *itertools.chain(*own)])
+            name = out.resolve().name
+            return with_features(config, RunFolder(out), self.features, name)
+
         plan = Plan(
-            a=load_config(self.config_a, [*both, *itertools.chain(*self.set_a)]),
-            b=load_config(self.config_b, [*both, *itertools.chain(*self.set_b)]),
+            a=arm(self.config_a, self.set_a),
+            b=arm(self.config_b, self.set_b),
             metrics=metrics,
             pairs=seeds,
             alpha=self.alpha,
@@ -86,8 +99,6 @@ class Ab(Command):
             effect=self.effect,
             sequential=self.sequential,
         )
-        stems = f"ab-{self.config_a.stem}-{self.config_b.stem}"
-        out = self.out or Path("runs") / stems
         _early.started()
         with stop:
             result = run_ab(plan, out, stop=stop, say=print)

@@ -1,3 +1,21 @@
-"""Safe rollout: is another configuration better, and is this code still as fast?"""
+"""Safe rollout: what decides, outside of jit, which models get what is new."""
 
-__all__: list[str] = []
+from esper_jax.rollout.flag_file import FlagFile
+from esper_jax.rollout.flags import FEATURES, Decision, Flag, FlagError, bucket, decide
+from esper_jax.rollout.hybrid import Comparison, HybridLayer
+from esper_jax.run.features import Features, apply_features, policy_under
+
+__all__ = [
+    "FEATURES",
+    "Comparison",
+    "Decision",
+    "Features",
+    "Flag",
+    "FlagError",
+    "FlagFile",
+    "HybridLayer",
+    "apply_features",
+    "bucket",
+    "decide",
+    "policy_under",
+]

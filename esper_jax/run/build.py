@@ -17,6 +17,7 @@ from esper_jax.growth.parts import values_of
 from esper_jax.hosts import MLP
 from esper_jax.lifecycle.grafting import Strategy
 from esper_jax.run.config import ConfigError, GrowthConfig, ModelConfig, RunConfig
+from esper_jax.run.features import apply_features, policy_under
 from esper_jax.run.own import losses, own_data, own_model
 from esper_jax.train.program import Program, build
 
@@ -101,6 +102,10 @@ def _form(config: RunConfig) -> RunConfig:
 def _model(config: RunConfig, data: Dataset, axis_name: str | None) -> nnx.Module:
     """The model of a config, with what its seed draws."""
     model = own_model(config) if config.model.factory else _perceptron(config, data)
+    try:
+        apply_features(model, config.features)
+    except ValueError as error:
+        raise ConfigError(f"features.{error}") from None
     for _, node in nnx.iter_graph(model):
         # Else it would normalize with each device's own rows.
         if isinstance(node, nnx.BatchNorm) and node.axis_name is None:
@@ -119,7 +124,7 @@ def _program(config: RunConfig, model: nnx.Module, axis_name: str | None) -> Pro
                 train.blueprint_learning_rate, weight_decay=train.blueprint_weight_decay
             ),
             lifecycle_config=config.lifecycle,
-            controller_config=config.controller,
+            policy=policy_under(config.features, config.controller),
             axis_name=axis_name,
             **named,
         )

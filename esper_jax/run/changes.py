@@ -14,6 +14,8 @@ _FREE = (
     "checkpoint",
     "compare",
     "monitor",
+    "features.performance_monitoring",
+    "features.ab_testing",
 )
 """Keys and tables that may differ when a run goes on."""
 
@@ -23,8 +25,9 @@ def check_resumable(
 ) -> list[tuple[str, Any, Any]]:
     """Checks that a run that was started with ``saved`` can go on with ``config``.
 
-    ``train.ticks``, ``growth.capacity`` and the tables ``governor``, ``checkpoint``,
-    ``compare`` and ``monitor`` may differ.
+    ``train.ticks``, ``growth.capacity``, the tables ``governor``, ``checkpoint``,
+    ``compare`` and ``monitor``, and the features ``performance_monitoring`` and
+    ``ab_testing`` may differ.
 
     Args:
       config: to go on with.
@@ -42,8 +45,10 @@ def check_resumable(
     for name in allowed:
         if not any(_within(key, name) for key in keys):
             raise ConfigError(f"--allow-change {name}: there is no such key or table")
-        if _within(name, "model") or (
-            _within(name, "growth") and name != "growth.capacity"
+        if (
+            _within(name, "model")
+            or (_within(name, "growth") and name != "growth.capacity")
+            or name in ("features", "features.grafting_strategies")
         ):
             raise ConfigError(
                 f"--allow-change {name}: the saved state has the form that this key "

@@ -5,6 +5,7 @@ the run ends.
 """
 
 import functools
+import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,6 +44,8 @@ from esper_jax.train.retreat import Rollback, TrainingStopped
 from esper_jax.train.stop import Interrupted, Stop
 
 __all__ = ["evaluate_run", "restore_run", "train_run"]
+
+_log = logging.getLogger(__name__)
 
 
 def train_run(
@@ -94,7 +97,7 @@ def train_run(
         raise ConfigError(f"--profile: expected at least 1 step, got {profile}")
     # All processes look before one of them writes.
     together(lambda: look(warn=False), RunError)
-    together(lambda: check_writers(config.monitor), ConfigError)
+    together(lambda: check_writers(config), ConfigError)
     data, program = together(lambda: _built(config, devices, build), ConfigError)
     state = program.init(jax.random.key(config.seed))
     if is_own(config):
@@ -110,7 +113,7 @@ def train_run(
             state, history = restored(start, opening, state)
         check_ticks(config, state)
         session = begin(start, opening, state, history)
-        recorder = Profile(profile, folder.profile)
+        recorder = Profile(_profiled(config, profile), folder.profile)
         with recorder.recording(session) as recorded:
             state, lost = _train(recorded, state, console, stop)
     return conclude(session, state, lost)
@@ -166,6 +169,17 @@ def _make(out: Path) -> None:
         raise RunError(
             f"{out} cannot be written to ({error.strerror}): choose another --out"
         ) from None
+
+
+def _profiled(config: RunConfig, steps: int) -> int:
+    """How many steps to profile."""
+    if steps and not config.features.performance_monitoring:
+        _log.warning(
+            "--profile: no step is recorded, since features.performance_monitoring is "
+            "off"
+        )
+        return 0
+    return steps
 
 
 def _retention(config: RunConfig) -> Retention:

@@ -103,10 +103,13 @@ def parse_metric(name: str, configs: Sequence[RunConfig]) -> Metric:
     if bool(kind) != bool(slash and label):
         form = f"metrics:{series}" + (f"/{kind.upper()}" if kind else "")
         raise ConfigError(f"--metric {name}: expected the form {form}")
-    if not all("jsonl" in c.monitor.writers for c in configs):
+    if not all(
+        "jsonl" in c.monitor.writers and c.features.performance_monitoring
+        for c in configs
+    ):
         raise ConfigError(
             f"--metric {name}: expected 'jsonl' in monitor.writers of both configs, "
-            "which writes metrics.jsonl"
+            "which writes metrics.jsonl, and features.performance_monitoring on"
         )
     if not label:
         return Metric(name, where, (series,), how, math.nan)

@@ -25,7 +25,13 @@ __all__ = [
 _EFFICIENCY = 3 / math.pi
 """Pairs that the t-test takes over those of Wilcoxon's test, for normal differences."""
 
-_WITHOUT_EFFECT = ("seed", "checkpoint", "monitor")
+_WITHOUT_EFFECT = (
+    "seed",
+    "checkpoint",
+    "monitor",
+    "features.ab_testing",
+    "features.performance_monitoring",
+)
 """Keys and tables that change no number of a run."""
 
 
@@ -132,6 +138,12 @@ def _check_numbers(alpha: float, power: float, effect: float) -> None:
 
 
 def _check_arms(a: RunConfig, b: RunConfig) -> None:
+    for name, config in (("A", a), ("B", b)):
+        if not config.features.ab_testing:
+            raise ConfigError(
+                f"features.ab_testing of {name} is off: expected on for both configs. "
+                "Turn the flag on, or override it: --set features.ab_testing=true"
+            )
     changes = altered(a, b)
     if not changes:
         raise ConfigError(

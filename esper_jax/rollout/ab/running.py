@@ -168,7 +168,7 @@ def run_ab(
 
 def _check_arm(config: RunConfig, shared: SharedPrograms) -> None:
     """Builds what an arm runs with, as `train_run` would, and writes nothing."""
-    check_writers(config.monitor)
+    check_writers(config)
     data = load_data(config)
     check_data(config, data)
     program = shared(config, data)
@@ -195,12 +195,17 @@ def _check_folder(plan: Plan, out: Path) -> None:
     except (ConfigError, KeyError, TypeError) as error:
         raise RunError(f"{path} is damaged: {error}") from None
     for field in dataclasses.fields(Plan):
-        was, now = getattr(before, field.name), getattr(plan, field.name)
-        grows = field.name == "pairs" and plan.sequential and now >= was
-        if was == now or grows:
-            continue
-        raise ConfigError(_another(out, field.name, before, plan))
+        if not _goes_on(field.name, before, plan):
+            raise ConfigError(_another(out, field.name, before, plan))
     warn_unlike(written.get("settings", {}), settings())
+
+
+def _goes_on(name: str, before: Plan, plan: Plan) -> bool:
+    """Whether a test may go on with a field of its plan as it is now."""
+    was, now = getattr(before, name), getattr(plan, name)
+    if name in ("a", "b"):
+        return not altered(was, now) and (name == "b" or was.seed == now.seed)
+    return was == now or (name == "pairs" and plan.sequential and now >= was)
 
 
 def _another(out: Path, name: str, before: Plan, plan: Plan) -> str:
