@@ -22,6 +22,8 @@ ROOMS = (
     "monitor",
     "rollout",
     "rollout.provider",
+    "rollout.ab",
+    "rollout.baseline",
     "checkpoint",
     "kernels.blend",
 )
