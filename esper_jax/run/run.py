@@ -58,7 +58,7 @@ def train_run(
     profile: int = 0,
     console: Console | None = None,
     stop: Stop | None = None,
-    build: Build = build_run,
+    build: Build | None = None,
 ) -> dict[str, Any]:
     """Trains into the folder ``out`` and returns what ``summary.json`` holds.
 
@@ -77,8 +77,8 @@ def train_run(
       profile: steps to record with JAX's profiler; see `run.profiling.Profile`.
       console: where the live view prints; standard output by default.
       stop: signals to end for; SIGINT by default, and only while steps are done.
-      build: makes the program; a `run.build.SharedPrograms` compiles once for runs that
-        differ in seed or length.
+      build: makes the program, by default `build_run`. A `run.build.SharedPrograms`
+        compiles once for runs that differ in seed or length.
 
     Raises:
       RunError: if ``out`` cannot be used, or, as a `RunStopped`, if the governor
@@ -98,7 +98,9 @@ def train_run(
     # All processes look before one of them writes.
     together(lambda: look(warn=False), RunError)
     together(lambda: check_writers(config), ConfigError)
-    data, program = together(lambda: _built(config, devices, build), ConfigError)
+    data, program = together(
+        lambda: _built(config, devices, build or build_run), ConfigError
+    )
     state = program.init(jax.random.key(config.seed))
     if is_own(config):
         together(lambda: check_one_step(config, program, state, data), ConfigError)
