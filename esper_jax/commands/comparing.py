@@ -64,7 +64,8 @@ class Ab(Command):
     """Override values of B."""
 
     def run(self, stop: Any) -> int:
-        from esper_jax.rollout.ab.plan import Plan, pairs_worked_out
+        from esper_jax.rollout.ab.design import pairs_worked_out
+        from esper_jax.rollout.ab.plan import Plan
         from esper_jax.rollout.ab.running import run_ab
         from esper_jax.rollout.opening import with_features
         from esper_jax.run.config import RunConfig, load_config

@@ -23,8 +23,9 @@ from typing import Any
 import jax
 from rich.console import Console
 
+from esper_jax.rollout.ab.design import told
 from esper_jax.rollout.ab.metrics import read_metric
-from esper_jax.rollout.ab.plan import Plan, altered, plan_of, told
+from esper_jax.rollout.ab.plan import Plan, altered, changes_told, plan_of
 from esper_jax.rollout.ab.verdict import (
     Finding,
     Pair,
@@ -139,7 +140,7 @@ def run_ab(
         except ConfigError as error:
             raise ConfigError(f"{arm.upper()}: {error}") from None
     _open(plan, out)
-    for line in told(plan):
+    for line in (changes_told(plan), *told(plan)):
         say(line)
     pairs: list[Pair] = []
     train = functools.partial(_run, plan, out, shared, stop)

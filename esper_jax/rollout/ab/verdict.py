@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from esper_jax.rollout.ab import anytime, paired
-from esper_jax.rollout.ab.plan import Plan, as_t_test, least_pairs, pairs_for
+from esper_jax.rollout.ab.design import Design, as_t_test, least_pairs, pairs_for
 
 __all__ = ["Finding", "Pair", "advised", "findings", "is_decided", "table"]
 
@@ -38,13 +38,13 @@ class Finding:
       a: mean of A.
       b: mean of B.
       difference: mean of B less A.
-      interval: of the difference, with the error of the plan; for this metric alone.
+      interval: of the difference, with the error of the design; for this metric alone.
       spread: standard deviation of the differences.
       t_p: p-value of the paired t-test; of a fixed number of pairs only.
       wilcoxon_p: of Wilcoxon's signed-rank test; likewise.
       p: what is judged by: the larger of both, or that of the sequential test.
       adjusted_p: by Holm, over all metrics that are judged.
-      detectable: difference that as many pairs find with the plan's power, if the
+      detectable: difference that as many pairs find with the design's power, if the
         spread is the true one; of a fixed number of pairs only. See `advised`.
       pairs_for_this: pairs that a difference like the one seen takes; likewise.
     """
@@ -67,7 +67,7 @@ class Finding:
     pairs_for_this: int | None = None
 
 
-def findings(plan: Plan, pairs: Sequence[Pair]) -> list[Finding]:
+def findings(design: Design, pairs: Sequence[Pair]) -> list[Finding]:
     """Judges all metrics together.
 
     A metric is judged if every pair has finite values of it: to leave out the runs that
@@ -79,27 +79,27 @@ def findings(plan: Plan, pairs: Sequence[Pair]) -> list[Finding]:
     raise no more alarms than they may.
 
     Args:
-      plan: of the test.
+      design: of the test.
       pairs: in the order in which they ran.
     """
-    found = [_measured(plan, name, pairs) for name in plan.metrics]
+    found = [_measured(design, name, pairs) for name in design.metrics]
     # One that is not judged for its failures counts for the correction all the same.
     family = [i for i, f in enumerate(found) if f.lost[2] < len(pairs)]
     p_values = [1.0 if (p := found[i].p) is None else p for i in family]
     for i, p in zip(family, paired.holm(np.array(p_values)).tolist(), strict=True):
         if found[i].p is not None:
             found[i] = dataclasses.replace(
-                found[i], adjusted_p=p, verdict=_verdict(found[i], p, plan.alpha)
+                found[i], adjusted_p=p, verdict=_verdict(found[i], p, design.alpha)
             )
     return found
 
 
-def is_decided(plan: Plan, pairs: Sequence[Pair]) -> bool:
+def is_decided(design: Design, pairs: Sequence[Pair]) -> bool:
     """Whether a sequential test may stop: its first metric differs, by all rules."""
-    if not plan.sequential or len(pairs) < 2:
+    if not design.sequential or len(pairs) < 2:
         return False
-    first = findings(plan, pairs)[0]
-    return first.adjusted_p is not None and first.adjusted_p <= plan.alpha
+    first = findings(design, pairs)[0]
+    return first.adjusted_p is not None and first.adjusted_p <= design.alpha
 
 
 def _verdict(finding: Finding, p: float, alpha: float) -> str:
@@ -108,7 +108,7 @@ def _verdict(finding: Finding, p: float, alpha: float) -> str:
     return "B is higher" if finding.difference > 0 else "B is lower"
 
 
-def _measured(plan: Plan, name: str, pairs: Sequence[Pair]) -> Finding:
+def _measured(design: Design, name: str, pairs: Sequence[Pair]) -> Finding:
     """One metric, before the correction."""
     values = np.array(
         [[arm.get(name, math.nan) for arm in (pair.a, pair.b)] for pair in pairs]
@@ -129,7 +129,7 @@ def _measured(plan: Plan, name: str, pairs: Sequence[Pair]) -> Finding:
     if number < 2:
         return finding
     a, b = values[whole].T
-    seen = _seen(plan, b - a)
+    seen = _seen(design, b - a)
     if finding.why:  # told, and not judged
         seen = {k: v for k, v in seen.items() if k not in ("p", "t_p", "wilcoxon_p")}
     return dataclasses.replace(finding, a=float(a.mean()), b=float(b.mean()), **seen)
@@ -152,15 +152,15 @@ def _why(pairs: Sequence[Pair], lost: tuple[int, ...]) -> str | None:
     return None
 
 
-def _seen(plan: Plan, differences: np.ndarray) -> dict[str, Any]:
+def _seen(design: Design, differences: np.ndarray) -> dict[str, Any]:
     """Interval and p-values of differences, by their names in `Finding`."""
-    test = paired.t_test(differences, plan.alpha)
+    test = paired.t_test(differences, design.alpha)
     mean, spread = float(test.mean), float(test.spread)
     found: dict[str, Any] = {"difference": mean, "spread": spread}
-    if plan.sequential:
-        ends = anytime.interval(differences, plan.alpha, plan.effect)
+    if design.sequential:
+        ends = anytime.interval(differences, design.alpha, design.effect)
         low, high = (x if math.isfinite(x) else None for x in ends)
-        found["p"] = anytime.p_value(differences, plan.effect)
+        found["p"] = anytime.p_value(differences, design.effect)
     else:
         low, high = float(test.low), float(test.high)
         found["t_p"] = float(test.p)
@@ -169,28 +169,28 @@ def _seen(plan: Plan, differences: np.ndarray) -> dict[str, Any]:
     return found | {"interval": (low, high)}
 
 
-def advised(plan: Plan, finding: Finding) -> Finding:
+def advised(design: Design, finding: Finding) -> Finding:
     """A finding with what as many pairs can find, and what one like it takes."""
     spread, mean = finding.spread, finding.difference
     if not spread or mean is None:
         return finding
     detectable = pairs = None
-    if not plan.sequential and finding.pairs >= least_pairs(plan.strict):
+    if not design.sequential and finding.pairs >= least_pairs(design.strict):
         number = as_t_test(finding.pairs)
-        detectable = spread * paired.detectable(number, plan.power, plan.strict)
+        detectable = spread * paired.detectable(number, design.power, design.strict)
     if abs(mean) / spread > 1e-3:
-        pairs = pairs_for(abs(mean) / spread, plan.power, plan.strict, False)
+        pairs = pairs_for(abs(mean) / spread, design.power, design.strict, False)
     return dataclasses.replace(finding, detectable=detectable, pairs_for_this=pairs)
 
 
-def table(plan: Plan, found: Sequence[Finding]) -> list[str]:
+def table(design: Design, found: Sequence[Finding]) -> list[str]:
     """The findings as lines: a table, and a sentence for each metric."""
-    level = f"{100 * (1 - plan.alpha):g}% interval"
-    tests = ["p"] if plan.sequential else ["t p", "Wilcoxon p"]
+    level = f"{100 * (1 - design.alpha):g}% interval"
+    tests = ["p"] if design.sequential else ["t p", "Wilcoxon p"]
     heads = ["metric", "A", "B", "B - A", level, *tests, "p (Holm)"]
     rows = [heads]
     for f in found:
-        each = (f.p,) if plan.sequential else (f.t_p, f.wilcoxon_p)
+        each = (f.p,) if design.sequential else (f.t_p, f.wilcoxon_p)
         rows.append(
             [
                 f.metric,
@@ -207,10 +207,10 @@ def table(plan: Plan, found: Sequence[Finding]) -> list[str]:
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
         for row in rows
     ]
-    return [line.rstrip() for line in lines] + ["", *(_words(plan, f) for f in found)]
+    return [line.rstrip() for line in lines] + ["", *(_words(design, f) for f in found)]
 
 
-def _words(plan: Plan, f: Finding) -> str:
+def _words(design: Design, f: Finding) -> str:
     """One metric in a sentence, which never says more than its interval."""
     if f.adjusted_p is None:
         return f"{f.metric}: not judged; {f.why}"
@@ -220,16 +220,16 @@ def _words(plan: Plan, f: Finding) -> str:
     if not f.spread and not f.difference:
         return f"{f.metric}: no difference shown: every pair is a tie"
     more = f"{f.metric}: no difference shown; B - A lies in {_interval(f)}"
-    if f.pairs < least_pairs(plan.strict):
+    if f.pairs < least_pairs(design.strict):
         more += f". {f.pairs} pairs are too few to tell any difference from chance"
     if f.detectable is not None:
         more += (
             f". With this spread, {f.pairs} pairs find {_number(f.detectable)} with a "
-            f"power of {plan.power:g}"
+            f"power of {design.power:g}"
         )
     if f.pairs_for_this is not None:
         more += f"; a true difference like this takes {f.pairs_for_this} pairs" + (
-            " that were fixed beforehand" if plan.sequential else ""
+            " that were fixed beforehand" if design.sequential else ""
         )
     return more
 
