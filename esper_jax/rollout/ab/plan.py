@@ -93,7 +93,8 @@ def _check_arms(a: RunConfig, b: RunConfig) -> None:
         if not config.features.ab_testing:
             raise ConfigError(
                 f"features.ab_testing of {name} is off: expected on for both configs. "
-                "Turn the flag on, or override it: --set features.ab_testing=true"
+                "Turn it on where it was turned off: in the config's [features], in the "
+                "file of flags, or in ESPER_FEATURE_AB_TESTING"
             )
     changes = altered(a, b)
     if not changes:

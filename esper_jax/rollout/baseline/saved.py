@@ -116,6 +116,13 @@ def check_there(folder: Path, wanted: bool) -> None:
             f"{folder} exists: choose another --save NAME, or remove that folder to "
             "replace the baseline"
         )
+    else:
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(
+                f"{folder} cannot be written ({error.strerror}): choose another --dir"
+            ) from None
 
 
 def prepare(config: RunConfig) -> Prepared:
