@@ -93,8 +93,8 @@ def _check_arms(a: RunConfig, b: RunConfig) -> None:
         if not config.features.ab_testing:
             raise ConfigError(
                 f"features.ab_testing of {name} is off: expected on for both configs. "
-                "Turn it on where it was turned off: in the config's [features], in the "
-                "file of flags, or in ESPER_FEATURE_AB_TESTING"
+                "Turn it on where it was turned off: in [features] of the config, in "
+                "the file of flags, or in ESPER_FEATURE_AB_TESTING"
             )
     changes = altered(a, b)
     if not changes:

@@ -159,10 +159,9 @@ class Compiled:
 
     def replay(self, count: int) -> list[Callable[[], Any]]:
         """The first ``count`` steps, from the saved state on; see `timing.Replay`."""
-        state = [jnp.asarray(x) for x in self.exported.state]
         data = [jnp.asarray(x) for x in self.exported.data]
-        # Copies: the first step uses its state up, and may share NumPy's memory.
-        held = jax.block_until_ready([jnp.copy(x) for x in state])
+        # Copies: the first step uses its state up, and must not share NumPy's memory.
+        held = jax.block_until_ready([jnp.array(x) for x in self.exported.state])
         size = len(held)
 
         def call() -> Any:
