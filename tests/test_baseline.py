@@ -1,6 +1,8 @@
 """Baselines: the statistic against noise, saved programs, and real comparisons."""
 
+import contextlib
 import dataclasses
+import io
 import json
 import sys
 from pathlib import Path
@@ -24,7 +26,7 @@ from esper_jax.rollout.baseline.timing import (
     ratio_of,
     take_turns,
 )
-from esper_jax.rollout.baseline.words import compared, figures_told
+from esper_jax.rollout.baseline.words import compared
 from esper_jax.run.build import build_run, load_data
 from esper_jax.run.config import ConfigError, load_config
 from esper_jax.run.folder import RunError
@@ -177,18 +179,31 @@ def test_a_saved_program_gives_the_same_bits_again(tmp_path):
         compiled(other)
 
 
+def esper(monkeypatch, *arguments):
+    """Exit status of ``esper-jax bench``."""
+    words = ["bench", str(SMOKE), *map(str, arguments)]
+    monkeypatch.setattr(sys, "argv", ["esper-jax", *words])
+    try:
+        main()
+    except SystemExit as ended:
+        return ended.code
+    return 0
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A config, prepared, and its baseline."""
-    prepared = baseline.prepare(load_config(SMOKE, SMALL))
-    figures = baseline.measure(prepared, 8)
+    """A config, prepared, its baseline, and what the command printed of it."""
     folder = tmp_path_factory.mktemp("baselines") / "small"
-    baseline.save(prepared, figures, folder)
-    return prepared, figures, folder
+    words = ["--save", "small", "--dir", folder.parent, "--rounds", 8, "--set", *SMALL]
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        assert esper(patch, *words) == 0
+    prepared = baseline.prepare(load_config(SMOKE, SMALL))
+    return prepared, printed.getvalue().splitlines(), folder
 
 
 def test_a_baseline_holds_what_is_needed_to_run_it_again(saved):
-    prepared, figures, folder = saved
+    prepared, printed, folder = saved
     table = json.loads((folder / "baseline.json").read_text())
     assert table["sizes"]["batch"] == ["float32[32, 64]", "int32[32]"]
     assert table["sizes"]["rows"] == 32
@@ -200,9 +215,16 @@ def test_a_baseline_holds_what_is_needed_to_run_it_again(saved):
     assert step["memory"] > 4 * sum(x.size for x in prepared.programs["step"].data)
     assert step["compile_seconds"] > 0
     assert table["rows_per_second"] == pytest.approx(32 / step["median"])
-    assert "rows per second; times are wall" in figures_told(figures, 32)[-1]
+    assert [line.split(" ")[0] for line in printed[1:3]] == ["step", "tick"]
+    assert f"{1e3 * step['median']:.3f} ms" in printed[1]
+    assert printed[-2].endswith(
+        "rows per second; times are wall clock, until the result is there"
+    )
+    assert printed[-1] == f"baseline: {folder}"
+    before = sorted(folder.parent.rglob("*"))
     with pytest.raises(RunError, match="small exists: choose another --save NAME"):
-        baseline.save(prepared, figures, folder)
+        baseline.save(prepared, {}, folder)
+    assert sorted(folder.parent.rglob("*")) == before
 
 
 def test_every_slot_is_in_use_where_a_step_is_measured():
@@ -226,17 +248,6 @@ def test_the_same_code_is_no_regression(saved):
     assert compared(found, 32)[-1].startswith(
         "no regression: the programs are the same"
     )
-
-
-def esper(monkeypatch, *arguments):
-    """Exit status of ``esper-jax bench``."""
-    words = ["bench", str(SMOKE), *map(str, arguments)]
-    monkeypatch.setattr(sys, "argv", ["esper-jax", *words])
-    try:
-        main()
-    except SystemExit as ended:
-        return ended.code
-    return 0
 
 
 def test_a_config_that_does_more_work_is_a_regression(

@@ -43,7 +43,7 @@ class Finding:
       t_p: p-value of the paired t-test; of a fixed number of pairs only.
       wilcoxon_p: of Wilcoxon's signed-rank test; likewise.
       p: what is judged by: the larger of both, or that of the sequential test.
-      adjusted_p: by Holm, over all metrics that are judged.
+      adjusted_p: by Holm, over all metrics that any run has.
       detectable: difference that as many pairs find with the design's power, if the
         spread is the true one; of a fixed number of pairs only. See `advised`.
       pairs_for_this: pairs that a difference like the one seen takes; likewise.
