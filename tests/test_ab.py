@@ -227,6 +227,10 @@ def test_runs_that_failed_are_not_left_out_silently():
     first, second = findings(of, pairs)
     assert first.adjusted_p == first.p
     assert "no run has a finite value" in second.why
+    for few, why in ((0, "there are no pairs"), (1, "one pair has no spread")):
+        [found] = findings(design(8), pairs[:few])
+        assert (found.verdict, found.p) == ("not judged", None)
+        assert found.why == f"{why}: run at least 2"
     # A run that the governor stopped has no metric at all.
     failed = [p._replace(b={}) if p.seed == 3 else p for p in pairs]
     assert findings(of, failed)[0].verdict == "not judged"

@@ -138,6 +138,8 @@ def _measured(design: Design, name: str, pairs: Sequence[Pair]) -> Finding:
 def _why(pairs: Sequence[Pair], lost: tuple[int, ...]) -> str | None:
     """Why a metric is not judged, if it is not."""
     a, b, both = lost
+    if not pairs:
+        return "there are no pairs: run at least 2"
     if both == len(pairs):
         return "no run has a finite value of it: name another with --metric"
     if a or b or both:
@@ -148,7 +150,7 @@ def _why(pairs: Sequence[Pair], lost: tuple[int, ...]) -> str | None:
             "failures"
         )
     if len(pairs) < 2:
-        return "one pair has no spread: run more"
+        return "one pair has no spread: run at least 2"
     return None
 
 
