@@ -23,6 +23,8 @@ ROOMS = (
     "rollout",
     "rollout.canary",
     "rollout.provider",
+    "rollout.ab",
+    "rollout.baseline",
     "checkpoint",
     "kernels.blend",
 )

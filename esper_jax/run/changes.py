@@ -5,7 +5,7 @@ from typing import Any
 
 from esper_jax.run.config import ConfigError, RunConfig, to_dict
 
-__all__ = ["check_resumable", "differences"]
+__all__ = ["check_resumable", "differences", "differing"]
 
 _FREE = (
     "train.ticks",
@@ -73,6 +73,30 @@ def differences(config: RunConfig, saved: RunConfig) -> list[tuple[str, Any, Any
         if not any(_within(key, name) for name in _FREE)
         and new.get(key) != old.get(key)
     ]
+
+
+def differing(
+    tables: Mapping[str, Any], others: Mapping[str, Any], without: Sequence[str] = ()
+) -> dict[str, tuple[Any, Any]]:
+    """Keys whose values differ, and both values; a tuple is as the list of JSON.
+
+    Args:
+      tables: of a config, as `to_dict` makes them, or JSON of them.
+      others: of another.
+      without: keys and tables to leave out.
+    """
+    first, second = _flat(tables), _flat(others)
+
+    def value(of: Mapping[str, Any], key: str) -> Any:
+        found = of.get(key)
+        return [*found] if isinstance(found, tuple) else found
+
+    pairs = {k: (value(first, k), value(second, k)) for k in {**first, **second}}
+    return {
+        key: (a, b)
+        for key, (a, b) in sorted(pairs.items())
+        if a != b and not any(_within(key, name) for name in without)
+    }
 
 
 def _within(key: str, name: str) -> bool:

@@ -24,10 +24,10 @@ from esper_jax.monitor.monitor import Monitor
 from esper_jax.monitor.words import why
 from esper_jax.parallel.processes import together
 from esper_jax.policy.memory import Reason
-from esper_jax.run.build import build_run, load_data
+from esper_jax.run.build import Build, build_run, load_data
 from esper_jax.run.config import ConfigError, RunConfig
 from esper_jax.run.devices import AXIS, mesh_of, over
-from esper_jax.run.folder import RunError, RunFolder, read_config
+from esper_jax.run.folder import RunError, RunFolder, RunStopped, read_config
 from esper_jax.run.logs import History
 from esper_jax.run.monitoring import check_writers, open_monitor
 from esper_jax.run.opening import check_data, check_ticks, examine
@@ -58,6 +58,7 @@ def train_run(
     profile: int = 0,
     console: Console | None = None,
     stop: Stop | None = None,
+    build: Build | None = None,
 ) -> dict[str, Any]:
     """Trains into the folder ``out`` and returns what ``summary.json`` holds.
 
@@ -76,10 +77,12 @@ def train_run(
       profile: steps to record with JAX's profiler; see `run.profiling.Profile`.
       console: where the live view prints; standard output by default.
       stop: signals to end for; SIGINT by default, and only while steps are done.
+      build: makes the program, by default `build_run`. A `run.build.SharedPrograms`
+        compiles once for runs that differ in seed or length.
 
     Raises:
-      RunError: if ``out`` cannot be used, or the governor stopped the run. A stopped
-        run has saved its last good state.
+      RunError: if ``out`` cannot be used, or, as a `RunStopped`, if the governor
+        stopped the run. A stopped run has saved its last good state.
       CheckpointError: if no checkpoint of a run to resume is sound, if one cannot be
         saved, or if another process is training into ``out``.
       ConfigError: if the config does not fit the data or the run to resume. Nothing
@@ -95,7 +98,9 @@ def train_run(
     # All processes look before one of them writes.
     together(lambda: look(warn=False), RunError)
     together(lambda: check_writers(config), ConfigError)
-    data, program = together(lambda: _built(config, devices), ConfigError)
+    data, program = together(
+        lambda: _built(config, devices, build or build_run), ConfigError
+    )
     state = program.init(jax.random.key(config.seed))
     if is_own(config):
         together(lambda: check_one_step(config, program, state, data), ConfigError)
@@ -150,11 +155,13 @@ def restore_run(folder: RunFolder) -> tuple[Program, Dataset, Restored]:
     return program, data, found
 
 
-def _built(config: RunConfig, devices: int | None) -> tuple[Dataset, Program]:
+def _built(
+    config: RunConfig, devices: int | None, build: Build
+) -> tuple[Dataset, Program]:
     data = load_data(config)
     check_data(config, data)
     mesh = mesh_of(config, data, devices)
-    return data, over(build_run(config, data, AXIS if mesh else None), mesh)
+    return data, over(build(config, data, AXIS if mesh else None), mesh)
 
 
 def _make(out: Path) -> None:
@@ -239,7 +246,7 @@ def _trained(
         except TrainingStopped as stopped:
             session.save(stopped.state, math.nan, math.nan)
             session.checkpoints.wait()  # the message below claims that it is saved
-            raise RunError(
+            raise RunStopped(
                 f"{stopped}. The last good state is saved as step "
                 f"{int(stopped.state.step)} in {session.checkpoints.directory}; mend "
                 "the cause, then go on with --resume. --allow-change KEY lets a key of "
