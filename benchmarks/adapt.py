@@ -2,6 +2,9 @@
 
     python benchmarks/adapt.py [--task cipher ...] [--json FILE] [--quick]
 
+With ``--json`` it goes on where an earlier call with the file has ended; ``--hosts`` is
+a folder that keeps the pretrained hosts for other calls.
+
 Every run pretrains a host of its own. Then each arm adapts the same hosts to the same
 task, in the same number of steps of the same batches.
 
@@ -38,22 +41,23 @@ import functools
 import json
 import platform
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from adapt_grown import grown_arms
+from adapt_grown import ANY_BUDGET, grown_arms
 from adapt_runs import Arm, Run, measured, plain_arms, pretrained
 from adapt_tasks import TASKS, Task
 from scipy import stats
 
-RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 TUNING = 4
 """Runs with which each rate is tried, beside those that are reported."""
-RUNS = 20
+RUNS = 24
 """Runs that are reported; as many as tune an arm, so that one program does for both."""
 FIXED = ("biases", "last layer", "embeddings", "everything")
 """Arms that know no budget."""
@@ -63,28 +67,48 @@ Table = dict[str, dict[str, Any]]
 
 def rates_of(name: str) -> tuple[float, ...]:
     """The grid of an arm; the middle of it is where such arms are best."""
-    return RATES[:5] if name == "everything" else RATES[2:]
+    return RATES[:6] if name == "everything" else RATES[2:]
 
 
 class Hosts:
-    """Pretrained hosts, `RUNS` to report and `TUNING` to tune by, made once."""
+    """Pretrained hosts, `RUNS` to report and `TUNING` to tune by, made once.
 
-    def __init__(self) -> None:
+    Args:
+      folder: to keep them in, if any.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
         self._made: dict[str, Any] = {}
+        self._folder = folder
         self.keys = jax.random.split(jax.random.key(1), RUNS + TUNING)
 
     def of(self, task: Task) -> Any:
         """Parameters of the hosts that a task begins with."""
         if task.family not in self._made:
-            self._made[task.family] = jax.block_until_ready(pretrained(task, self.keys))
+            self._made[task.family] = self._kept(task)
         return self._made[task.family]
 
-    def arguments(self, task: Task, which: np.ndarray, rates: Any) -> tuple[Any, Run]:
+    def _kept(self, task: Task) -> Any:
+        if self._folder is None:
+            return jax.block_until_ready(pretrained(task, self.keys))
+        name = f"{task.family}, {task.pretrain} steps, {len(self.keys)}.npz"
+        file = self._folder / name.replace(" ", "-")
+        if not file.exists():
+            made = pretrained(task, self.keys)
+            self._folder.mkdir(parents=True, exist_ok=True)
+            np.savez(file, **{n.replace("/", "|"): p for n, p in made.items()})
+        with np.load(file) as arrays:
+            return {n.replace("|", "/"): jnp.asarray(arrays[n]) for n in arrays}
+
+    def arguments(
+        self, task: Task, which: np.ndarray, rates: Any, budget: int
+    ) -> tuple[Any, Run]:
         """What an arm is called with: data and runs."""
         keys = self.keys[which]
         params = jax.tree.map(lambda a: a[which], self.of(task))
         rates = jnp.broadcast_to(jnp.asarray(rates, jnp.float32), (len(which),))
-        return changed(task, keys), Run(params, keys, rates)
+        budgets = jnp.full(len(which), budget, jnp.int32)
+        return changed(task, keys), Run(params, keys, rates, budgets)
 
 
 def changed(task: Task, keys: jax.Array) -> Any:
@@ -109,19 +133,21 @@ def score_of(task: Task, pairs: np.ndarray) -> np.ndarray:
     return 100 * (1 - pairs[:, 1])
 
 
-def adapted(name: str, task: Task, hosts: Hosts, run: Any) -> tuple[Any, float, bool]:
+def adapted(
+    name: str, task: Task, budget: int, hosts: Hosts, run: Any
+) -> tuple[Any, float, bool]:
     """An arm's outcomes at the rate that its tuning chose, that rate, and whether it is
     at an end of the grid."""
     rates = rates_of(name)
     tuners = np.tile(np.arange(RUNS, RUNS + TUNING), len(rates))
-    tuned = run(*hosts.arguments(task, tuners, np.repeat(rates, TUNING)))
+    tuned = run(*hosts.arguments(task, tuners, np.repeat(rates, TUNING), budget))
     by_rate = (len(rates), TUNING)
     held = score_of(task, np.asarray(tuned.held_out)).reshape(by_rate).mean(axis=1)
     # Where errors are equal, the loss decides; what is not finite is worst.
     loss = np.asarray(tuned.held_out)[:, 0].reshape(by_rate).mean(axis=1)
     worst = functools.partial(np.nan_to_num, nan=np.inf)
     best = int(np.lexsort((worst(loss), worst(held)))[0])
-    final = hosts.arguments(task, np.arange(RUNS), rates[best])
+    final = hosts.arguments(task, np.arange(RUNS), rates[best], budget)
     outcome = jax.device_get(run(*final))
     return outcome, rates[best], best in (0, len(rates) - 1)
 
@@ -146,45 +172,42 @@ class Arms:
 
     def __init__(self, hosts: Hosts, only: list[str] | None) -> None:
         self.hosts, self.only = hosts, only
-        self._made: dict[Any, Any] = {}
+        self._pool = ThreadPoolExecutor(8)
+        self._made: dict[Any, Future[tuple[Arm, Any]]] = {}
 
-    def of(self, task: Task, budgets: list[int]) -> None:
-        """Compiles what is not yet there."""
-        wanted = {}
-        for budget in budgets:
-            arms = {**grown_arms(task, budget), **plain_arms(task, budget)}
-            for name, arm in arms.items():
-                key = (task.score, name, 0 if name in FIXED else budget)
-                if key not in self._made and (not self.only or name in self.only):
-                    wanted[key] = arm
-        like = self.hosts.arguments(task, np.arange(RUNS), 1e-2)
+    def of(self, task: Task, budget: int) -> dict[str, Future[tuple[Arm, Any]]]:
+        """Each arm and its program, by name; what is not there is begun."""
+        like = self.hosts.arguments(task, np.arange(RUNS), 1e-2, budget)
         shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), like)
-        with ThreadPoolExecutor(8) as pool:
-            made = pool.map(lambda arm: compiled(task, arm, shapes), wanted.values())
-            for (key, arm), program in zip(wanted.items(), made, strict=True):
-                self._made[key] = arm, program
 
-    def at(self, task: Task, budget: int) -> dict[str, Any]:
-        """The arms of a budget and their programs, by name."""
-        return {
-            name: made
-            for (score, name, at), made in self._made.items()
-            if score == task.score and at in (0, budget)
-        }
+        def made(make: Any) -> tuple[Arm, Any]:
+            arm = make if isinstance(make, Arm) else make()
+            return arm, compiled(task, arm, shapes)
+
+        found = {}
+        every = {**grown_arms(task, budget), **plain_arms(task, budget)}
+        for name, make in every.items():
+            if self.only and name not in self.only:
+                continue
+            key = task.score, name, 0 if name in FIXED + ANY_BUDGET else budget
+            if key not in self._made:
+                self._made[key] = self._pool.submit(made, make)
+            found[name] = self._made[key]
+        return found
 
 
-def cell(name: str, task: Task, budget: int, arms: Arms, known: Table) -> Table:
-    """All arms on a task with a budget, printed as a table.
+def cell(name: str, task: Task, budget: int, arms: Arms, table: Table) -> Iterator[str]:
+    """Adds to ``table`` the arms that it lacks, on a task with a budget.
 
-    ``known`` are the arms that know no budget, as far as they were run on the task.
+    Yields:
+      The name of each that has been added.
     """
-    table: Table = {}
-    for arm_name, (arm, program) in arms.at(task, budget).items():
-        if arm_name in known:
-            table[arm_name] = known[arm_name]
+    for arm_name, made in arms.of(task, budget).items():
+        if arm_name in table:
             continue
+        arm, program = made.result()
         begin = time.perf_counter()
-        outcome, rate, edge = adapted(arm_name, task, arms.hosts, program)
+        outcome, rate, edge = adapted(arm_name, task, budget, arms.hosts, program)
         table[arm_name] = {
             "score": score_of(task, outcome.test),
             "rate": rate,
@@ -196,9 +219,12 @@ def cell(name: str, task: Task, budget: int, arms: Arms, known: Table) -> Table:
             "seconds": time.perf_counter() - begin,
         }
         mean = table[arm_name]["score"].mean()
-        print(f"{name} {budget} {arm_name}: {mean:.4f} at {rate:g}", flush=True)
-    _print(name, task, budget, table)
-    return table
+        seconds = table[arm_name]["seconds"]
+        print(
+            f"{name} {budget} {arm_name}: {mean:.4f} at {rate:g} ({seconds:.0f} s)",
+            flush=True,
+        )
+        yield arm_name
 
 
 def _print(name: str, task: Task, budget: int, table: Table) -> None:
@@ -255,7 +281,11 @@ def summary(found: dict[str, Any]) -> None:
         line = []
         for other in ("uniform LoRA", "AdaLoRA"):
             tables = [found["cells"][label] for label in by_cell]
-            gaps = [np.subtract(t[arm]["score"], t[other]["score"]) for t in tables]
+            gaps = [
+                np.subtract(t[arm]["score"], t[other]["score"])
+                for t in tables
+                if other in t
+            ]
             better = sum(g.mean() + half(g) < 0 for g in gaps)
             worse = sum(g.mean() - half(g) > 0 for g in gaps)
             line.append(f"{better} / {worse}")
@@ -286,6 +316,7 @@ def main() -> None:
     parser.add_argument("--budget", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--arms", nargs="*")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--hosts", type=Path, help="folder to keep hosts in")
     parser.add_argument("--quick", action="store_true", help="few steps, to try it out")
     parser.add_argument("--read", nargs="+", type=Path, help="tables of those files")
     options = parser.parse_args()
@@ -298,34 +329,34 @@ def main() -> None:
         return
     device = jax.devices()[0].device_kind
     print(f"{device}, Python {platform.python_version()}, jax {jax.__version__}")
-    hosts = Hosts()
+    found: dict[str, Any] = {"host": {}, "cells": {}}
+    if options.json and options.json.exists():
+        found = json.loads(options.json.read_text())
+    hosts = Hosts(options.hosts)
     arms = Arms(hosts, options.arms)
-    cells: dict[str, Table] = {}
-    before: dict[str, float] = {}
     for name in options.task:
         task = TASKS[name]
         if options.quick:
             task = dataclasses.replace(task, pretrain=30, steps=80)
-        begin = time.perf_counter()
-        before[name] = host_alone(task, hosts)
+        found["host"][name] = host_alone(task, hosts)
+        print(f"{name}: the host alone {found['host'][name]:.4f}", flush=True)
         budgets = [task.budgets[i] for i in options.budget]
-        arms.of(task, budgets)
-        seconds = time.perf_counter() - begin
-        print(
-            f"{name}: the host alone {before[name]:.4f} ({seconds:.0f} s)", flush=True
-        )
         for budget in budgets:
-            known = cells.get(f"{name} {budgets[0]}", {})
+            arms.of(task, budget)  # all begin to compile
+        for budget in budgets:
+            known = found["cells"].get(f"{name} {budgets[0]}", {})
             known = {arm: row for arm, row in known.items() if arm in FIXED}
-            cells[f"{name} {budget}"] = cell(name, task, budget, arms, known)
-            if options.json:
-                found = {"host": before, "cells": _plain(cells)}
-                options.json.write_text(json.dumps(found))
+            table = found["cells"].setdefault(f"{name} {budget}", {})
+            table.update({**known, **table})
+            for _ in cell(name, task, budget, arms, table):
+                if options.json:
+                    options.json.write_text(json.dumps(_plain(found)))
+            _print(name, task, budget, table)
 
 
 def host_alone(task: Task, hosts: Hosts) -> float:
     """Mean score of the hosts before they are adapted."""
-    parts, runs = hosts.arguments(task, np.arange(RUNS), 0.0)
+    parts, runs = hosts.arguments(task, np.arange(RUNS), 0.0, 0)
     test = jax.jit(jax.vmap(lambda p, of: measured(task, p, of)[1]))(runs.host, parts)
     return float(score_of(task, np.asarray(test)).mean())
 

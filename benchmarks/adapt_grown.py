@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -18,14 +19,23 @@ from esper_jax.blueprints import lora, param_counts
 from esper_jax.growth.state import TrainState
 from esper_jax.lifecycle import Stage
 from esper_jax.optim import PerSlot, per_slot, scale_by_run_schedule
-from esper_jax.policy import TrialConfig, trial, trial_lives
+from esper_jax.policy import Policy, TrialConfig, trial, trial_lives
+from esper_jax.policy.interface import PolicyFactory, Setting
 from esper_jax.train import Program, build
 
-__all__ = ["grown_arms"]
+__all__ = ["ANY_BUDGET", "grown_arms"]
 
 Judge = Literal["worth", "gradient", "random"]
 SEEDS, AIM, TRIAL = 8, 10, 50
 """Seeds of a layer; steps that newborns collect the gradient; steps of a trial."""
+
+ANY_BUDGET = (
+    "grown by trial",
+    "grown by placement",
+    "random places",
+    "grown by trial, random start",
+)
+"""Arms whose budget is an argument of their program."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,8 +57,11 @@ class _Plan:
     rests: tuple[int, ...]
 
 
-def grown_arms(task: Task, budget: int) -> dict[str, Arm]:
-    """Arms that grow, and the same parts where nothing has chosen the places."""
+def grown_arms(task: Task, budget: int) -> dict[str, Callable[[], Arm]]:
+    """Arms that grow, and the same parts where nothing has chosen the places.
+
+    Those of `ANY_BUDGET` are the same program at every budget.
+    """
     trying = (0, AIM, 0, TRIAL, 0, 0)
     placed = (0, AIM, 0)  # born, aimed and placed, counting
 
@@ -56,7 +69,7 @@ def grown_arms(task: Task, budget: int) -> dict[str, Arm]:
         return 1
 
     def plan(judge: Judge, rests: tuple[int, ...]) -> _Plan:
-        config = TrialConfig(judge=judge, budget=budget, ticks=1, rent=-math.inf)
+        config = TrialConfig(judge=judge, budget=0, ticks=1, rent=-math.inf)
         rests = (*rests, task.steps - sum(rests))
         return _Plan(config=config, seeds=SEEDS, rank=everywhere, rests=rests)
 
@@ -74,7 +87,7 @@ def grown_arms(task: Task, budget: int) -> dict[str, Arm]:
             plan("worth", trying), start="random"
         ),
     }
-    return {name: _arm(task, plan) for name, plan in plans.items()}
+    return {n: functools.partial(_arm, task, plan) for n, plan in plans.items()}
 
 
 def _make(task: Task, plan: _Plan, rngs: nnx.Rngs) -> Any:
@@ -108,7 +121,7 @@ def _arm(task: Task, plan: _Plan) -> Arm:
         _bank_optimizer(task.steps),
         objective=lambda model, batch: _scored(task, model, batch),
         wrt=None,
-        policy=trial(plan.config),
+        policy=_budgeted(plan.config),
         lifecycle_config=trial_lives(cull_delta=-math.inf),
     )
     costs = {
@@ -124,6 +137,26 @@ def _arm(task: Task, plan: _Plan) -> Arm:
     )
 
 
+def _budgeted(config: TrialConfig) -> PolicyFactory:
+    """A trial whose budget is remembered beside its memory, for `_tuned` to set."""
+
+    def make(setting: Setting) -> Policy:
+        fixed = trial(config)(setting)
+
+        def init(shapes: Any, key: Any) -> Any:
+            return fixed.init(shapes, key), jnp.asarray(config.budget, jnp.int32)
+
+        def decide(seeds: Any, signals: Any, memory: Any) -> Any:
+            inner, budget = memory
+            policy = trial(dataclasses.replace(config, budget=budget))(setting)
+            commands, inner = policy.decide(seeds, signals, inner)
+            return commands, (inner, budget)
+
+        return fixed._replace(init=init, decide=decide)
+
+    return make
+
+
 def _scored(task: Task, model: Any, batch: Any) -> Any:
     loss, score = task.loss(model, batch)
     return loss, {"score": score}
@@ -137,7 +170,7 @@ def _run(
     parts: Parts,
     run: Run,
 ) -> Outcome:
-    state = _tuned(_begun(program, task, run), run.rate)
+    state = _tuned(_begun(program, task, run), run)
 
     def step(i: jax.Array, state: TrainState) -> TrainState:
         batch = batch_of(task, parts.learned, run.key, state.step)
@@ -191,15 +224,15 @@ def _bank_optimizer(steps: int) -> PerSlot:
     return PerSlot(inner.init, inner.update, reset)
 
 
-def _tuned(state: TrainState, rate: jax.Array) -> TrainState:
-    """``state`` with that peak rate of the bank's optimizer."""
+def _tuned(state: TrainState, run: Run) -> TrainState:
+    """``state`` with a run's peak rate of the bank's optimizer, and its budget."""
 
     def put(moments: Any) -> Any:
         inner, *rest = moments
         old = inner.hyperparams
-        new = {"learning_rate": jnp.broadcast_to(rate, old["learning_rate"].shape)}
+        new = {"learning_rate": jnp.broadcast_to(run.rate, old["learning_rate"].shape)}
         return (inner._replace(hyperparams={**old, **new}), *rest)
 
-    return dataclasses.replace(
-        state, bank_opt={name: put(m) for name, m in state.bank_opt.items()}
-    )
+    tuned = {name: put(m) for name, m in state.bank_opt.items()}
+    memory = (state.memory[0], run.budget)
+    return dataclasses.replace(state, bank_opt=tuned, memory=memory)

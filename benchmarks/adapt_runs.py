@@ -32,6 +32,8 @@ class Run(NamedTuple):
     key: jax.Array
     rate: jax.Array
     """Peak learning rate."""
+    budget: jax.Array
+    """Most parameters that a trial keeps."""
 
 
 class Outcome(NamedTuple):

@@ -124,6 +124,11 @@ def _stream(ids: np.ndarray) -> Parts:
     return Parts(stretches[0], *map(windows, stretches[1:], counts))
 
 
+def _repeated(parts: Parts) -> Parts:
+    """Stretches to learn from of one length, so that one program does for all texts."""
+    return parts._replace(learned=np.resize(parts.learned, 1_600_000))
+
+
 def _windows(stream: jax.Array, key: jax.Array) -> jax.Array:
     first = jax.random.randint(key, (16, 1), 0, stream.shape[0] - LENGTH)
     return stream[first + jnp.arange(LENGTH + 1)]
@@ -228,7 +233,7 @@ def _text(source: Any, target: Any, change: Any = lambda _, parts: parts) -> Tas
     return Task(
         make=lambda rngs: Writer(rngs, SIZE),
         source=lambda: _stream(source()),
-        target=lambda: _stream(target()),
+        target=lambda: _repeated(_stream(target())),
         change=change,
         sample=_windows,
         loss=_next_character,

@@ -20,6 +20,11 @@ ROOMS = (
     "policy",
     "train",
     "monitor",
+    "rollout",
+    "rollout.canary",
+    "rollout.provider",
+    "rollout.ab",
+    "rollout.baseline",
     "checkpoint",
     "kernels.blend",
 )

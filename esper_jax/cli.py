@@ -102,11 +102,21 @@ def _in_words(error: Exception) -> tuple[str, int]:
     import jax
 
     from esper_jax.checkpoint import CheckpointError
+    from esper_jax.rollout.canary.plan import CanaryError
+    from esper_jax.rollout.flags import FlagError
     from esper_jax.run.config import ConfigError
     from esper_jax.run.folder import RunError
     from esper_jax.train.batches import DataError
 
-    known = CheckpointError | ConfigError | DataError | RunError | OSError
+    known = (
+        CanaryError
+        | CheckpointError
+        | ConfigError
+        | DataError
+        | FlagError
+        | RunError
+        | OSError
+    )
     if isinstance(error, known):
         return str(error), 2
     first = (str(error).splitlines() or [""])[0][:300]

@@ -516,7 +516,7 @@ def test_a_run_that_cannot_go_on_saves_its_state(broken_run, tmp_path):
     broken_run["when"] = lambda step, rollbacks: step >= 50
     console, out = Console(quiet=True), tmp_path / "run"
     message = r"training stopped in tick 7: .*saved as step 48 in .*go on with --resume"
-    with pytest.raises(run.RunError, match=message):
+    with pytest.raises(run.RunStopped, match=message):
         run.train_run(smoke(9), out, console=console)
     assert not (out / "summary.json").exists()
     broken_run["when"] = lambda step, rollbacks: False

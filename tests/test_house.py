@@ -30,6 +30,7 @@ FLOORS = (
     ("checkpoint",),
     ("monitor",),
     ("run",),
+    ("rollout",),
     ("commands", "cli"),
     # The package's own names, its command, and the import paths of version 0.1.
     ("__init__", "__main__", "_old_paths"),

@@ -17,14 +17,17 @@ README = (ROOT / "README.md").read_text()
 PAGES = ["README.md", *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
 TEXTS = [*PAGES, "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/RESULTS.md"]
 SUBJECTS = (
+    "ab",
     "blueprints",
     "checkpoints",
     "command-line",
     "design",
     "devices",
+    "flags",
     "lifecycle",
     "monitoring",
     "policies",
+    "rollout",
     "shipping",
     "tutorial",
     "your-loop",

@@ -169,6 +169,8 @@ def test_slots_can_be_given_back() -> None:
     [
         ({"ticks": 0}, "ticks must be an int from 1"),
         ({"budget": -2}, "budget must be an int from -1"),
+        ({"budget": jnp.ones(2, int)}, "budget must be an int from -1"),
+        ({"budget": jnp.ones(())}, "budget must be an int from -1"),
         ({"blueprint": True}, "blueprint must be an int from 0"),
         ({"rent": -1.0}, "rent must be finite and at least 0"),
         ({"share": 0}, "share must be above 0 and at most 1"),
@@ -190,10 +192,10 @@ def test_a_model_that_has_no_room_is_refused() -> None:
 
 
 def test_a_rent_of_minus_infinity_fills_the_budget() -> None:
-    """Parts that do harm are kept then, too."""
+    """Parts that do harm are kept then, too. A budget may be an array."""
     kept = {}
-    for rent in (0.0, -np.inf):
-        config = TrialConfig(ticks=1, budget=40, rent=rent)
+    for rent, budget in ((0.0, 40), (-np.inf, jnp.asarray(40))):
+        config = TrialConfig(ticks=1, budget=budget, rent=rent)
         model, growth, step, loss = grown(config, cull_delta=-np.inf)
         for _ in range(3):
             growth.tick(model, loss)

@@ -1,16 +1,23 @@
 """The commands of ``esper-jax``: what each takes, and what it does."""
 
 from esper_jax.commands.base import Command
+from esper_jax.commands.canary import Canary
 from esper_jax.commands.checkpoints import Checkpoint
+from esper_jax.commands.comparing import Ab, Bench
 from esper_jax.commands.reading import Evaluate, Export, Report
+from esper_jax.commands.rollout import Flags
 from esper_jax.commands.training import Train
 
 __all__ = [
     "COMMANDS",
+    "Ab",
+    "Bench",
+    "Canary",
     "Checkpoint",
     "Command",
     "Evaluate",
     "Export",
+    "Flags",
     "Report",
     "Train",
 ]
@@ -21,5 +28,9 @@ COMMANDS: dict[str, type[Command]] = {
     "export": Export,
     "checkpoint": Checkpoint,
     "report": Report,
+    "ab": Ab,
+    "bench": Bench,
+    "flags": Flags,
+    "canary": Canary,
 }
 """By the word that calls them."""

@@ -50,6 +50,11 @@ class Train(Command):
     """How many processes there are."""
     process_id: Annotated[int | None, tyro.conf.arg(metavar="I")] = None
     """Which one this is, from 0."""
+    features: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """File of flags, such as configs/features.toml: which features the run has. It
+    keeps those that it began with."""
+    model_id: Annotated[str | None, tyro.conf.arg(metavar="ID")] = None
+    """What the flags know the run by. Default: the name of its folder."""
     set: Annotated[
         tuple[tuple[str, ...], ...],
         tyro.conf.arg(metavar="KEY=VALUE ..."),
@@ -75,7 +80,9 @@ class Train(Command):
         import jax
 
         from esper_jax.parallel.processes import together
+        from esper_jax.rollout.opening import with_features
         from esper_jax.run.config import ConfigError, load_config
+        from esper_jax.run.features import Features
         from esper_jax.run.folder import RunFolder
         from esper_jax.run.run import train_run
 
@@ -87,8 +94,22 @@ class Train(Command):
             raise ConfigError("--resume: expected --out DIR with the run to go on with")
         if self.allow_change and not self.resume:
             raise ConfigError("--allow-change: expected --resume with it")
+        if self.model_id is not None and self.features is None:
+            raise ConfigError("--model-id: expected --features FILE with it")
         _early.started()
         with stop, _folder_for(self) as out:
+            model_id = self.model_id or out.resolve().name
+            config = with_features(
+                config,
+                RunFolder(out),
+                self.features,
+                model_id,
+                resume=self.resume,
+                allowed=self.allow_change,
+            )
+            flagged = self.features is not None or config.features != Features()
+            if flagged and not jax.process_index():
+                print(f"features of {model_id}: {config.features}", flush=True)
             try:
                 summary = train_run(
                     config,

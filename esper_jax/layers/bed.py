@@ -33,6 +33,7 @@ __all__ = [
     "DEFAULT_CAPACITY",
     "DEFAULT_STATISTICS_ROWS",
     "SeedBed",
+    "check_incubation",
     "stack_of",
 ]
 
@@ -118,15 +119,7 @@ class SeedBed(nnx.Module):
     ) -> None:
         self.layout = ChunkLayout(features, num_seeds)
         self.blueprints = bound(resolve(blueprints), inputs)
-        if incubation not in get_args(Incubation):
-            raise ValueError(
-                f"incubation must be one of {get_args(Incubation)}, got {incubation!r}"
-            )
-        if incubation != "task" and aims(self.blueprints):
-            raise ValueError(
-                "incubation must be 'task' for blueprints with start='gradient', whose "
-                f"direction is that of the task's loss; got {incubation!r}"
-            )
+        check_incubation(incubation, self.blueprints)
         self.incubation = incubation
         check_statistics_rows(statistics_rows)
         self.statistics_rows = statistics_rows
@@ -214,6 +207,23 @@ class SeedBed(nnx.Module):
         if self.axis_name is None or not self.statistics_rows:
             return self.statistics_rows
         return max(1, self.statistics_rows // collectives.axis_size(self.axis_name))
+
+
+def check_incubation(incubation: str, blueprints: tuple[Blueprint, ...]) -> None:
+    """Refuses what seeds cannot learn from.
+
+    Raises:
+      ValueError: if it is no `Incubation`, or does not suit the blueprints.
+    """
+    if incubation not in get_args(Incubation):
+        raise ValueError(
+            f"incubation must be one of {get_args(Incubation)}, got {incubation!r}"
+        )
+    if incubation != "task" and aims(blueprints):
+        raise ValueError(
+            "incubation must be 'task' for blueprints with start='gradient', whose "
+            f"direction is that of the task's loss; got {incubation!r}"
+        )
 
 
 def stack_of(bed: SeedBed, name: str) -> tuple[int, ...]:

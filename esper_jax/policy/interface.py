@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, Key
 
@@ -11,6 +13,7 @@ from esper_jax.groups import Groups
 from esper_jax.lifecycle.commands import Commands
 from esper_jax.lifecycle.rules import LifecycleConfig
 from esper_jax.lifecycle.signals import Signals
+from esper_jax.lifecycle.stages import NO_REQUEST
 from esper_jax.lifecycle.state import SeedState
 
 __all__ = [
@@ -20,6 +23,7 @@ __all__ = [
     "PolicyFactory",
     "Setting",
     "check_reads",
+    "idle",
     "made",
 ]
 
@@ -103,6 +107,24 @@ def made(policy: Policy | PolicyFactory, setting: Setting) -> Policy:
         )
     check_reads("Policy(reads=...)", result.reads or ())
     return result
+
+
+def idle(policy: Policy | PolicyFactory) -> PolicyFactory:
+    """The same policy, with the same memory, whose requests are all dropped."""
+
+    def make(setting: Setting) -> Policy:
+        asked = made(policy, setting)
+
+        def decide(
+            seeds: Mapping[str, SeedState], signals: Mapping[str, Signals], memory: Any
+        ) -> tuple[dict[str, Commands], Any]:
+            commands, memory = asked.decide(seeds, signals, memory)
+            dropped = jax.tree.map(lambda x: jnp.full_like(x, NO_REQUEST), commands)
+            return dropped, memory
+
+        return asked._replace(decide=decide)
+
+    return make
 
 
 def check_reads(name: str, signals: Collection[str]) -> None:

@@ -36,7 +36,7 @@ __all__ = ["TrialConfig", "TrialMemory", "trial", "trial_lives"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrialConfig:
-    """Numbers of a trial; hashable.
+    """Numbers of a trial; hashable unless the budget is an array.
 
     Args:
       judge: what decides which parts are kept. ``"worth"``: the loss without each,
@@ -45,7 +45,8 @@ class TrialConfig:
         the layer has with it. ``"random"``: nothing, of newborns; for comparison.
       ticks: how long parts count and learn together before they are judged by worth,
         or before those that are judged already settle.
-      budget: most parameters that are kept; -1 for no limit.
+      budget: most parameters that are kept; -1 for no limit. An integer scalar array
+        may be traced, so that one program serves several budgets.
       rent: what ``judge`` measures that a part must have for each of its parameters to
         be kept; for worth, in units of the held-out loss. What offers nothing, or
         less, is not kept either; with minus infinity, the best are, whatever they
@@ -59,7 +60,7 @@ class TrialConfig:
 
     judge: Literal["worth", "gradient", "random"] = "worth"
     ticks: int = 8
-    budget: int = -1
+    budget: int | Int[Array, ""] = -1
     rent: float = 0.0
     blueprint: int = 0
     share: float = 1.0
@@ -70,6 +71,8 @@ class TrialConfig:
             raise ValueError(f"judge must be one of {judges}, got {self.judge!r}")
         for name, least in (("ticks", 1), ("budget", -1), ("blueprint", 0)):
             value = getattr(self, name)
+            if name == "budget" and _is_whole_array(value):
+                continue
             whole = isinstance(value, int) and not isinstance(value, bool)
             if not whole or not least <= value < 2**31:
                 raise ValueError(
@@ -82,6 +85,15 @@ class TrialConfig:
             )
         if not 0 < self.share <= 1:
             raise ValueError(f"share must be above 0 and at most 1, got {self.share!r}")
+
+
+def _is_whole_array(value: Any) -> bool:
+    """Whether it is an integer scalar of JAX's, perhaps traced."""
+    return (
+        isinstance(value, jax.Array)
+        and not value.shape
+        and jnp.issubdtype(value.dtype, jnp.integer)
+    )
 
 
 @struct.dataclass
@@ -344,7 +356,7 @@ def _kept(
     able = jnp.isfinite(rate) & (rate >= config.rent)
     if config.rent >= 0:
         able &= rate > 0
-    if config.budget < 0:
+    if isinstance(config.budget, int) and config.budget < 0:
         return able
     others = jnp.sum(jnp.where(stage == Stage.FOSSILIZED, cost, 0))
     order = jnp.argsort(jnp.where(able, -rate, jnp.inf), stable=True)
@@ -354,7 +366,8 @@ def _kept(
         return room - jnp.where(fits, cost[at], 0), fits
 
     _, fits = jax.lax.scan(take, config.budget - others, order)
-    return jnp.zeros(able.shape, bool).at[order].set(fits)
+    within = jnp.zeros(able.shape, bool).at[order].set(fits)
+    return jnp.where(jnp.asarray(config.budget) < 0, able, within)
 
 
 def _worth(seen: Seen) -> Float[Array, " P"]:

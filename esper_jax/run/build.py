@@ -1,8 +1,10 @@
 """From a config to what runs: its data and its program."""
 
+import dataclasses
+import functools
 import itertools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,16 +13,24 @@ import optax
 from flax import nnx
 
 from esper_jax.data import DATASETS, Dataset
+from esper_jax.growth.parts import values_of
 from esper_jax.hosts import MLP
 from esper_jax.lifecycle.grafting import Strategy
-from esper_jax.policy.heuristic import heuristic
-from esper_jax.policy.interface import PolicyFactory
+from esper_jax.policy.interface import PolicyFactory, idle
 from esper_jax.policy.trial import trial
-from esper_jax.run.config import ConfigError, RunConfig
+from esper_jax.run.config import ConfigError, GrowthConfig, ModelConfig, RunConfig
+from esper_jax.run.features import apply_features, policy_under
 from esper_jax.run.own import losses, own_data, own_model
 from esper_jax.train.program import Program, build
 
-__all__ = ["build_run", "load_data"]
+__all__ = ["Build", "SharedPrograms", "build_run", "load_data"]
+
+Build = Callable[[RunConfig, Dataset, str | None], Program]
+"""Makes the program of a run, as `build_run` does."""
+
+
+_OF_A_RUN = ("checkpoint", "compare", "governor", "monitor")
+"""Tables that change no program."""
 
 
 def load_data(config: RunConfig) -> Dataset:
@@ -52,12 +62,61 @@ def build_run(
       ConfigError: if the model or the loss cannot be used, the policy or the lifecycle
         does not suit the model, or the built-in model does not fit on the device.
     """
-    train = config.train
+    return _program(config, _model(config, data, axis_name), axis_name)
+
+
+class SharedPrograms:
+    """`build_run` for many runs: those that differ in seed or length compile once.
+
+    Each still begins with the values that its own seed draws, and ends with the same
+    bits as alone. A model of one's own whose form depends on the seed is compiled anew.
+    """
+
+    def __init__(self) -> None:
+        self._made: dict[Any, tuple[Any, Program]] = {}
+
+    def __call__(
+        self, config: RunConfig, data: Dataset, axis_name: str | None = None
+    ) -> Program:
+        """The program of a config; see `build_run`."""
+        model = _model(config, data, axis_name)
+        values, form = values_of(model), nnx.graphdef(model)
+        shapes = jax.tree.map(lambda x: (x.shape, x.dtype), values)
+        key = _form(config), axis_name
+        known, program = self._made.get(key, (None, None))
+        if program is None or known != (form, shapes):
+            program = _program(config, model, axis_name)
+            self._made[key] = (form, shapes), program
+        shared = program
+        return program._replace(
+            init=lambda rng, values=values: shared.init(rng, values)
+        )
+
+
+def _form(config: RunConfig) -> RunConfig:
+    """The config without what the program of a run does not depend on."""
+    bare = RunConfig()
+    others = {name: getattr(bare, name) for name in _OF_A_RUN}
+    train = dataclasses.replace(config.train, ticks=1)
+    return dataclasses.replace(config, seed=0, train=train, **others)
+
+
+def _model(config: RunConfig, data: Dataset, axis_name: str | None) -> nnx.Module:
+    """The model of a config, with what its seed draws."""
     model = own_model(config) if config.model.factory else _perceptron(config, data)
+    try:
+        apply_features(model, config.features)
+    except ValueError as error:
+        raise ConfigError(f"features.{error}") from None
     for _, node in nnx.iter_graph(model):
         # Else it would normalize with each device's own rows.
         if isinstance(node, nnx.BatchNorm) and node.axis_name is None:
             node.axis_name = axis_name
+    return model
+
+
+def _program(config: RunConfig, model: nnx.Module, axis_name: str | None) -> Program:
+    train = config.train
     named = losses(config)
     try:
         return build(
@@ -78,9 +137,11 @@ def build_run(
 
 
 def _policy(config: RunConfig) -> PolicyFactory:
-    if config.policy == "trial":
-        return trial(config.trial)
-    return heuristic(config.controller)
+    features = config.features
+    if config.policy != "trial" or not features.growth:
+        return policy_under(features, config.controller)
+    policy = trial(config.trial)
+    return policy if features.chunked_layers else idle(policy)
 
 
 def _perceptron(config: RunConfig, data: Dataset) -> MLP:
@@ -95,23 +156,33 @@ def _perceptron(config: RunConfig, data: Dataset) -> MLP:
     inputs, classes = train[0].shape[-1], data.num_classes
     _check_memory([inputs, *config.model.hidden, classes])
 
-    @jax.debug_nans(False)  # NaN is what no seed has measured yet
-    @nnx.jit  # one program instead of one for each operation
-    def make() -> MLP:
+    make = _maker(inputs, classes, config.model, growth)
+    with jax.debug_nans(False):  # NaN is what no seed has measured yet
+        return make(jax.random.key(config.seed))
+
+
+@functools.lru_cache(maxsize=8)
+def _maker(
+    inputs: int, classes: int, model: ModelConfig, growth: GrowthConfig
+) -> Callable[[Any], MLP]:
+    """Makes the perceptron from a key: one program, whatever the seed."""
+
+    @nnx.jit
+    def make(key: Any) -> MLP:
         return MLP(
             inputs,
-            config.model.hidden,
+            model.hidden,
             classes,
-            activation=config.model.activation,
+            activation=model.activation,
             num_seeds=growth.num_seeds,
             capacity=growth.capacity,
             blueprints=growth.blueprints,
             strategy=Strategy[growth.strategy.upper()],
             incubation=growth.incubation,
-            rngs=nnx.Rngs(config.seed),
+            rngs=nnx.Rngs(key),
         )
 
-    return make()
+    return make
 
 
 def _check_memory(sizes: Sequence[int]) -> None:

@@ -60,6 +60,8 @@ def _value(kind: Any, value: Any, where: str) -> Any:
         return tuple(_value(element, v, f"{where}[{i}]") for i, v in enumerate(value))
     if typing.get_origin(kind) is typing.Literal:
         kind = str  # which of them, the dataclass checks
+    if isinstance(kind, types.UnionType) and int in typing.get_args(kind):
+        kind = int  # or an array, which no file holds
     if isinstance(kind, types.UnionType):
         raise TypeError(f"{where}: unions are not supported")
     is_number = isinstance(value, int) and not isinstance(value, bool)

@@ -5,7 +5,7 @@ from typing import Any
 
 from esper_jax.run.config import ConfigError, RunConfig, to_dict
 
-__all__ = ["check_resumable", "differences"]
+__all__ = ["check_resumable", "differences", "differing"]
 
 _FREE = (
     "train.ticks",
@@ -14,6 +14,8 @@ _FREE = (
     "checkpoint",
     "compare",
     "monitor",
+    "features.performance_monitoring",
+    "features.ab_testing",
 )
 """Keys and tables that may differ when a run goes on."""
 
@@ -23,8 +25,9 @@ def check_resumable(
 ) -> list[tuple[str, Any, Any]]:
     """Checks that a run that was started with ``saved`` can go on with ``config``.
 
-    ``train.ticks``, ``growth.capacity`` and the tables ``governor``, ``checkpoint``,
-    ``compare`` and ``monitor`` may differ.
+    ``train.ticks``, ``growth.capacity``, the tables ``governor``, ``checkpoint``,
+    ``compare`` and ``monitor``, and the features ``performance_monitoring`` and
+    ``ab_testing`` may differ.
 
     Args:
       config: to go on with.
@@ -44,8 +47,9 @@ def check_resumable(
             raise ConfigError(f"--allow-change {name}: there is no such key or table")
         if (
             _within(name, "model")
-            or name in ("policy", "train.frozen")
             or (_within(name, "growth") and name != "growth.capacity")
+            or name in ("policy", "train.frozen")
+            or name in ("features", "features.grafting_strategies")
         ):
             raise ConfigError(
                 f"--allow-change {name}: the saved state has the form that this key "
@@ -70,6 +74,30 @@ def differences(config: RunConfig, saved: RunConfig) -> list[tuple[str, Any, Any
         if not any(_within(key, name) for name in _FREE)
         and new.get(key) != old.get(key)
     ]
+
+
+def differing(
+    tables: Mapping[str, Any], others: Mapping[str, Any], without: Sequence[str] = ()
+) -> dict[str, tuple[Any, Any]]:
+    """Keys whose values differ, and both values; a tuple is as the list of JSON.
+
+    Args:
+      tables: of a config, as `to_dict` makes them, or JSON of them.
+      others: of another.
+      without: keys and tables to leave out.
+    """
+    first, second = _flat(tables), _flat(others)
+
+    def value(of: Mapping[str, Any], key: str) -> Any:
+        found = of.get(key)
+        return [*found] if isinstance(found, tuple) else found
+
+    pairs = {k: (value(first, k), value(second, k)) for k in {**first, **second}}
+    return {
+        key: (a, b)
+        for key, (a, b) in sorted(pairs.items())
+        if a != b and not any(_within(key, name) for name in without)
+    }
 
 
 def _within(key: str, name: str) -> bool:

@@ -18,6 +18,7 @@ from esper_jax.monitor.config import MonitorConfig
 from esper_jax.policy.config import ControllerConfig
 from esper_jax.policy.trial import TrialConfig, trial_lives
 from esper_jax.run.building import built
+from esper_jax.run.features import Features
 from esper_jax.run.overrides import set_key
 from esper_jax.run.references import ConfigError, check_reference, shown, written
 from esper_jax.train.faults import GovernorConfig
@@ -243,6 +244,7 @@ class RunConfig:
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     compare: CompareConfig = dataclasses.field(default_factory=CompareConfig)
     monitor: MonitorConfig = dataclasses.field(default_factory=MonitorConfig)
+    features: Features = dataclasses.field(default_factory=Features)
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:

@@ -16,6 +16,7 @@ from esper_jax.run.config import ConfigError, RunConfig, parse_config
 __all__ = [
     "RunError",
     "RunFolder",
+    "RunStopped",
     "append_lines",
     "finite_or_none",
     "lines_of",
@@ -30,6 +31,10 @@ __all__ = [
 
 class RunError(ValueError):
     """A folder that cannot be used as asked; the message says what to do."""
+
+
+class RunStopped(RunError):
+    """The governor stopped a run; its last good state is saved."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The writers of a run: looked at before it begins, opened when it trains."""
 
+import dataclasses
 import importlib.util
 
 import jax
@@ -10,7 +11,7 @@ from esper_jax.monitor.monitor import Monitor
 from esper_jax.monitor.prometheus import Prometheus, why_not_listen
 from esper_jax.monitor.protocol import Writer
 from esper_jax.monitor.writers import JsonLines, TensorBoard, WeightsAndBiases
-from esper_jax.run.config import ConfigError
+from esper_jax.run.config import ConfigError, RunConfig
 from esper_jax.run.folder import RunError
 from esper_jax.run.session import Session
 
@@ -20,7 +21,7 @@ PATIENCE = 5.0
 """Seconds that the end of a run waits for its writers."""
 
 
-def check_writers(config: MonitorConfig) -> None:
+def check_writers(run: RunConfig) -> None:
     """Refuses writers that cannot work here. Process 0 alone has them.
 
     Raises:
@@ -28,6 +29,7 @@ def check_writers(config: MonitorConfig) -> None:
     """
     if jax.process_index():
         return
+    config = _allowed(run)
     for name in config.writers:
         module, install = NEEDED[name] or ("json", "")
         if importlib.util.find_spec(module) is None:
@@ -39,6 +41,13 @@ def check_writers(config: MonitorConfig) -> None:
         why = why_not_listen(config.address, config.port)
         if why:
             raise ConfigError(_cannot_listen(config, why))
+
+
+def _allowed(run: RunConfig) -> MonitorConfig:
+    """The monitor of a run, without writers where a feature forbids them."""
+    if run.features.performance_monitoring:
+        return run.monitor
+    return dataclasses.replace(run.monitor, writers=())
 
 
 def _cannot_listen(config: MonitorConfig, why: str) -> str:
@@ -55,7 +64,7 @@ def open_monitor(session: Session, state: TrainState) -> tuple[Monitor, list[str
     Raises:
       RunError: if a writer cannot be opened.
     """
-    config = session.config.monitor
+    config = _allowed(session.config)
     writers: list[Writer] = []
     told = []
     if not jax.process_index():

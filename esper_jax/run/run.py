@@ -5,6 +5,7 @@ the run ends.
 """
 
 import functools
+import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,10 +24,10 @@ from esper_jax.monitor.monitor import Monitor
 from esper_jax.monitor.words import why
 from esper_jax.parallel.processes import together
 from esper_jax.policy.memory import Reason
-from esper_jax.run.build import build_run, load_data
+from esper_jax.run.build import Build, build_run, load_data
 from esper_jax.run.config import ConfigError, RunConfig
 from esper_jax.run.devices import AXIS, mesh_of, over
-from esper_jax.run.folder import RunError, RunFolder, read_config
+from esper_jax.run.folder import RunError, RunFolder, RunStopped, read_config
 from esper_jax.run.logs import History
 from esper_jax.run.monitoring import check_writers, open_monitor
 from esper_jax.run.opening import check_data, check_ticks, examine
@@ -44,6 +45,8 @@ from esper_jax.train.stop import Interrupted, Stop
 
 __all__ = ["evaluate_run", "restore_run", "train_run"]
 
+_log = logging.getLogger(__name__)
+
 
 def train_run(
     config: RunConfig,
@@ -55,6 +58,7 @@ def train_run(
     profile: int = 0,
     console: Console | None = None,
     stop: Stop | None = None,
+    build: Build | None = None,
 ) -> dict[str, Any]:
     """Trains into the folder ``out`` and returns what ``summary.json`` holds.
 
@@ -73,10 +77,12 @@ def train_run(
       profile: steps to record with JAX's profiler; see `run.profiling.Profile`.
       console: where the live view prints; standard output by default.
       stop: signals to end for; SIGINT by default, and only while steps are done.
+      build: makes the program, by default `build_run`. A `run.build.SharedPrograms`
+        compiles once for runs that differ in seed or length.
 
     Raises:
-      RunError: if ``out`` cannot be used, or the governor stopped the run. A stopped
-        run has saved its last good state.
+      RunError: if ``out`` cannot be used, or, as a `RunStopped`, if the governor
+        stopped the run. A stopped run has saved its last good state.
       CheckpointError: if no checkpoint of a run to resume is sound, if one cannot be
         saved, or if another process is training into ``out``.
       ConfigError: if the config does not fit the data or the run to resume. Nothing
@@ -91,8 +97,10 @@ def train_run(
         raise ConfigError(f"--profile: expected at least 1 step, got {profile}")
     # All processes look before one of them writes.
     together(lambda: look(warn=False), RunError)
-    together(lambda: check_writers(config.monitor), ConfigError)
-    data, program = together(lambda: _built(config, devices), ConfigError)
+    together(lambda: check_writers(config), ConfigError)
+    data, program = together(
+        lambda: _built(config, devices, build or build_run), ConfigError
+    )
     state = together(lambda: _started(config, program), ConfigError)
     if is_own(config):
         together(lambda: check_one_step(config, program, state, data), ConfigError)
@@ -107,7 +115,7 @@ def train_run(
             state, history = restored(start, opening, state)
         check_ticks(config, state)
         session = begin(start, opening, state, history)
-        recorder = Profile(profile, folder.profile)
+        recorder = Profile(_profiled(config, profile), folder.profile)
         with recorder.recording(session) as recorded:
             state, lost = _train(recorded, state, console, stop)
     return conclude(session, state, lost)
@@ -147,11 +155,13 @@ def restore_run(folder: RunFolder) -> tuple[Program, Dataset, Restored]:
     return program, data, found
 
 
-def _built(config: RunConfig, devices: int | None) -> tuple[Dataset, Program]:
+def _built(
+    config: RunConfig, devices: int | None, build: Build
+) -> tuple[Dataset, Program]:
     data = load_data(config)
     check_data(config, data)
     mesh = mesh_of(config, data, devices)
-    return data, over(build_run(config, data, AXIS if mesh else None), mesh)
+    return data, over(build(config, data, AXIS if mesh else None), mesh)
 
 
 def _started(config: RunConfig, program: Program) -> TrainState:
@@ -168,6 +178,17 @@ def _make(out: Path) -> None:
         raise RunError(
             f"{out} cannot be written to ({error.strerror}): choose another --out"
         ) from None
+
+
+def _profiled(config: RunConfig, steps: int) -> int:
+    """How many steps to profile."""
+    if steps and not config.features.performance_monitoring:
+        _log.warning(
+            "--profile: no step is recorded, since features.performance_monitoring is "
+            "off"
+        )
+        return 0
+    return steps
 
 
 def _retention(config: RunConfig) -> Retention:
@@ -232,7 +253,7 @@ def _trained(
         except TrainingStopped as stopped:
             session.save(stopped.state, math.nan, math.nan)
             session.checkpoints.wait()  # the message below claims that it is saved
-            raise RunError(
+            raise RunStopped(
                 f"{stopped}. The last good state is saved as step "
                 f"{int(stopped.state.step)} in {session.checkpoints.directory}; mend "
                 "the cause, then go on with --resume. --allow-change KEY lets a key of "
