@@ -20,6 +20,7 @@ ROOMS = (
     "policy",
     "train",
     "monitor",
+    "bus",
     "checkpoint",
     "kernels.blend",
 )

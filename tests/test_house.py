@@ -29,6 +29,7 @@ FLOORS = (
     ("migrations",),
     ("checkpoint",),
     ("monitor",),
+    ("bus",),
     ("run",),
     ("commands", "cli"),
     # The package's own names, its command, and the import paths of version 0.1.

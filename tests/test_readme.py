@@ -18,6 +18,7 @@ PAGES = ["README.md", *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.
 TEXTS = [*PAGES, "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/RESULTS.md"]
 SUBJECTS = (
     "blueprints",
+    "bus",
     "checkpoints",
     "command-line",
     "design",

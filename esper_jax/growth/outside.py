@@ -55,14 +55,15 @@ class Granted(NamedTuple):
     outcome: dict[str, Int[Array, "L S"]]
 
 
-def nothing_asked(num_seeds: Mapping[str, int]) -> Outside:
-    """Asks for nothing.
+def nothing_asked(num_seeds: Mapping[str, int], germination: bool = True) -> Outside:
+    """Asks for nothing, in arrays of the host.
 
     Args:
       num_seeds: seeds of each layer, by name.
+      germination: whether what the policy asks to germinate is heard.
     """
 
-    heard: Any = np.asarray(True)
+    heard: Any = np.asarray(germination)
     loose: Any = {name: np.zeros(seeds, bool) for name, seeds in num_seeds.items()}
 
     def nothing(seeds: int) -> Any:
@@ -216,7 +217,8 @@ def yielding(
 
     def against(field: str) -> Array:
         wish, other = getattr(policy, field), getattr(outside, field)
-        return (wish != NO_REQUEST) & (other != NO_REQUEST) & (wish != other)
+        asked = (wish != NO_REQUEST) & (other != NO_REQUEST)
+        return asked & (wish != other) & ~unheard
 
     overruled = against("target") | against("strategy")
     by = jnp.select(

@@ -65,6 +65,8 @@ class LayerReport(SeedMoves):
     signals: Signals
     by: Int[Array, "*S"] | None = None
     """`By`: who asked. None where nothing can be asked from outside."""
+    health: Float[Array, "*S"] | None = None
+    """See `SeedState.health`. `tick` always reports it."""
 
 
 @struct.dataclass

@@ -116,6 +116,7 @@ def _move(
         alpha=coefficients(after)[0],
         blueprint=after.blueprint,
         signals=signals,
+        health=after.health,
     )
     return after, report
 

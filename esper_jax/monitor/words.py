@@ -196,6 +196,11 @@ class Event:
     by: By = By.POLICY
     """Who asked."""
 
+    @property
+    def plain(self) -> str:
+        """What `explain` says of it, and no more."""
+        return self.text.removesuffix(_ASKED[self.by])
+
     def __str__(self) -> str:
         return self.text
 
