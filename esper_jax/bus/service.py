@@ -159,6 +159,15 @@ class Service:
         self._admitted = admitted._replace(now=[*controls, *admitted.now])
         return admitted.outside
 
+    def asking(self) -> dict[tuple[str, int], str]:
+        """Ids of the commands that join this tick, by layer and seed."""
+        joined = [] if self._admitted is None else self._admitted.now
+        return {
+            (part.layer, part.seed): one.id
+            for one in joined
+            for part in parts_of(one.command)
+        }
+
     def ticked(
         self,
         report: TickReport,

@@ -4,9 +4,10 @@
 the run ends.
 """
 
+import contextlib
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ from esper_jax.run.own import check_one_step, has_own_loss, is_own
 from esper_jax.run.profiling import Profile
 from esper_jax.run.record import check_seal, newest_seal, read_record, seal_of
 from esper_jax.run.session import Session, Start, begin, restored
+from esper_jax.run.steering import Steering, check_steering, open_steering
+from esper_jax.run.steering import StoppedByCommand as StoppedByCommand
 from esper_jax.run.summary import conclude, test_result
 from esper_jax.train.batches import is_iterable
 from esper_jax.train.governor import Governor
@@ -53,6 +56,8 @@ def train_run(
     allow_change: Sequence[str] = (),
     devices: int | None = None,
     profile: int = 0,
+    bus: str | None = None,
+    replay: Path | None = None,
     console: Console | None = None,
     stop: Stop | None = None,
 ) -> dict[str, Any]:
@@ -71,6 +76,8 @@ def train_run(
         Each change is written down as an event.
       devices: of each process, to train on; see `run.devices.mesh_of`.
       profile: steps to record with JAX's profiler; see `run.profiling.Profile`.
+      bus: where messages go and commands come from; see `bus.connect`.
+      replay: commands of another run, to carry out at the same ticks.
       console: where the live view prints; standard output by default.
       stop: signals to end for; SIGINT by default, and only while steps are done.
 
@@ -82,6 +89,7 @@ def train_run(
       ConfigError: if the config does not fit the data or the run to resume. Nothing
         has been written then.
       Interrupted: if a signal ended training, with all that is done saved.
+      StoppedByCommand: if a command did, likewise.
     """
     folder = RunFolder(out)
     look = functools.partial(
@@ -92,6 +100,7 @@ def train_run(
     # All processes look before one of them writes.
     together(lambda: look(warn=False), RunError)
     together(lambda: check_writers(config.monitor), ConfigError)
+    together(lambda: check_steering(bus, replay), ConfigError)
     data, program = together(lambda: _built(config, devices), ConfigError)
     state = program.init(jax.random.key(config.seed))
     if is_own(config):
@@ -107,9 +116,12 @@ def train_run(
             state, history = restored(start, opening, state)
         check_ticks(config, state)
         session = begin(start, opening, state, history)
+        steering = together(
+            lambda: open_steering(session, state, bus, replay), RunError
+        )
         recorder = Profile(profile, folder.profile)
-        with recorder.recording(session) as recorded:
-            state, lost = _train(recorded, state, console, stop)
+        with recorder.recording(session) as recorded, _closing(steering):
+            state, lost = _train(recorded, state, steering, console, stop)
     return conclude(session, state, lost)
 
 
@@ -174,8 +186,21 @@ def _retention(config: RunConfig) -> Retention:
     )
 
 
+@contextlib.contextmanager
+def _closing(steering: Steering | None) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        if steering is not None:
+            steering.close()
+
+
 def _train(
-    session: Session, state: TrainState, console: Console | None, stop: Stop | None
+    session: Session,
+    state: TrainState,
+    steering: Steering | None,
+    console: Console | None,
+    stop: Stop | None,
 ) -> tuple[TrainState, dict[str, Any]]:
     """Trains to the last tick, with live view, logs, checkpoints and governor.
 
@@ -184,7 +209,7 @@ def _train(
     """
     monitor, told = together(lambda: open_monitor(session, state), RunError)
     with monitor:
-        state = _trained(session, state, (monitor, told), console, stop)
+        state = _trained(session, state, (monitor, told), steering, console, stop)
     return state, monitor.lost
 
 
@@ -192,6 +217,7 @@ def _trained(
     session: Session,
     state: TrainState,
     monitored: tuple[Monitor, Sequence[str]],
+    steering: Steering | None,
     console: Console | None,
     stop: Stop | None,
 ) -> TrainState:
@@ -204,9 +230,9 @@ def _trained(
     for line in told:
         view.note(line)
     with view:
-        reporter = _Reporter(session, view, monitor)
+        reporter = _Reporter(session, view, monitor, steering)
         try:
-            return fit(
+            state = fit(
                 session.program,
                 state,
                 data.train,
@@ -216,13 +242,16 @@ def _trained(
                 steps_per_tick=config.train.steps_per_tick or None,
                 seed=config.seed,
                 on_tick=reporter.on_tick,
+                commands=None if steering is None else steering.commands,
                 governor=_governor(session, reporter),
                 stop=stop,
             )
         except Interrupted as stopped:
             reporter.save_at_once(stopped.state)
+            reporter.ended(stopped.state, "it was stopped by a signal")
             raise
         except TrainingStopped as stopped:
+            reporter.ended(stopped.state, f"{stopped}")
             session.save(stopped.state, math.nan, math.nan)
             session.checkpoints.wait()  # the message below claims that it is saved
             raise RunError(
@@ -231,6 +260,8 @@ def _trained(
                 "the cause, then go on with --resume. --allow-change KEY lets a key of "
                 "the config be another, such as train.learning_rate"
             ) from None
+        reporter.ended(state, "its last tick is done")
+        return state
 
 
 class _Reporter:
@@ -239,10 +270,17 @@ class _Reporter:
     Remembers which reason for not germinating it has shown, to show each once in a row.
     """
 
-    def __init__(self, session: Session, view: LiveView, monitor: Monitor) -> None:
+    def __init__(
+        self,
+        session: Session,
+        view: LiveView,
+        monitor: Monitor,
+        steering: Steering | None,
+    ) -> None:
         self._session = session
         self._view = view
         self._monitor = monitor
+        self._steering = steering
         self._shown = Reason.NOT_YET
         self._saved = -1  # the last step
 
@@ -257,6 +295,29 @@ class _Reporter:
         if last or int(report.tick) % config.checkpoint.every == 0:
             self._session.save(state, float(report.loss), float(report.accuracy))
             self._saved = int(state.step)
+        if self._steering is not None and self._steering.stops:
+            self._stop(self._steering, state)
+
+    def _stop(self, steering: Steering, state: TrainState) -> None:
+        """Ends the run as a command has asked.
+
+        Raises:
+          StoppedByCommand: when all is saved.
+        """
+        self.save_at_once(state)
+        for line in together(steering.stopped, RunError):
+            self._view.note(line)
+        steering.ended(state, "a command stopped it")
+        out = self._session.folder.path
+        raise StoppedByCommand(
+            f"stopped by a command after tick {int(state.ticks)}; --resume --out {out} "
+            f"goes on from step {int(state.step)}"
+        )
+
+    def ended(self, state: TrainState, reason: str) -> None:
+        """Tells the bus that the run ends."""
+        if self._steering is not None:
+            self._steering.ended(state, reason)
 
     def save_at_once(self, state: TrainState) -> None:
         """Saves a state that is not saved yet, and waits for it."""
@@ -269,10 +330,19 @@ class _Reporter:
         for line in together(lambda: add(rollback), RunError):
             self._view.note(line)
         self._monitor.write_rollback(rollback)
+        undone = self._steering
+        if undone is not None:
+            for line in together(lambda: undone.undone(rollback), RunError):
+                self._view.note(line)
 
     def _write(self, report: TickReport) -> None:
-        events = self._session.log.add(report)
+        steering = self._steering
+        asking = {} if steering is None else steering.asking
+        events = self._session.log.add(report, asking)
         self._view.update(report, events)
+        if steering is not None:
+            for line in steering.ticked(report, events):
+                self._view.note(line)
         self._session.metrics.add(report)
         self._monitor.write(report, events)
 

@@ -23,6 +23,7 @@ _OUTCOMES = {
     "GATE": "a gate",
     "NO_CAPACITY": "no slot is free",
     "BATCH": "another request of its batch was refused",
+    "UNDONE": "the governor undid the tick",
 }
 
 
