@@ -226,7 +226,7 @@ def test_what_cannot_be_replayed_is_refused_before_anything_is_written(
         with pytest.raises(ConfigError, match=said):
             trained(out, replay=bad)
         assert not out.exists()
-    with pytest.raises(ConfigError, match="--bus: expected file:FOLDER"):
+    with pytest.raises(ConfigError, match="--bus: expected redis://HOST"):
         trained(out, bus="http://user:secret@host/0")
     with pytest.raises(ConfigError, match="--bus: expected") as caught:
         trained(out, bus="amqp://user:secret@host/0")

@@ -1,15 +1,18 @@
 """Transports by their URL."""
 
 from pathlib import Path
-from typing import Any, Protocol
-from urllib.parse import unquote, urlsplit
+from typing import Protocol
+from urllib.parse import unquote
 
 from esper_jax.bus.lines import Lines, LinesClient
+from esper_jax.bus.redis_streams import RedisClient, RedisStreams, check_options
 from esper_jax.bus.transport import Transport
 
 __all__ = ["Client", "check_url", "client", "connect", "shown"]
 
-_KNOWN = "file:FOLDER"
+_KNOWN = "redis://HOST[:PORT][/DB], rediss://..., unix://PATH or file:FOLDER"
+
+_REDIS = ("redis", "rediss", "unix")
 
 
 class Client(Protocol):
@@ -38,11 +41,16 @@ def check_url(url: str) -> None:
 
     Raises:
       ValueError: saying what is expected. It quotes no password.
+      ImportError: if it needs a package that is not installed.
     """
     scheme, _, rest = url.partition(":")
-    if scheme == "file" and rest.strip("/"):
-        return
-    raise ValueError(f"expected {_KNOWN}, got {shown(url)!r}")
+    if scheme in _REDIS and rest.startswith("//"):
+        try:
+            check_options(url)
+        except ValueError as error:
+            raise ValueError(f"{shown(url)}: {error}; expected {_KNOWN}") from None
+    elif scheme != "file" or not rest.strip("/"):
+        raise ValueError(f"expected {_KNOWN}, got {shown(url)!r}")
 
 
 def connect(url: str, run: str) -> Transport:
@@ -57,35 +65,37 @@ def connect(url: str, run: str) -> Transport:
       OSError: if the folder cannot be made.
     """
     check_url(url)
-    return Lines(_folder(url))
+    if url.startswith("file:"):
+        return Lines(_folder(url))
+    return RedisStreams(url, run)
 
 
-def client(url: str, run: str | None = None, from_start: bool = False) -> Client:
+def client(url: str, run: str | None = None, last: int | None = 0) -> Client:
     """Another program's end of the bus.
 
     Args:
       url: of the bus.
-      run: how the id of the run begins; by default the one that started last.
-      from_start: whether to be told what was said before.
+      run: how the id of the run begins; by default the one that started last. A folder
+        is of one run.
+      last: how much to be told of what was said before, about; None for all.
 
     Raises:
       ValueError: if it is no URL of a bus.
       TransportError: if there is no such bus or run.
     """
     check_url(url)
-    return LinesClient(_folder(url), from_start)
+    if url.startswith("file:"):
+        return LinesClient(_folder(url), last)
+    return RedisClient(url, run, last)
 
 
 def shown(url: str) -> str:
     """A URL without user, password and options."""
-    try:
-        parts: Any = urlsplit(url)
-        port = f":{parts.port}" if parts.port else ""
-    except ValueError:
-        return url.partition(":")[0]
-    if not parts.netloc:
-        return url.partition("?")[0]
-    return f"{parts.scheme}://{parts.hostname or ''}{port}{parts.path}"
+    address = url.partition("?")[0]
+    if "@" not in address:
+        return address
+    scheme, _, _ = address.partition(":")
+    return f"{scheme}://{address.rpartition('@')[2]}"
 
 
 def _folder(url: str) -> Path:

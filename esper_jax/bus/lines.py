@@ -14,6 +14,7 @@ import os
 import stat
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -210,14 +211,22 @@ class LinesClient:
 
     Args:
       folder: of the run's bus.
-      from_start: whether to read what was said before.
+      last: how many messages to begin with, the newest; None for all.
+
+    Raises:
+      TransportError: if there is no such folder.
     """
 
-    def __init__(self, folder: Path, from_start: bool = False) -> None:
+    def __init__(self, folder: Path, last: int | None = 0) -> None:
         self._folder = folder
-        out = folder / "out.jsonl"
-        there = out.is_file() and not from_start
-        self._tail = Tail(out, out.stat().st_size if there else 0)
+        if not folder.is_dir():
+            raise TransportError(f"there is no folder {folder}")
+        out, start = folder / "out.jsonl", 0
+        if out.is_file() and last is not None:
+            with out.open("rb") as file:
+                recent = deque((0, *map(len, file)), maxlen=last)
+                start = file.tell() - sum(recent)
+        self._tail = Tail(out, start)
 
     def send(self, data: bytes) -> None:
         """Sends a command.

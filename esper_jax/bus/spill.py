@@ -28,13 +28,14 @@ class Spill:
         self._tail: deque[Outgoing] = deque()
         self._in_file = 0
         if path is not None and path.is_file():
+            self._in_file = -1  # not known
             self._in_file = len(self._peek_file(None))
-            if not self._in_file:
-                self._clear()
-            else:
+            if self._in_file:
                 with path.open("a+b", buffering=0) as file:
                     if ends_within_a_line(file):  # a process was killed
                         append_whole(file, b"\n")
+            else:
+                self._clear()
 
     def __len__(self) -> int:
         return self._in_file + len(self._tail)
@@ -104,7 +105,7 @@ class Spill:
         Half a line, which a process that was killed may leave, is passed over.
         """
         found: list[tuple[Outgoing, int]] = []
-        if self._path is None or most == 0:
+        if self._path is None or most == 0 or not self._in_file:
             return found
         try:
             with self._path.open("rb") as file:

@@ -46,8 +46,8 @@ class Train(Command):
     """Record N steps with JAX's profiler, from the second tick of this command on, into
     the run's folder profile/. Default: none."""
     bus: Annotated[str | None, tyro.conf.arg(metavar="URL")] = None
-    """Tell what happens, and take commands: file:FOLDER. See docs/bus.md. Default:
-    none."""
+    """Tell what happens, and take commands: redis://HOST[:PORT][/DB] (rediss:// for
+    TLS), or file:FOLDER. See docs/bus.md. Default: none."""
     replay: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Carry out the commands of another run at the same ticks: its commands.jsonl."""
     distributed: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False

@@ -44,7 +44,7 @@ def check_steering(bus: str | None, replay: Path | None) -> None:
     if bus is not None:
         try:
             check_url(bus)
-        except ValueError as error:
+        except (ValueError, ImportError) as error:
             raise ConfigError(f"--bus: {error}") from None
         if jax.process_count() > 1:
             raise ConfigError("--bus: expected a run of one process")
