@@ -11,7 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from esper_jax.bus.envelope import new_id
 from esper_jax.bus.spill import Spill
@@ -56,7 +56,7 @@ class Outbox:
     def __init__(
         self, transport: Transport, spill: Path | None = None, *, room: int = 256
     ) -> None:
-        self.dropped = self.outages = 0
+        self.dropped = self.outages = self._given = 0
         self.error = ""
         self._transport, self._room = transport, room
         self._numbers, self._epoch = itertools.count(1), new_id()
@@ -79,6 +79,7 @@ class Outbox:
           make: makes the messages, in the outbox's thread.
         """
         with self._changed:
+            self._given += 1
             if len(self._loose) >= self._room:
                 self._loose.popleft()
                 self.dropped += 1
@@ -88,6 +89,7 @@ class Outbox:
     def post(self, *letters: Letter) -> None:
         """Takes what must not be lost."""
         with self._changed:
+            self._given += len(letters)
             for letter in letters:
                 message = Outgoing(self._epoch, next(self._numbers), *letter)
                 if len(self._kept) < self._room and not len(self._spill):
@@ -101,6 +103,12 @@ class Outbox:
         """Messages of `post` that are not sent yet."""
         with self._changed:
             return len(self._kept) + len(self._spill)
+
+    @property
+    def account(self) -> dict[str, Any]:
+        """What became of what it was given, as JSON."""
+        error = self.error or None
+        return {"records": self.dropped, "given": self._given, "error": error}
 
     def flush(self, patience: float) -> bool:
         """Waits until all is sent, but no longer than some seconds.

@@ -172,9 +172,9 @@ class RedisStreams:
 
     def publish(self, messages: Sequence[Outgoing]) -> None:
         """See `Transport`."""
-        if not self._registered:
+        registered, self._registered = self._registered, False
+        if not registered:
             self._out.call("ZADD", _RUNS, time.time(), self._run)
-            self._registered = True
         words: list[Any] = [len(messages)]
         for message in messages:
             entry, key, content = self._entry(message.data)
@@ -183,6 +183,8 @@ class RedisStreams:
             words += [entry, key, len(message.settles), content, *message.settles]
         with self._out.failing():
             self._publish(keys=self._keys, args=words)
+        # After a failure the server may be another, which knows nothing.
+        self._registered = True
         with self._lock:
             self._held -= sum(len(m.settles) for m in messages)
 

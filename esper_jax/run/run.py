@@ -120,8 +120,9 @@ def train_run(
             lambda: open_steering(session, state, bus, replay), RunError
         )
         recorder = Profile(profile, folder.profile)
-        with recorder.recording(session) as recorded, _closing(steering):
+        with recorder.recording(session) as recorded, _closing(steering) as dropped:
             state, lost = _train(recorded, state, steering, console, stop)
+        lost |= dropped
     return conclude(session, state, lost)
 
 
@@ -187,12 +188,14 @@ def _retention(config: RunConfig) -> Retention:
 
 
 @contextlib.contextmanager
-def _closing(steering: Steering | None) -> Iterator[None]:
+def _closing(steering: Steering | None) -> Iterator[dict[str, Any]]:
+    """Closes the bus in the end; what was lost is in the dictionary then."""
+    lost: dict[str, Any] = {}
     try:
-        yield
+        yield lost
     finally:
         if steering is not None:
-            steering.close()
+            lost |= steering.close()
 
 
 def _train(

@@ -2,7 +2,7 @@
 
 import importlib.util
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,13 +89,16 @@ class Steering:
         return self._service.asking()
 
     def ticked(self, report: TickReport, events: Sequence[dict[str, Any]]) -> list[str]:
-        """Answers what joined a tick; returns lines that tell of it."""
-        return self._session.log.add_commands(self._service.ticked(report, events))
+        """Answers what joined a tick; returns lines that tell of it.
+
+        Raises:
+          RunError: if that cannot be written down.
+        """
+        return self._written(lambda: self._service.ticked(report, events))
 
     def undone(self, rollback: Rollback) -> list[str]:
         """Refuses what joined a tick that was undone; returns lines that tell of it."""
-        done = self._service.undone(rollback)
-        return self._session.log.add_commands(done, rollback)
+        return self._written(lambda: self._service.undone(rollback), rollback)
 
     @property
     def stops(self) -> bool:
@@ -104,16 +107,41 @@ class Steering:
 
     def stopped(self) -> list[str]:
         """Answers that command, now that the state is saved."""
-        return self._session.log.add_commands(self._service.stopped())
+        return self._written(self._service.stopped)
+
+    def _written(
+        self, answer: Callable[[], list[Any]], rollback: Rollback | None = None
+    ) -> list[str]:
+        """Lets commands be answered, and writes that down."""
+        try:
+            done = answer()
+        except OSError as error:
+            raise RunError(
+                f"{self._session.folder.commands} cannot be written: "
+                f"{error.strerror}; make room or give permission. What is saved is "
+                "sound, and --resume goes on from it"
+            ) from None
+        return self._session.log.add_commands(done, rollback)
 
     def ended(self, state: TrainState, reason: str) -> None:
         """Tells that the run ends."""
         self._service.ended(int(state.ticks), int(state.step), reason)
 
-    def close(self) -> None:
-        """Sends what is left, and logs what was lost."""
+    def close(self) -> dict[str, dict[str, Any]]:
+        """Sends what is left, and logs what was lost.
+
+        Returns:
+          What was lost, as `Monitor.lost` has it; empty where nothing was.
+        """
         outbox = self._service.outbox
         self._service.close()
+        self._tell(outbox)
+        if outbox is None or not (self._service.lost or outbox.dropped):
+            return {}
+        account = outbox.account
+        return {"bus": account | {"records": account["records"] + self._service.lost}}
+
+    def _tell(self, outbox: Any) -> None:
         if self._service.lost:
             _log.warning(
                 "the bus lost %d events and answers, which could be neither sent (%s) "
@@ -132,8 +160,10 @@ class Steering:
             )
         if outbox is not None and outbox.dropped:
             _log.warning(
-                "the bus dropped what %d ticks measured; training was not affected",
+                "the bus dropped what %d ticks measured (%s); training was not "
+                "affected",
                 outbox.dropped,
+                outbox.error or "it was too slow",
             )
 
 
