@@ -126,7 +126,7 @@ def test_an_answer_that_does_not_come_back_is_not_sent_twice(server: Server) -> 
     outbox = Outbox(RedisStreams(proxy.url, run))
     outbox.post(*events(range(10)))
     assert outbox.flush(10)
-    for first in (10, 20, 30):
+    for first in (10, 20):
         proxy.stalls.set()
         outbox.post(*events(range(first, first + 10)))
         # It has arrived while the outbox still waits for the answer.
@@ -136,7 +136,7 @@ def test_an_answer_that_does_not_come_back_is_not_sent_twice(server: Server) -> 
         proxy.stalls.clear()
         proxy.cut()
         assert outbox.flush(30)
-    assert told(server.url, run) == [*range(40)]
+    assert told(server.url, run) == [*range(30)]
     assert outbox.close(1) == 0
     proxy.close()
 

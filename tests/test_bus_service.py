@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from reports import report as a_report
 
 from esper_jax import ControllerConfig, LifecycleConfig, Outcome, Stage, build
 from esper_jax.bus import (
@@ -32,6 +33,7 @@ from esper_jax.bus import (
 )
 from esper_jax.bus.envelope import encode
 from esper_jax.bus.messages import Layer
+from esper_jax.bus.record import Done
 from esper_jax.hosts import MLP
 from esper_jax.train.faults import Fault
 from esper_jax.train.retreat import Rollback
@@ -334,6 +336,32 @@ def test_the_order_of_a_layer_is_kept(run: Run) -> None:
     assert run.service.outbox.flush(10)
     answers = [e.message.command for e in run.bus.messages(Acknowledged)]
     assert len(answers) == len(set(answers)) == 3_001
+
+
+def test_a_report_of_another_tick_is_refused_by_name(run: Run) -> None:
+    """As where the commands were not given to the tick."""
+    report = jax.device_get(run.tick())
+    run.send(Germinate(layer=A, seed=1))
+    run.service.asked()
+    with pytest.raises(ValueError, match="nothing of seed 1 of layers/0, of which Ger"):
+        run.service.ticked(report)
+
+
+def test_a_command_that_is_replayed_is_not_carried_out_a_second_time() -> None:
+    """The same one comes over the bus, too, and is answered at its tick."""
+    command = SetStrategy(layer="a", seed=0, strategy="momentum")
+    answer = Acknowledged(command="x", outcome="OK", reason="", tick=2)
+    record = Record(replayed=[Done(command, 2, 0, answer)])
+    bus = Local()
+    with Service({"a": Layer(1, ("b",))}, bus, record=record) as service:
+        bus.send(command, "x")
+        asked = [service.asked(), service.asked()]
+        assert [int(of.commands["a"].strategy[0]) for of in asked] == [-1, 2]
+        service.ticked(a_report(2, {"a": [0]}))
+        assert int(service.asked().commands["a"].strategy[0]) == -1
+        assert service.outbox.flush(10)
+    [found] = bus.messages(Acknowledged)
+    assert (found.message.command, found.message.tick) == ("x", 2)
 
 
 def test_a_tick_that_was_undone_refuses_what_joined_it(run: Run) -> None:

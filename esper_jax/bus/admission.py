@@ -166,6 +166,9 @@ def verdicts(
       admitted: that joined it.
       report: of it, with host values.
       config: minima and gates in force, which the reasons quote.
+
+    Raises:
+      ValueError: if the report says nothing of a command.
     """
     told: dict[tuple[str, int], Part] = {}
     for name in {part.layer for one in admitted.now for part in parts_of(one.command)}:
@@ -191,6 +194,13 @@ def _verdict(
         column = outside.commands[part.layer].target
         return int(column[part.seed]) != NO_REQUEST
 
+    for part in parts:
+        if moves(part) and (part.layer, part.seed) not in told:
+            raise ValueError(
+                f"report must be of the tick that was given what asked() returned; it "
+                f"knows nothing of seed {part.seed} of {part.layer}, of which "
+                f"{type(part).__name__} was asked"
+            )
     moved = [told[p.layer, p.seed] if moves(p) else None for p in parts]
     refused = [m for m in moved if m is not None and m.outcome != Outcome.OK.name]
     batch = isinstance(one.command, Batch)

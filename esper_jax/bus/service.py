@@ -8,6 +8,7 @@
 It is called between steps, from one thread, and waits for no transport.
 """
 
+import atexit
 import json
 import queue
 from collections.abc import Iterator, Mapping, Sequence
@@ -100,6 +101,8 @@ class Service:
         self._news = News(self._config)
         self._record = record or Record()
         self._germination = self._record.germination
+        due = (done.id for of in self._record.due.values() for done in of)
+        self._replayed = set(due) - self._record.answers.keys()
         self._waiting: list[Waiting] = []
         self._controls: list[Waiting] = []  # what asks nothing of seeds
         self._admitted: Admitted | None = None
@@ -111,6 +114,7 @@ class Service:
         self._outbox = None if transport is None else Outbox(transport, spill)
         if transport is not None:
             transport.listen(self._inbox.put)
+            atexit.register(self.close)  # whoever forgets it loses nothing
 
     def __enter__(self) -> "Service":
         return self
@@ -183,6 +187,8 @@ class Service:
           The commands that joined the tick, and what became of them.
 
         Raises:
+          ValueError: if the report is not of the tick that was given what `asked`
+            returned.
           OSError: if the record cannot be written.
         """
         events = self._news.tick(report) if events is None else events
@@ -243,6 +249,7 @@ class Service:
 
     def close(self) -> None:
         """Sends what is left, for as long as the patience lasts. Then does nothing."""
+        atexit.unregister(self.close)
         outbox, self._outbox = self._outbox, None
         if outbox is not None and self._transport is not None:
             self.lost = outbox.close(self._patience)
@@ -273,6 +280,8 @@ class Service:
             assert isinstance(command, Command)
             if envelope.id in self._tokens:  # came twice: answered once
                 self._tokens[envelope.id] += tokens
+            elif envelope.id in self._replayed:  # answered when its tick comes
+                self._tokens[envelope.id] = tokens
             elif known is not None:
                 self._tokens[envelope.id] = tokens
                 self._acknowledge(known)
