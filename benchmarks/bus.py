@@ -251,7 +251,7 @@ def steps(url: str, rounds: int) -> None:
         state = program.init(jax.random.key(0))
         jax.block_until_ready(state.params)
         began, main = time.perf_counter(), time.thread_time()
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = {"on_tick": lambda state, report: None}
         if service is not None:
             options["commands"] = lambda state: service.asked(int(state.ticks) + 1)
             options["on_tick"] = lambda state, report: service.ticked(report)
@@ -279,11 +279,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ticks", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--steps-only", action="store_true")
     args = parser.parse_args()
     print(
         f"{platform.machine()}, Python {platform.python_version()}, jax "
         f"{jax.__version__}, redis-py {redis.__version__}; {args.ticks} ticks\n"
     )
+    if args.steps_only:
+        with server() as url:
+            steps(url, args.rounds)
+        return
     head = "| | layers | consumers | messages/s | 50%, ms | 95% | 99% | 50% over bare |"
     print(head + "\n|---|---|---|---|---|---|---|---|")
     with server() as url:

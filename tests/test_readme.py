@@ -165,6 +165,7 @@ def test_the_benchmarks_of_results_exist():
         for name in (
             "adapt",
             "blend",
+            "bus",
             "checks",
             "durability",
             "faults",
