@@ -234,6 +234,21 @@ def test_what_cannot_be_replayed_is_refused_before_anything_is_written(
     assert not out.exists()
 
 
+def test_commands_whose_ticks_do_not_come_are_told_of(folder: Any, caplog: Any) -> None:
+    path = folder / "never.jsonl"
+    command = {"kind": "Enable", "on": False}
+    never = [{"tick": 99}, {"tick": 3, "rollbacks": 1}]
+    lines = [{**at, "id": f"n{n}", "command": command} for n, at in enumerate(never)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    trained(folder / "never", replay=path)
+    [said] = [
+        r.getMessage() for r in caplog.records if "did not come" in r.getMessage()
+    ]
+    assert said == (
+        "2 commands were to be carried out at ticks that did not come (n0, n1)"
+    )
+
+
 def test_a_damaged_record_is_named(steered: Any, folder: Any) -> None:
     copy = shutil.copytree(steered[0], folder / "damaged")
     with RunFolder(copy).commands.open("ab") as file:

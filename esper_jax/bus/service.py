@@ -132,6 +132,11 @@ class Service:
         """What waits to be sent; None without a transport."""
         return self._outbox
 
+    @property
+    def left(self) -> list[str]:
+        """Ids of commands that are still to be carried out again."""
+        return [done.id for of in self._record.due.values() for done in of]
+
     def started(self, tick: int, step: int) -> None:
         """Tells that the run begins or goes on, at a tick and a step."""
         self._at = (self._at[0], tick)

@@ -125,6 +125,14 @@ class Steering:
 
     def ended(self, state: TrainState, reason: str) -> None:
         """Tells that the run ends."""
+        left = self._service.left
+        if left and int(state.ticks) >= self._session.config.train.ticks:
+            _log.warning(
+                "%d commands were to be carried out at ticks that did not come (%s%s)",
+                len(left),
+                ", ".join(left[:5]),
+                ", ..." if len(left) > 5 else "",
+            )
         self._service.ended(int(state.ticks), int(state.step), reason)
 
     def close(self) -> dict[str, dict[str, Any]]:
