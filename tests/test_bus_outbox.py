@@ -68,6 +68,23 @@ def test_nobody_waits_for_a_transport_that_hangs(tmp_path: pathlib.Path) -> None
     assert outbox.close(1) == 0
 
 
+def test_what_was_told_first_goes_first() -> None:
+    """So the end of a run comes behind what its last tick measured."""
+    gate = Gate()
+    outbox = Outbox(gate)
+    outbox.post(*events([0]))
+    assert gate.tried.wait(20)
+    for number in range(1, 9):
+        if number % 3:
+            outbox.post(*events([number]))
+        else:
+            outbox.tell(lambda n=number: events([n]))
+    gate.open.set()
+    assert outbox.flush(20)
+    assert gate.numbers() == [*range(9)]
+    outbox.close(1)
+
+
 def test_what_fails_is_tried_again_and_what_cannot_be_made_stops_nothing(
     caplog: Any,
 ) -> None:

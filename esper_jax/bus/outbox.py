@@ -59,8 +59,9 @@ class Outbox:
         self.dropped = self.outages = self._given = 0
         self.error = ""
         self._transport, self._room = transport, room
-        self._numbers, self._epoch = itertools.count(1), new_id()
-        self._loose: deque[Make] = deque()
+        self._number, self._epoch = 0, new_id()
+        # With the number of the last message of `post` before each.
+        self._loose: deque[tuple[int, Make]] = deque()
         self._loose_numbers, self._loose_epoch = itertools.count(1), new_id()
         self._kept: deque[Outgoing] = deque()
         self._spill = Spill(spill)
@@ -83,7 +84,7 @@ class Outbox:
             if len(self._loose) >= self._room:
                 self._loose.popleft()
                 self.dropped += 1
-            self._loose.append(make)
+            self._loose.append((self._number, make))
             self._changed.notify_all()
 
     def post(self, *letters: Letter) -> None:
@@ -91,7 +92,8 @@ class Outbox:
         with self._changed:
             self._given += len(letters)
             for letter in letters:
-                message = Outgoing(self._epoch, next(self._numbers), *letter)
+                self._number += 1
+                message = Outgoing(self._epoch, self._number, *letter)
                 if len(self._kept) < self._room and not len(self._spill):
                     self._kept.append(message)
                 else:
@@ -149,8 +151,7 @@ class Outbox:
                 self._changed.wait_for(lambda: self._something() or not self._open)
                 if not (self._something() and self._sends):
                     return
-                kept = self._next_kept()
-                make = self._loose.popleft() if self._loose and not kept else None
+                kept, make = self._next()
                 self._busy = True
             messages = kept or self._made(make)
             while not self._sent(messages):
@@ -166,6 +167,15 @@ class Outbox:
                 self._drop(len(kept))
                 self._busy = False
                 self._changed.notify_all()
+
+    def _next(self) -> tuple[list[Outgoing], Make | None]:
+        """What was taken first: some messages of `post`, or one `tell`."""
+        kept = self._next_kept()
+        if not self._loose:
+            return kept, None
+        last = self._loose[0][0]
+        early = [m for m in kept if m.epoch != self._epoch or m.number <= last]
+        return (early, None) if early else ([], self._loose.popleft()[1])
 
     def _next_kept(self) -> list[Outgoing]:
         if self._kept:
