@@ -25,6 +25,7 @@ ROOMS = (
     "rollout.provider",
     "rollout.ab",
     "rollout.baseline",
+    "bus",
     "checkpoint",
     "kernels.blend",
 )

@@ -29,6 +29,7 @@ FLOORS = (
     ("migrations",),
     ("checkpoint",),
     ("monitor",),
+    ("bus",),
     ("run",),
     ("rollout",),
     ("commands", "cli"),

@@ -73,7 +73,7 @@ def test_the_series_say_what_a_report_says():
     assert values["esper_seed_error_steps"] == {"": 300}  # not those of the dormant
     counted = {k: v for k, v in values["esper_transitions_total"].items() if v}
     assert counted == {"GRAFTING": 1}
-    refused = {"ILLEGAL": 0, "TOO_EARLY": 0, "GATE": 1, "NO_CAPACITY": 1}
+    refused = {"ILLEGAL": 0, "TOO_EARLY": 0, "GATE": 1, "NO_CAPACITY": 1, "BATCH": 0}
     assert values["esper_refusals_total"] == refused
     assert values["esper_nonfinite_ticks_total"] == {"": 1}
     after = meter.rollback(rollback(1, Fault.JUMP))
@@ -122,7 +122,7 @@ def test_the_number_of_series_is_bounded(layers, each):
     meter.tick(report(1, all_of_them))
     values = meter.tick(report(2, all_of_them))
     # One value each, by stage, passing stage, layer, signal, new stage, rule and fault.
-    most = 10 + 11 + 6 + 2 * (MOST_LAYERS + 1) + (len(measured) - 2) + 11 + 4 + 6
+    most = 10 + 11 + 6 + 2 * (MOST_LAYERS + 1) + (len(measured) - 2) + 11 + 5 + 6
     assert sum(map(len, values.values())) == most - (2 * MOST_LAYERS) * (layers == 1)
     page = (ROOT / "docs" / "monitoring.md").read_text()
     assert f"at most {most} values" in page

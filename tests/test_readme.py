@@ -19,6 +19,7 @@ TEXTS = [*PAGES, "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/RESULTS.md"]
 SUBJECTS = (
     "ab",
     "blueprints",
+    "bus",
     "checkpoints",
     "command-line",
     "design",
@@ -167,6 +168,7 @@ def test_the_benchmarks_of_results_exist():
         for name in (
             "adapt",
             "blend",
+            "bus",
             "checks",
             "durability",
             "faults",

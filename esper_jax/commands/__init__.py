@@ -1,6 +1,7 @@
 """The commands of ``esper-jax``: what each takes, and what it does."""
 
 from esper_jax.commands.base import Command
+from esper_jax.commands.bus import Bus
 from esper_jax.commands.canary import Canary
 from esper_jax.commands.checkpoints import Checkpoint
 from esper_jax.commands.comparing import Ab, Bench
@@ -12,6 +13,7 @@ __all__ = [
     "COMMANDS",
     "Ab",
     "Bench",
+    "Bus",
     "Canary",
     "Checkpoint",
     "Command",
@@ -32,5 +34,6 @@ COMMANDS: dict[str, type[Command]] = {
     "bench": Bench,
     "flags": Flags,
     "canary": Canary,
+    "bus": Bus,
 }
 """By the word that calls them."""

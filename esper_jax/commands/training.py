@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import itertools
 import logging
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,9 @@ from esper_jax import _early
 from esper_jax.commands.base import Command
 
 __all__ = ["Train"]
+
+_STOPPED_BY_COMMAND = 3
+"""Exit status of a run that a command from outside has ended, saved."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +45,11 @@ class Train(Command):
     profile: Annotated[int, tyro.conf.arg(metavar="N")] = 0
     """Record N steps with JAX's profiler, from the second tick of this command on, into
     the run's folder profile/. Default: none."""
+    bus: Annotated[str | None, tyro.conf.arg(metavar="URL")] = None
+    """Tell what happens, and take commands: redis://HOST[:PORT][/DB] (rediss:// for
+    TLS), or file:FOLDER. See docs/bus.md. Default: none."""
+    replay: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """Carry out the commands of another run at the same ticks: its commands.jsonl."""
     distributed: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Train as one of several processes. Slurm, Open MPI and Kubernetes tell the rest;
     elsewhere give the next three options."""
@@ -84,7 +93,7 @@ class Train(Command):
         from esper_jax.run.config import ConfigError, load_config
         from esper_jax.run.features import Features
         from esper_jax.run.folder import RunFolder
-        from esper_jax.run.run import train_run
+        from esper_jax.run.run import StoppedByCommand, train_run
 
         if jax.process_index():  # process 0 warns for all; errors are told by each
             logging.getLogger("esper_jax").setLevel(logging.ERROR)
@@ -118,10 +127,15 @@ class Train(Command):
                     allow_change=self.allow_change,
                     devices=self.devices,
                     profile=self.profile,
+                    bus=self.bus,
+                    replay=self.replay,
                     stop=stop,
                 )
             except KeyboardInterrupt:
                 raise KeyboardInterrupt(_how_to_go_on(out)) from None
+            except StoppedByCommand as stopped:
+                print(f"esper-jax: {stopped}", file=sys.stderr, flush=True)
+                return _STOPPED_BY_COMMAND
         if jax.process_index():
             return 0  # process 0 says it
         try:

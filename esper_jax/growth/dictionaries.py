@@ -27,6 +27,7 @@ from esper_jax.growth.functions import (
     tick,
     update,
 )
+from esper_jax.growth.outside import Outside
 from esper_jax.growth.parts import split_model, values_of
 from esper_jax.growth.recipe import Recipe, what_is_read
 from esper_jax.growth.reports import TickReport
@@ -35,6 +36,7 @@ from esper_jax.layers.bed import SeedBed
 from esper_jax.layers.harvest import Parts, harvest
 from esper_jax.layers.linen import beds_in
 from esper_jax.layers.variables import named_leaves
+from esper_jax.lifecycle.commands import Commands
 from esper_jax.lifecycle.rules import LifecycleConfig
 from esper_jax.optim import PerSlot
 from esper_jax.policy.config import ControllerConfig
@@ -69,6 +71,7 @@ class GrowthFunctions(NamedTuple):
       tick: ``tick(variables, evaluate) -> variables, report``: runs on the host,
         between steps. ``evaluate(variables)`` returns the held-out loss, or ``(loss,
         score)``; it is called once more for each seed on probation, with other probes.
+        A third argument, commands by layer, is as for `Growth.tick`.
       harvest: ``harvest(variables, parts="fossils") -> layers``: for each layer the
         Flax NNX module that adds what has grown, with ordinary parameters:
         ``layers["hidden"](y)``. For ``parts`` see `esper_jax.harvest`.
@@ -77,9 +80,7 @@ class GrowthFunctions(NamedTuple):
     init: Callable[[Key[Array, ""]], Variables]
     apply: Callable[..., tuple[Array, dict[str, Any]]]
     update: Callable[..., Variables]
-    tick: Callable[
-        [Variables, Callable[[Variables], Any]], tuple[Variables, TickReport]
-    ]
+    tick: Callable[..., tuple[Variables, TickReport]]
     harvest: Callable[..., dict[str, nnx.Module]]
 
 
@@ -253,7 +254,11 @@ def _update(
 
 
 def _tick(
-    recipe: Recipe, like: Remembered, variables: Variables, evaluate: Evaluate
+    recipe: Recipe,
+    like: Remembered,
+    variables: Variables,
+    evaluate: Evaluate,
+    commands: Outside | Mapping[str, Commands] | None = None,
 ) -> tuple[Variables, TickReport]:
     values = _flat("variables", recipe, variables, _COLLECTIONS)
     old = _remembered(like, variables)
@@ -264,7 +269,7 @@ def _tick(
         return evaluate({**variables, "probe": probe})
 
     check_untraced("tick", "variables that are", values)
-    new, changed, report = tick(recipe, old, values, measured)
+    new, changed, report = tick(recipe, old, values, measured, commands)
     nested = _nested(recipe, values | changed)
     return {**variables, **nested, "growth": _named(new)}, report
 

@@ -19,6 +19,7 @@ from esper_jax.blueprints import aims
 from esper_jax.groups import flat_slots
 from esper_jax.growth.births import births, born_in, collected_by, starting
 from esper_jax.growth.measure import asked_for_worth
+from esper_jax.growth.outside import Outside, outside_for
 from esper_jax.growth.parts import ModelParts
 from esper_jax.growth.recipe import Recipe, check_measured, policy_for, what_is_read
 from esper_jax.growth.reports import TickReport
@@ -27,6 +28,7 @@ from esper_jax.growth.tick import Seen, advance
 from esper_jax.growth.update import BankGradients, Learned, update_banks
 from esper_jax.growth.watch import StepGradients, start_monitor, watch
 from esper_jax.growth.worth import Measure, read_measured, worth_of
+from esper_jax.lifecycle.commands import Commands
 from esper_jax.lifecycle.rules import LifecycleConfig
 from esper_jax.lifecycle.stages import Stage
 from esper_jax.lifecycle.state import SeedState, slot_coefficients
@@ -218,7 +220,11 @@ def update(
 
 
 def tick(
-    recipe: Recipe, remembered: Remembered, values: Arrays, measure: Measure
+    recipe: Recipe,
+    remembered: Remembered,
+    values: Arrays,
+    measure: Measure,
+    commands: Outside | Mapping[str, Commands] | None = None,
 ) -> tuple[Remembered, Arrays, TickReport]:
     """Measures, decides and carries out what was decided. Runs on the host.
 
@@ -231,11 +237,19 @@ def tick(
       values: of the model's variables.
       measure: called once; then for the seeds on probation, `worth.AT_ONCE` of them in
         one call where it can be vmapped, else one by one.
+      commands: what is asked from outside, by layer, beside what the policy asks.
 
     Returns:
       What is remembered now, the values of the variables that changed, and the report
       as host arrays.
+
+    Raises:
+      TypeError, ValueError: if the commands do not fit the layers.
     """
+    outside = None
+    if commands is not None:
+        seeds = {n: shape.num_seeds for n, shape in recipe.parts.shapes().items()}
+        outside = outside_for(commands, seeds)
     checks: bool = jax.config.jax_debug_nans  # type: ignore[attr-defined]
 
     def measured(probes: Mapping[str, Any]) -> Any:
@@ -243,11 +257,15 @@ def tick(
             return measure(probes)
 
     with jax.debug_nans(False):
-        return _tick(recipe, remembered, values, measured)
+        return _tick(recipe, remembered, values, measured, outside)
 
 
 def _tick(
-    recipe: Recipe, remembered: Remembered, values: Arrays, measure: Measure
+    recipe: Recipe,
+    remembered: Remembered,
+    values: Arrays,
+    measure: Measure,
+    outside: Outside | None,
 ) -> tuple[Remembered, Arrays, TickReport]:
     parts, groups = recipe.parts, recipe.parts.groups
     loss, score = read_measured(measure({}))
@@ -268,7 +286,7 @@ def _tick(
     drifts = parts.host_params() if recipe.wants("drift") else ()
     host = {name: values[name] for name in drifts}
     state, after, birth, report = _advance(
-        recipe, remembered.growth, before, host, seen
+        recipe, remembered.growth, before, host, seen, outside
     )
     after, report = jax.device_get((after, report))
     new, moments = parts.put_beds("seeds", groups.part(after)), remembered.moments

@@ -1,5 +1,6 @@
 """What a tick measured and did. A report leaves the device once a tick."""
 
+import enum
 from typing import Any
 
 import jax
@@ -13,7 +14,24 @@ from esper_jax.lifecycle.signals import Signals
 from esper_jax.lifecycle.state import SeedState
 from esper_jax.markup import number, text
 
-__all__ = ["LayerReport", "SeedMoves", "TickReport", "moves_of", "seeds_in_report"]
+__all__ = [
+    "By",
+    "LayerReport",
+    "SeedMoves",
+    "TickReport",
+    "moves_of",
+    "seeds_in_report",
+]
+
+
+class By(enum.IntEnum):
+    """Who asked something of a seed."""
+
+    POLICY = 0
+    """The policy, or nobody."""
+    OUTSIDE = 1
+    OVERRULING = 2
+    """The outside, where the policy asked for something else."""
 
 
 @struct.dataclass
@@ -48,6 +66,10 @@ class LayerReport(SeedMoves):
     folded: Bool[Array, "*S"] | None = None
     """Fossils that became part of the layer's weights at this tick, whose seeds are
     dormant after it; None where none was looked for."""
+    by: Int[Array, "*S"] | None = None
+    """`By`: who asked. None where nothing can be asked from outside."""
+    health: Float[Array, "*S"] | None = None
+    """See `SeedState.health`. `tick` always reports it."""
 
 
 @struct.dataclass

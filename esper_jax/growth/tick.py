@@ -6,7 +6,7 @@ another. Layers of one shape are one group, for which each is done once.
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +14,16 @@ from jaxtyping import Array, Bool, Float, Key
 
 from esper_jax import lifecycle
 from esper_jax.growth.measure import group_signals, measure
+from esper_jax.growth.outside import Outside, grant, yielding
 from esper_jax.growth.recipe import Recipe
 from esper_jax.growth.reports import LayerReport, TickReport, moves_of
 from esper_jax.growth.state import Arrays, GrowthState, Monitor
 from esper_jax.lifecycle.commands import Commands
 from esper_jax.lifecycle.rules import LifecycleConfig
 from esper_jax.lifecycle.signals import Signals
+from esper_jax.lifecycle.stages import NO_REQUEST
 from esper_jax.lifecycle.state import SeedState, coefficients
+from esper_jax.policy.memory import not_heard
 
 __all__ = ["Advanced", "Seen", "advance"]
 
@@ -56,6 +59,7 @@ def advance(
     seeds: dict[str, SeedState],
     host: Arrays,
     seen: Seen,
+    outside: Outside | None = None,
 ) -> Advanced:
     """Decides and carries out what was decided, for all layers.
 
@@ -67,6 +71,7 @@ def advance(
       seeds: by group.
       host: parameters of the host, by variable; read only where drift is measured.
       seen: what was measured on held-out data.
+      outside: what is asked from outside, by layer; None where nothing can be.
     """
     old = state.monitor
     with jax.named_scope("esper/signals"):
@@ -79,8 +84,13 @@ def advance(
         aged = {key: older(seeds[key], signal) for key, signal in signals.items()}
     commands, memory = _commands(recipe, aged, signals, state.memory)
     with jax.named_scope("esper/lifecycle"):
-        move = jax.vmap(functools.partial(_move, recipe.gates))
-        moved = {key: move(aged[key], signals[key], commands[key]) for key in aged}
+        if outside is None:
+            move = jax.vmap(functools.partial(_move, recipe.gates))
+            moved = {key: move(aged[key], signals[key], commands[key]) for key in aged}
+        else:
+            asked = outside.by_group(recipe.parts.groups)
+            moved, unheard = _moved(recipe.gates, aged, signals, commands, asked)
+            memory = not_heard(unheard, memory, state.memory)
     rng, birth = jax.random.split(state.rng)
     new = dataclasses.replace(
         state,
@@ -106,8 +116,40 @@ def _move(
         alpha=coefficients(after)[0],
         blueprint=after.blueprint,
         signals=signals,
+        health=after.health,
     )
     return after, report
+
+
+def _moved(
+    gates: LifecycleConfig,
+    seeds: dict[str, SeedState],
+    signals: dict[str, Signals],
+    commands: dict[str, Commands],
+    outside: Outside,
+) -> tuple[dict[str, tuple[SeedState, LayerReport]], Bool[Array, ""]]:
+    """The transitions of all layers, by group: the outside's, then the policy's.
+
+    Returns:
+      Seeds and report, and whether the policy asked for a germination in vain.
+    """
+    granted = grant(gates, seeds, signals, outside)
+    move = jax.vmap(functools.partial(_move, gates))
+    moved, unheard = {}, jnp.asarray(False)
+    for key, before in seeds.items():
+        asked = outside.commands[key]
+        left, by, mute = yielding(commands[key], asked, outside.germination)
+        unheard |= mute
+        after, report = move(granted.seeds[key], signals[key], left)
+        first = asked.target != NO_REQUEST
+        both: dict[str, Any] = moves_of(
+            before,
+            after,
+            jnp.where(first, asked.target, left.target),
+            jnp.where(first, granted.outcome[key], report.outcome),
+        )
+        moved[key] = after, dataclasses.replace(report, **both, by=by)
+    return moved, unheard
 
 
 @jax.named_scope("esper/policy")

@@ -26,6 +26,7 @@ from esper_jax.growth.functions import (
     update,
 )
 from esper_jax.growth.held import GrowthVariable, HeldTree
+from esper_jax.growth.outside import Outside
 from esper_jax.growth.parts import put_values, split_model, values_of
 from esper_jax.growth.recipe import check_trained
 from esper_jax.growth.reports import TickReport
@@ -40,6 +41,7 @@ from esper_jax.growth.showing import display
 from esper_jax.growth.state import Arrays, TrainState
 from esper_jax.layers.bed import SeedBed
 from esper_jax.layers.variables import BlueprintParam, GraftProbe
+from esper_jax.lifecycle.commands import Commands
 from esper_jax.lifecycle.rules import LifecycleConfig
 from esper_jax.optim import PerSlot
 from esper_jax.policy.config import ControllerConfig
@@ -161,7 +163,12 @@ class Growth(nnx.Module):
         self.state.set_value(remembered, old)
         put_values(model, banks)
 
-    def tick(self, model: nnx.Module, evaluate: Evaluate) -> TickReport:
+    def tick(
+        self,
+        model: nnx.Module,
+        evaluate: Evaluate,
+        commands: Outside | Mapping[str, Commands] | None = None,
+    ) -> TickReport:
         """Measures, decides and carries out what was decided, for all layers.
 
         Runs on the host. The model that ``evaluate`` gets is a view of ``model`` in the
@@ -173,13 +180,18 @@ class Growth(nnx.Module):
           evaluate: ``evaluate(model) -> loss`` or ``-> (loss, score)`` on held-out
             data, each a single number. A loss that is not finite counts as not
             measured.
+          commands: what you ask beside the policy, by the same gates: by layer, as
+            ``{"layers/0": commands_for(4, {2: Stage.CULLED})}``. Where both ask for the
+            same seed, the policy is not heard, and ``by`` of the report says so. The
+            first tick with commands compiles once more.
 
         Returns:
           The report, as host arrays.
 
         Raises:
-          ValueError: if ``evaluate`` does not return one or two single numbers, the
-            model is another than growth was made for, or this is being traced.
+          TypeError, ValueError: if ``evaluate`` does not return one or two single
+            numbers, the commands do not fit the layers, the model is another than
+            growth was made for, or this is being traced.
         """
         values = self._values(model)
         check_untraced("tick", "a model that is", values)
@@ -188,6 +200,7 @@ class Growth(nnx.Module):
             self.state.get_value(),
             values,
             functools.partial(_measured, evaluate, model),
+            commands,
         )
         self.state.set_value(remembered)
         put_values(model, new)

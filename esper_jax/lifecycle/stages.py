@@ -58,6 +58,8 @@ class Outcome(enum.IntEnum):
     """A measured value does not meet the gate, or was not measured."""
     NO_CAPACITY = 5
     """Germination without a free slot."""
+    BATCH = 6
+    """Allowed by itself, but another request of its atomic batch was refused."""
 
 
 LEGAL: dict[Stage, tuple[Stage, ...]] = {

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from esper_jax.growth.reports import TickReport
+from esper_jax.growth.reports import By, TickReport
 from esper_jax.lifecycle.rules import LifecycleConfig
 from esper_jax.lifecycle.signals import Signals
 from esper_jax.lifecycle.stages import Outcome, Stage
@@ -58,9 +58,10 @@ class News:
         return events
 
     def _is_new(self, event: Mapping[str, Any]) -> bool:
-        """False if the seed's last event was the same refusal."""
+        """False if the seed's last event was the same refusal, and nobody waits."""
         seed, move = _seed_and_move(event)
-        return event["outcome"] == Outcome.OK.name or self._last.get(seed) != move
+        told = self._last.get(seed) == move and "by" not in event
+        return event["outcome"] == Outcome.OK.name or not told
 
 
 def rollback_entry(rollback: Rollback) -> dict[str, Any]:
@@ -86,6 +87,7 @@ def _seed_and_move(
 
 
 def _entry(tick: int, layer: str, event: Event) -> dict[str, Any]:
+    by = {} if event.by is By.POLICY else {"by": event.by.name}
     return {
         "tick": tick,
         "layer": layer,
@@ -99,4 +101,5 @@ def _entry(tick: int, layer: str, event: Event) -> dict[str, Any]:
             for name, value in event.measured.items()
         },
         "text": event.text,
+        **by,
     }

@@ -8,7 +8,7 @@ from typing import assert_never
 
 import numpy as np
 
-from esper_jax.growth.reports import LayerReport, SeedMoves
+from esper_jax.growth.reports import By, LayerReport, SeedMoves
 from esper_jax.lifecycle.rules import Gate, LifecycleConfig, gates
 from esper_jax.lifecycle.signals import Signals
 from esper_jax.lifecycle.stages import LEGAL, Outcome, Stage
@@ -23,6 +23,13 @@ __all__ = [
     "rules_that_refused",
     "why",
 ]
+
+_ASKED = {
+    By.POLICY: "",
+    By.OUTSIDE: ", asked from outside",
+    By.OVERRULING: ", asked from outside, where the policy asked for something else",
+}
+"""What an event says of who asked."""
 
 _WORDS = {
     operator.le: "at most",
@@ -111,6 +118,8 @@ def explain(
             reason = _verdicts(source, target, measured, config)
         case Outcome.NO_CAPACITY:
             reason = "no slot is free"
+        case Outcome.BATCH:
+            reason = "another request of its batch was refused"
         case other:
             assert_never(other)
     return f"seed {seed} stays in {source.name}: {reason}"
@@ -196,7 +205,14 @@ class Event:
     measured: dict[str, float]
     """What the rules for this transition read; NaN was not measured."""
     text: str
-    """What `explain` says of it."""
+    """What `explain` says of it, and whether it was asked from outside."""
+    by: By = By.POLICY
+    """Who asked."""
+
+    @property
+    def plain(self) -> str:
+        """What `explain` says of it, and no more."""
+        return self.text.removesuffix(_ASKED[self.by])
 
     def __str__(self) -> str:
         return self.text
@@ -229,11 +245,13 @@ def drain(moves: SeedMoves, signals: Signals, config: LifecycleConfig) -> list[E
         (int(a), int(b)): {gate.metric: gate.field for gate in tests}
         for (a, b), (_, tests) in gates(config).items()
     }
-    found = []
+    found, askers = [], getattr(moves, "by", None)
     for seed in asked:
         before, wish = int(moves.source[seed]), int(moves.target[seed])
         names = {"epochs_in_stage": "epochs_in_stage", **reads.get((before, wish), {})}
         measured = {m: float(columns[field][seed]) for m, field in names.items()}
+        by = By.POLICY if askers is None else By(askers[seed])
+        said = explain(seed, before, wish, outcome[seed], measured, config)
         found.append(
             Event(
                 seed=seed,
@@ -242,7 +260,8 @@ def drain(moves: SeedMoves, signals: Signals, config: LifecycleConfig) -> list[E
                 outcome=Outcome(outcome[seed]),
                 slot=int(moves.slot[seed]),
                 measured=measured,
-                text=explain(seed, before, wish, outcome[seed], measured, config),
+                text=said + _ASKED[by],
+                by=by,
             )
         )
     return found

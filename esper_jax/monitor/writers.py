@@ -19,7 +19,14 @@ import numpy as np
 from esper_jax.monitor.protocol import Record
 from esper_jax.monitor.series import SERIES
 
-__all__ = ["JsonLines", "TensorBoard", "WeightsAndBiases", "optional"]
+__all__ = [
+    "JsonLines",
+    "TensorBoard",
+    "WeightsAndBiases",
+    "append_whole",
+    "ends_within_a_line",
+    "optional",
+]
 
 _LABELLED = {series.name for series in SERIES if series.label}
 
@@ -70,19 +77,19 @@ class JsonLines:
         if after is not None and self._path.is_file():
             _cut(self._path, after)
         self._file = self._path.open("a+b", buffering=0)
-        if _ends_within_a_line(self._file):  # a process was killed
-            _append(self._file, b"\n")
+        if ends_within_a_line(self._file):  # a process was killed
+            append_whole(self._file, b"\n")
 
     def write(self, record: Record) -> None:
         """Appends a line."""
-        _append(self._file, _line(record))
+        append_whole(self._file, _line(record))
 
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
 
 
-def _append(file: Any, data: bytes) -> None:
+def append_whole(file: Any, data: bytes) -> None:
     """Appends to a file without a buffer: all of the data or, on a full disk, none."""
     end = os.fstat(file.fileno()).st_size
     try:
@@ -125,7 +132,8 @@ def _cut(path: Path, after: int) -> None:
         scratch.unlink(missing_ok=True)
 
 
-def _ends_within_a_line(file: Any) -> bool:
+def ends_within_a_line(file: Any) -> bool:
+    """Whether the last line of a file is cut off; its position is moved."""
     if not file.seekable() or not file.seek(0, os.SEEK_END):
         return False  # a pipe, or nothing
     file.seek(-1, os.SEEK_END)
@@ -167,7 +175,7 @@ class TensorBoard:
             session = self._proto.SessionLog
             log = session(status=session.START)
             opening += self._event(step=after + 1, session_log=log)
-        _append(self._file, opening)
+        append_whole(self._file, opening)
 
     def write(self, record: Record) -> None:
         """Appends the scalars and the events of a record."""
@@ -179,7 +187,7 @@ class TensorBoard:
             said += "\n\n..." if len(record.events) > _TOLD else ""
             text = self._text("esper_events", said)
             data += self._event(step=record.step, summary=text)
-        _append(self._file, data)
+        append_whole(self._file, data)
 
     def close(self) -> None:
         """Closes the file."""

@@ -1,14 +1,16 @@
 """What the heuristic remembers between ticks, and the reasons it gives."""
 
+import dataclasses
 import enum
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
-__all__ = ["ControllerMemory", "Reason", "init_memory"]
+__all__ = ["ControllerMemory", "Reason", "init_memory", "not_heard"]
 
 
 class Reason(enum.IntEnum):
@@ -99,3 +101,25 @@ def init_memory(
             for name, s in (num_seeds or {}).items()
         },
     )
+
+
+def not_heard(unheard: Bool[Array, ""], new: Any, old: Any) -> Any:
+    """What a policy remembers of a tick whose germination was not heard.
+
+    The heuristic remembers a germination when it asks for one, so what it keeps of them
+    stays as it was before; it asks again at the next tick. Other memories are not
+    known, and stay as they are.
+
+    Args:
+      unheard: whether something should have germinated and did not.
+      new: memory after the tick.
+      old: memory before it.
+    """
+    if not isinstance(new, ControllerMemory):
+        return new
+    kept: dict[str, Any] = {
+        name: jnp.where(unheard, getattr(old, name), getattr(new, name))
+        for name in ("best_loss", "stale", "since", "turn", "tried")
+    }
+    reason = jnp.where(unheard, jnp.int8(Reason.DISABLED), new.reason)
+    return dataclasses.replace(new, **kept, reason=reason)

@@ -77,6 +77,16 @@ class RunFolder:
         return self.path / "ticks.jsonl"
 
     @property
+    def commands(self) -> Path:
+        """Commands that joined a tick from outside, one JSON object a line."""
+        return self.path / "commands.jsonl"
+
+    @property
+    def spill(self) -> Path:
+        """Messages of the bus that could not be sent yet."""
+        return self.path / "bus.unsent.jsonl"
+
+    @property
     def checkpoints(self) -> Path:
         """Directory of the `Checkpointer`."""
         return self.path / "checkpoints"

@@ -283,13 +283,23 @@ class EventLog:
             ]
         )
 
-    def add(self, report: TickReport) -> list[dict[str, Any]]:
+    def add(
+        self, report: TickReport, asking: Mapping[tuple[str, int], str] | None = None
+    ) -> list[dict[str, Any]]:
         """Writes the new events of a tick, given its report with host values.
+
+        Args:
+          report: of the tick.
+          asking: ids of the commands from outside, by layer and seed.
 
         Returns:
           Those events.
         """
         new = self._news.tick(report)
+        for event in new:
+            id = (asking or {}).get((event["layer"], event["seed"]))
+            if id is not None and "by" in event:
+                event["command"] = id
         self._append(new)
         return new
 
@@ -323,6 +333,42 @@ class EventLog:
         ]
         self._append(new)
         return new
+
+    def add_commands(
+        self, commands: Sequence[Any], rollback: Rollback | None = None
+    ) -> list[str]:
+        """Writes what became of commands, those that no event of a seed tells of.
+
+        Args:
+          commands: as `bus.record.Done`.
+          rollback: that has undone their tick, if one has.
+
+        Returns:
+          Lines that tell of them.
+        """
+        if not commands:
+            return []
+        told = {e["command"] for e in self.events if "command" in e}
+        back = {} if rollback is None else {"rollback": rollback.number}
+        new = [
+            {
+                "tick": done.tick if rollback is None else rollback.tick,
+                "layer": "",
+                "seed": -1,
+                "slot": -1,
+                "from": "command",
+                "to": type(done.command).__name__,
+                "outcome": done.answer.outcome,
+                "measured": {},
+                "text": f"command {type(done.command).__name__}: {done.answer.reason}",
+                "command": done.id,
+                **back,
+            }
+            for done in commands
+            if done.id not in told
+        ]
+        self._append(new)
+        return [f"tick {e['tick']}: {e['text']}" for e in new]
 
     def add_rollback(self, rollback: Rollback) -> list[str]:
         """Writes a rollback and what it did to the seeds.

@@ -4,10 +4,11 @@
 the run ends.
 """
 
+import contextlib
 import functools
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ from esper_jax.run.own import check_one_step, has_own_loss, is_own
 from esper_jax.run.profiling import Profile
 from esper_jax.run.record import check_seal, newest_seal, read_record, seal_of
 from esper_jax.run.session import Session, Start, begin, restored
+from esper_jax.run.steering import Steering, check_steering, open_steering
+from esper_jax.run.steering import StoppedByCommand as StoppedByCommand
 from esper_jax.run.summary import conclude, test_result
 from esper_jax.train.batches import is_iterable
 from esper_jax.train.governor import Governor
@@ -56,6 +59,8 @@ def train_run(
     allow_change: Sequence[str] = (),
     devices: int | None = None,
     profile: int = 0,
+    bus: str | None = None,
+    replay: Path | None = None,
     console: Console | None = None,
     stop: Stop | None = None,
     build: Build | None = None,
@@ -75,6 +80,8 @@ def train_run(
         Each change is written down as an event.
       devices: of each process, to train on; see `run.devices.mesh_of`.
       profile: steps to record with JAX's profiler; see `run.profiling.Profile`.
+      bus: where messages go and commands come from; see `bus.connect`.
+      replay: commands of another run, to carry out at the same ticks.
       console: where the live view prints; standard output by default.
       stop: signals to end for; SIGINT by default, and only while steps are done.
       build: makes the program, by default `build_run`. A `run.build.SharedPrograms`
@@ -88,6 +95,7 @@ def train_run(
       ConfigError: if the config does not fit the data or the run to resume. Nothing
         has been written then.
       Interrupted: if a signal ended training, with all that is done saved.
+      StoppedByCommand: if a command did, likewise.
     """
     folder = RunFolder(out)
     look = functools.partial(
@@ -98,6 +106,7 @@ def train_run(
     # All processes look before one of them writes.
     together(lambda: look(warn=False), RunError)
     together(lambda: check_writers(config), ConfigError)
+    together(lambda: check_steering(bus, replay), ConfigError)
     data, program = together(
         lambda: _built(config, devices, build or build_run), ConfigError
     )
@@ -115,9 +124,13 @@ def train_run(
             state, history = restored(start, opening, state)
         check_ticks(config, state)
         session = begin(start, opening, state, history)
+        steering = together(
+            lambda: open_steering(session, state, bus, replay), RunError
+        )
         recorder = Profile(_profiled(config, profile), folder.profile)
-        with recorder.recording(session) as recorded:
-            state, lost = _train(recorded, state, console, stop)
+        with recorder.recording(session) as recorded, _closing(steering) as dropped:
+            state, lost = _train(recorded, state, steering, console, stop)
+        lost |= dropped
     return conclude(session, state, lost)
 
 
@@ -202,8 +215,23 @@ def _retention(config: RunConfig) -> Retention:
     )
 
 
+@contextlib.contextmanager
+def _closing(steering: Steering | None) -> Iterator[dict[str, Any]]:
+    """Closes the bus in the end; what was lost is in the dictionary then."""
+    lost: dict[str, Any] = {}
+    try:
+        yield lost
+    finally:
+        if steering is not None:
+            lost |= steering.close()
+
+
 def _train(
-    session: Session, state: TrainState, console: Console | None, stop: Stop | None
+    session: Session,
+    state: TrainState,
+    steering: Steering | None,
+    console: Console | None,
+    stop: Stop | None,
 ) -> tuple[TrainState, dict[str, Any]]:
     """Trains to the last tick, with live view, logs, checkpoints and governor.
 
@@ -212,7 +240,7 @@ def _train(
     """
     monitor, told = together(lambda: open_monitor(session, state), RunError)
     with monitor:
-        state = _trained(session, state, (monitor, told), console, stop)
+        state = _trained(session, state, (monitor, told), steering, console, stop)
     return state, monitor.lost
 
 
@@ -220,6 +248,7 @@ def _trained(
     session: Session,
     state: TrainState,
     monitored: tuple[Monitor, Sequence[str]],
+    steering: Steering | None,
     console: Console | None,
     stop: Stop | None,
 ) -> TrainState:
@@ -232,9 +261,9 @@ def _trained(
     for line in told:
         view.note(line)
     with view:
-        reporter = _Reporter(session, view, monitor)
+        reporter = _Reporter(session, view, monitor, steering)
         try:
-            return fit(
+            state = fit(
                 session.program,
                 state,
                 data.train,
@@ -244,13 +273,16 @@ def _trained(
                 steps_per_tick=config.train.steps_per_tick or None,
                 seed=config.seed,
                 on_tick=reporter.on_tick,
+                commands=None if steering is None else steering.commands,
                 governor=_governor(session, reporter),
                 stop=stop,
             )
         except Interrupted as stopped:
             reporter.save_at_once(stopped.state)
+            reporter.ended(stopped.state, "it was stopped by a signal")
             raise
         except TrainingStopped as stopped:
+            reporter.ended(stopped.state, f"{stopped}")
             session.save(stopped.state, math.nan, math.nan)
             session.checkpoints.wait()  # the message below claims that it is saved
             raise RunStopped(
@@ -259,6 +291,8 @@ def _trained(
                 "the cause, then go on with --resume. --allow-change KEY lets a key of "
                 "the config be another, such as train.learning_rate"
             ) from None
+        reporter.ended(state, "its last tick is done")
+        return state
 
 
 class _Reporter:
@@ -267,10 +301,17 @@ class _Reporter:
     Remembers which reason for not germinating it has shown, to show each once in a row.
     """
 
-    def __init__(self, session: Session, view: LiveView, monitor: Monitor) -> None:
+    def __init__(
+        self,
+        session: Session,
+        view: LiveView,
+        monitor: Monitor,
+        steering: Steering | None,
+    ) -> None:
         self._session = session
         self._view = view
         self._monitor = monitor
+        self._steering = steering
         self._shown = Reason.NOT_YET
         self._slots = {
             name: int(layer["capacity"])
@@ -292,6 +333,29 @@ class _Reporter:
         if last or int(report.tick) % config.checkpoint.every == 0:
             self._session.save(state, float(report.loss), float(report.accuracy))
             self._saved = int(state.step)
+        if self._steering is not None and self._steering.stops:
+            self._stop(self._steering, state)
+
+    def _stop(self, steering: Steering, state: TrainState) -> None:
+        """Ends the run as a command has asked.
+
+        Raises:
+          StoppedByCommand: when all is saved.
+        """
+        self.save_at_once(state)
+        for line in together(steering.stopped, RunError):
+            self._view.note(line)
+        steering.ended(state, "a command stopped it")
+        out = self._session.folder.path
+        raise StoppedByCommand(
+            f"stopped by a command after tick {int(state.ticks)}; --resume --out {out} "
+            f"goes on from step {int(state.step)}"
+        )
+
+    def ended(self, state: TrainState, reason: str) -> None:
+        """Tells the bus that the run ends."""
+        if self._steering is not None:
+            self._steering.ended(state, reason)
 
     def save_at_once(self, state: TrainState) -> None:
         """Saves a state that is not saved yet, and waits for it."""
@@ -304,11 +368,20 @@ class _Reporter:
         for line in together(lambda: add(rollback), RunError):
             self._view.note(line)
         self._monitor.write_rollback(rollback)
+        undone = self._steering
+        if undone is not None:
+            for line in together(lambda: undone.undone(rollback), RunError):
+                self._view.note(line)
 
     def _write(self, report: TickReport, fewer: dict[str, tuple[int, int]]) -> None:
-        log = self._session.log
-        events = [*log.add(report), *log.add_slots(int(report.tick), fewer)]
+        log, steering = self._session.log, self._steering
+        asking = {} if steering is None else steering.asking
+        moved = log.add(report, asking)
+        events = [*moved, *log.add_slots(int(report.tick), fewer)]
         self._view.update(report, events)
+        if steering is not None:
+            for line in steering.ticked(report, events):
+                self._view.note(line)
         self._session.metrics.add(report)
         self._monitor.write(report, events)
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, Key
 
+from esper_jax.growth.outside import Outside
 from esper_jax.growth.reports import TickReport
 from esper_jax.growth.state import TrainState
 from esper_jax.parallel.replicas import check_replicas
@@ -36,6 +37,7 @@ def fit(
     steps_per_tick: int | None = None,
     seed: int = 0,
     on_tick: Callable[[TrainState, TickReport], None] | None = None,
+    commands: Callable[[TrainState], Outside] | None = None,
     governor: Governor | None = None,
     stop: Stop | None = None,
 ) -> TrainState:
@@ -81,6 +83,8 @@ def fit(
       on_tick: called after each tick with the state and the report on the host. Read
         the state but do not keep it: the next step donates it. Not called for a tick
         that the governor undid.
+      commands: called before each tick with the state; returns what is asked from
+        outside at that tick, of all layers. Several processes must return the same.
       governor: checks each tick and undoes it if training broke.
       stop: signals to end for, in place of SIGINT; entered by the caller. Where the
         program has a handler of its own for SIGINT, it is left alone.
@@ -107,7 +111,8 @@ def fit(
         while int(state.ticks) < ticks:
             asked.check(state)
             state = steps(state, asked.check_step)
-            state, report = program.tick(state, held_out)
+            outside = () if commands is None else (commands(state),)
+            state, report = program.tick(state, held_out, *outside)
             _check_agreement(state, report)
             state, changed = program.shrink(state)
             if governor is not None:

@@ -90,9 +90,10 @@ def _mapped(program: Program, mesh: jax.sharding.Mesh) -> dict[str, Any]:
 
         return mapped(one, everywhere, everywhere)(state, data, order)
 
-    def tick(state: Any, held_out: Any) -> Any:
+    def tick(state: Any, held_out: Any, *outside: Any) -> Any:
         _check_divides("held_out", held_out, mesh.size)
-        return mapped(program.tick, rows(held_out))(state, held_out)
+        specs = (rows(held_out), *(everywhere for _ in outside))
+        return mapped(program.tick, *specs)(state, held_out, *outside)
 
     def evaluate(state: Any, data: Any) -> Any:
         _check_divides("data", data, mesh.size)

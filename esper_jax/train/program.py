@@ -20,6 +20,7 @@ from esper_jax import blueprints
 from esper_jax.chunks import ChunkLayout
 from esper_jax.growth.capacity import give_back, grow_capacity
 from esper_jax.growth.folds import Fold, folds_of
+from esper_jax.growth.outside import Outside
 from esper_jax.growth.parts import ModelParts, split_model, values_of
 from esper_jax.growth.recipe import check_trained, policy_for
 from esper_jax.growth.reports import TickReport
@@ -65,7 +66,9 @@ class Program(NamedTuple):
       step_from: ``step_from(state, data, order, batch_size) -> state``: one update
         from the rows of ``data`` that ``order`` names at the state's position.
       tick: ``tick(state, held_out) -> state, TickReport``. Held-out data are arrays, or
-        an iterable of batches.
+        an iterable of batches. A third argument, an `Outside` of all layers, is asked
+        beside what the policy asks. Give it at every tick, or at none: the other way
+        compiles once more.
       evaluate: ``evaluate(state, data) -> loss, score``, means over the rows of arrays
         or of an iterable of batches.
       model: ``model(state) -> nnx.Module`` with the state's values, those to evaluate
@@ -95,7 +98,7 @@ class Program(NamedTuple):
     step: Callable[[TrainState, Batch], TrainState]
     step_with_aux: Callable[[TrainState, Batch], tuple[TrainState, tuple[Array, Any]]]
     step_from: Callable[[TrainState, Batch, Any, int], TrainState]
-    tick: Callable[[TrainState, Any], tuple[TrainState, TickReport]]
+    tick: Callable[..., tuple[TrainState, TickReport]]
     evaluate: Callable[[TrainState, Any], tuple[Array, Array]]
     model: Callable[[TrainState], nnx.Module]
     grow_capacity: Callable[[TrainState, int | Mapping[str, int]], TrainState]
@@ -306,8 +309,10 @@ def _program(recipe: TrainRecipe, initial: Arrays) -> Program:
         rows = jax.lax.dynamic_slice_in_dim(order, position, batch_size)
         return step(state, jax.tree.map(lambda a: jnp.asarray(a)[rows], data))
 
-    def one_tick(state: TrainState, held_out: Batch) -> tuple[TrainState, TickReport]:
-        return tick(recipe, state, held_out)
+    def one_tick(
+        state: TrainState, held_out: Batch, outside: Outside | None = None
+    ) -> tuple[TrainState, TickReport]:
+        return tick(recipe, state, held_out, outside)
 
     def shown_evaluate(state: TrainState, data: Batch) -> tuple[Array, Array]:
         return evaluate(recipe, parts.values(recipe.shown(state)), data)

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 from esper_jax.groups import flat_slots, slots_of_layers
 from esper_jax.growth.births import births, collected_by
+from esper_jax.growth.outside import Outside
 from esper_jax.growth.reports import TickReport
 from esper_jax.growth.state import GrowthState, TrainState
 from esper_jax.growth.tick import Seen, advance
@@ -18,7 +19,10 @@ __all__ = ["tick"]
 
 
 def tick(
-    recipe: TrainRecipe, state: TrainState, held_out: Batch | Batches
+    recipe: TrainRecipe,
+    state: TrainState,
+    held_out: Batch | Batches,
+    outside: Outside | None = None,
 ) -> tuple[TrainState, TickReport]:
     """Measures, decides and carries out what was decided, for all layers.
 
@@ -26,6 +30,7 @@ def tick(
       recipe: what the model is trained and grown by.
       state: after the steps since the last tick.
       held_out: data that the gates and the policy read; see `evaluate`.
+      outside: what is asked from outside, by layer; None where nothing can be.
 
     Returns:
       The new state and the report.
@@ -49,7 +54,9 @@ def tick(
         memory=state.memory,
         monitor=state.monitor,
     )
-    growth, after, birth, report = advance(recipe, growth, seeds, state.params, seen)
+    growth, after, birth, report = advance(
+        recipe, growth, seeds, state.params, seen, outside
+    )
     banks, slots = births(
         recipe,
         (seeds, after),

@@ -22,6 +22,8 @@ _OUTCOMES = {
     "TOO_EARLY": "too few epochs in the stage",
     "GATE": "a gate",
     "NO_CAPACITY": "no slot is free",
+    "BATCH": "another request of its batch was refused",
+    "UNDONE": "the governor undid the tick",
 }
 
 

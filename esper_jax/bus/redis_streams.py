@@ -1,0 +1,365 @@
+"""The transport of Redis Streams. Needs redis: ``pip install 'esper-jax[redis]'``.
+
+    esper:{RUN}:telemetry, :events, :acks, :dead   what the run says
+    esper:{RUN}:commands                           commands to it
+    esper:runs                                     runs by the time they started last
+
+Each entry has one field, ``m``. The run is the one consumer of the group ``run``: an
+answer and the XACK of its command are one script, so a command that was not answered
+comes again, and one that was does not. That script also counts what was sent, so that
+nothing is sent twice where a connection breaks in between.
+"""
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from esper_jax.bus.envelope import MOST_BYTES, new_id
+from esper_jax.bus.transport import (
+    TOPICS,
+    Deliver,
+    Delivery,
+    Outgoing,
+    Topic,
+    TransportError,
+)
+from esper_jax.monitor.writers import optional
+
+__all__ = ["RedisClient", "RedisStreams", "check_options"]
+
+_RUNS = "esper:runs"
+_GROUP = _CONSUMER = "run"
+
+_MOST: dict[Topic, int] = {
+    "telemetry": 10_000,
+    "events": 100_000,
+    "acks": 100_000,
+    "dead": 1_000,
+}
+"""Entries that a stream keeps, about."""
+
+_MOST_COMMANDS = 100_000
+
+_MOST_HELD = 10_000
+"""Commands without an answer, beyond which no more are read."""
+
+_BLOCK = 500
+"""Milliseconds of one wait for commands."""
+
+_PUBLISH = """
+local i = 2
+for _ = 1, tonumber(ARGV[1]) do
+  local epoch, number, settles = ARGV[i], tonumber(ARGV[i + 1]), tonumber(ARGV[i + 6])
+  if number > tonumber(redis.call('HGET', KEYS[1], epoch) or '0') then
+    if ARGV[i + 5] ~= '' then
+      redis.call('SET', ARGV[i + 5], ARGV[i + 7], 'EX', 3600)
+    end
+    local stream, most = KEYS[tonumber(ARGV[i + 2])], ARGV[i + 3]
+    redis.call('XADD', stream, 'MAXLEN', '~', most, '*', 'm', ARGV[i + 4])
+    redis.call('HSET', KEYS[1], epoch, number)
+  end
+  for s = 1, settles do
+    redis.call('XACK', KEYS[2], 'run', ARGV[i + 7 + s])
+  end
+  i = i + 8 + settles
+end
+"""
+"""Sends messages that were not sent before, and settles what they answer.
+
+KEYS: the counts by epoch, the commands, and the streams. ARGV: how many messages; of
+each its epoch, number, stream, the stream's length, entry, key and content (kept for an
+hour) if it is too long for the stream, and tokens.
+"""
+
+
+def check_options(url: str) -> None:
+    """Refuses a URL that redis-py cannot use. Connects to nothing.
+
+    Raises:
+      ImportError: without redis-py.
+      ValueError: saying what is wrong, without password.
+    """
+    errors = optional("redis.exceptions", "a bus at redis://", "esper-jax[redis]")
+    try:
+        pool = _redis(url).connection_pool
+        pool.connection_class(**pool.connection_kwargs)  # refuses unknown options
+    except (ValueError, TypeError, errors.RedisError) as error:
+        said = str(error).partition("__init__() ")[2] or str(error)
+        raise ValueError(_clean(url, said)) from None
+
+
+def _redis(url: str) -> Any:
+    redis = optional("redis", "a bus at redis://", "esper-jax[redis]")
+    retry = optional("redis.retry", "a bus at redis://", "esper-jax[redis]")
+    backoff = optional("redis.backoff", "a bus at redis://", "esper-jax[redis]")
+    # Whoever calls tries again, and knows what may have arrived.
+    return redis.Redis.from_url(
+        url,
+        socket_timeout=5.0,
+        socket_connect_timeout=2.0,
+        retry=retry.Retry(backoff.NoBackoff(), 0),
+    )
+
+
+def _clean(url: str, text: str) -> str:
+    """A text without the URL's password."""
+    with contextlib.suppress(ValueError):
+        secret = urlsplit(url).password
+        for form in (secret, unquote(secret)) if secret else ():
+            text = text.replace(form, "***")
+    return text
+
+
+class _Connection:
+    """Calls of redis-py whose failures are `TransportError`, without passwords."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self.redis = _redis(url)
+        self._errors = optional("redis.exceptions", "redis", "esper-jax[redis]")
+
+    @contextlib.contextmanager
+    def failing(self) -> Iterator[None]:
+        try:
+            yield
+        # ValueError: another thread has closed the connection.
+        except (self._errors.RedisError, OSError, ValueError) as error:
+            said = _clean(self._url, (str(error).splitlines() or [""])[0][:200])
+            raise TransportError(said or type(error).__name__) from None
+
+    def call(self, *words: Any) -> Any:
+        with self.failing():
+            return self.redis.execute_command(*words)
+
+    def close(self) -> None:
+        with contextlib.suppress(Exception):
+            self.redis.close()
+
+
+def _key(run: str, name: str) -> str:
+    return f"esper:{{{run}}}:{name}"
+
+
+class RedisStreams:
+    """A run's end of the streams. Connects when there is something to send.
+
+    Args:
+      url: ``redis://[[USER]:PASSWORD@]HOST[:PORT][/DB]``, ``rediss://`` with TLS, or
+        ``unix://``.
+      run: id of the run; stands in all keys but ``esper:runs``.
+
+    Raises:
+      ImportError: without redis-py.
+      ValueError: if redis-py cannot use the URL.
+    """
+
+    def __init__(self, url: str, run: str) -> None:
+        check_options(url)
+        self._run = run
+        self._out, self._in = _Connection(url), _Connection(url)
+        self._publish = self._out.redis.register_script(_PUBLISH)
+        self._commands = _key(run, "commands")
+        streams = [_key(run, topic) for topic in TOPICS]
+        self._keys = [_key(run, "sent"), self._commands, *streams]
+        self._open = True
+        self._registered = False
+        self._held = 0
+        self._lock = threading.Lock()
+
+    def publish(self, messages: Sequence[Outgoing]) -> None:
+        """See `Transport`."""
+        registered, self._registered = self._registered, False
+        if not registered:
+            self._out.call("ZADD", _RUNS, time.time(), self._run)
+        words: list[Any] = [len(messages)]
+        for message in messages:
+            entry, key, content = self._entry(message.data)
+            stream = 3 + TOPICS.index(message.topic)
+            words += [message.epoch, message.number, stream, _MOST[message.topic]]
+            words += [entry, key, len(message.settles), content, *message.settles]
+        with self._out.failing():
+            self._publish(keys=self._keys, args=words)
+        # After a failure the server may be another, which knows nothing.
+        self._registered = True
+        with self._lock:
+            self._held -= sum(len(m.settles) for m in messages)
+
+    def listen(self, deliver: Deliver) -> None:
+        """See `Transport`."""
+        threading.Thread(
+            target=self._listen, args=(deliver,), name="esper-jax-commands", daemon=True
+        ).start()
+
+    def close(self) -> None:
+        """See `Transport`."""
+        self._open = False  # the thread that listens closes its own connection
+        self._out.close()
+
+    def _entry(self, data: bytes) -> tuple[bytes, str, bytes]:
+        """What stands in the stream; and key and content of what is too long for it."""
+        if len(data) <= MOST_BYTES:
+            return data, "", b""
+        key = _key(self._run, f"large:{new_id()}")
+        envelope = json.loads(data)
+        del envelope["data"]
+        return json.dumps(envelope | {"dataref": key}).encode(), key, data
+
+    def _listen(self, deliver: Deliver) -> None:
+        start, pause = "", 0.05
+        while self._open:
+            try:
+                if not start:
+                    self._make_group()
+                    start = "0"  # what was read before, and has no answer yet
+                start = self._read(start, deliver)
+                pause = 0.05
+            except TransportError:
+                # Also where the group is gone, as after a restart without a file.
+                start = ""
+                time.sleep(pause)
+                pause = min(2 * pause, 5.0)
+        self._in.close()
+
+    def _make_group(self) -> None:
+        create = ("XGROUP", "CREATE", self._commands, _GROUP, "0", "MKSTREAM")
+        try:
+            self._in.call(*create)
+        except TransportError as error:
+            if "BUSYGROUP" not in str(error) and "already exists" not in str(error):
+                raise
+
+    def _read(self, start: str, deliver: Deliver) -> str:
+        """Hands on some commands; returns where to go on."""
+        with self._lock:
+            full = self._held >= _MOST_HELD
+        if full and start == ">":
+            time.sleep(_BLOCK / 1000)
+            return start
+        with self._in.failing():
+            found = self._in.redis.xreadgroup(
+                _GROUP,
+                _CONSUMER,
+                {self._commands: start},
+                count=100,
+                block=_BLOCK if start == ">" else None,
+            )
+        entries = _entries(found)
+        for id, fields in entries:
+            if not fields:  # it was trimmed away before it was answered
+                self._in.call("XACK", self._commands, _GROUP, id)
+                continue
+            with self._lock:
+                self._held += 1
+            data = fields.get(b"m", b"")
+            deliver(Delivery(data, id.decode()))
+        if start == ">" or not entries:
+            return ">"
+        return entries[-1][0].decode()
+
+
+def _entries(found: Any) -> list[tuple[bytes, dict[bytes, bytes]]]:
+    """The entries of one stream, as XREADGROUP returns them in RESP 2 and 3."""
+    if not found:
+        return []
+    if isinstance(found, dict):
+        [batches] = found.values()
+        return [entry for batch in batches for entry in batch]
+    [(_, entries)] = found
+    return list(entries)
+
+
+class RedisClient:
+    """Another program's end of the streams: sends commands and reads what is said.
+
+    Args:
+      url: as for `RedisStreams`.
+      run: how the run's id begins; by default the run that started last.
+      last: how many entries of each stream to begin with, the newest; None for all.
+
+    Raises:
+      ImportError, ValueError: as `RedisStreams`.
+      TransportError: if there is no such run, or no server.
+    """
+
+    def __init__(self, url: str, run: str | None = None, last: int | None = 0) -> None:
+        check_options(url)
+        self._connection = _Connection(url)
+        self.run = self._found(run)
+        self._after = {}
+        for topic in ("telemetry", "events", "acks"):
+            key = _key(self.run, topic)
+            newest = self._connection.call("XREVRANGE", key, "+", "-", "COUNT", 1)
+            self._after[key] = newest[0][0] if newest and last is not None else b"0-0"
+            if last and newest:
+                some = self._connection.call(
+                    "XREVRANGE", key, "+", "-", "COUNT", last + 1
+                )
+                self._after[key] = some[-1][0] if len(some) > last else b"0-0"
+
+    def send(self, data: bytes) -> None:
+        """Sends a command.
+
+        Raises:
+          TransportError: if it cannot be sent.
+        """
+        most = ("MAXLEN", "~", _MOST_COMMANDS)
+        self._connection.call("XADD", _key(self.run, "commands"), *most, "*", "m", data)
+
+    def receive(self, patience: float) -> list[bytes]:
+        """What the run has said since the last time; waits for it some seconds.
+
+        Raises:
+          TransportError: if it cannot be read.
+        """
+        wait = max(1, int(1000 * min(patience, 2.0)))
+        with self._connection.failing():
+            found = self._connection.redis.xread(self._after, count=1000, block=wait)
+        said = []
+        for key, entries in _streams(found):
+            for id, fields in entries:
+                self._after[key] = id
+                said.append(self._whole(fields.get(b"m", b"")))
+        return said
+
+    def close(self) -> None:
+        """Lets go of the connection."""
+        self._connection.close()
+
+    def _found(self, run: str | None) -> str:
+        known = self._connection.call("ZREVRANGE", _RUNS, 0, -1)
+        runs = [name.decode(errors="replace") for name in known]
+        mine = [name for name in runs if name.startswith(run or "")]
+        if len(mine) == 1 or (mine and run is None):
+            return mine[0]
+        if not runs:
+            raise TransportError("no run has told anything here yet")
+        some = ", ".join(name[:12] for name in (mine or runs)[:10])
+        raise TransportError(
+            f"expected one run whose id begins with {run!r}; there are {some}"
+        )
+
+    def _whole(self, data: bytes) -> bytes:
+        """A message, also one that is too long for the stream."""
+        if b'"dataref"' not in data:
+            return data
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            key = json.loads(data)["dataref"]
+            if key.startswith(_key(self.run, "large:")):
+                return self._connection.call("GET", key) or data
+        return data
+
+
+def _streams(found: Any) -> list[tuple[str, Any]]:
+    """Entries by stream, as XREAD returns them in RESP 2 and 3."""
+    if not found:
+        return []
+    pairs = found.items() if isinstance(found, dict) else found
+    flat = isinstance(found, dict)
+    return [
+        (key.decode(), [e for batch in of for e in batch] if flat else of)
+        for key, of in pairs
+    ]

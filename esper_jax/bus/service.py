@@ -1,0 +1,377 @@
+"""`Service`: a run's end of the bus. Commands come in, reports go out.
+
+    bus = Local()
+    with Service(layers_of(growth), bus) as service:
+        report = growth.tick(model, evaluate, commands=service.asked(tick))
+        service.ticked(report)
+
+It is called between steps, from one thread, and waits for no transport.
+"""
+
+import atexit
+import json
+import queue
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from esper_jax.bus.admission import (
+    Admitted,
+    Waiting,
+    admit,
+    parts_of,
+    verdicts,
+    wrong,
+)
+from esper_jax.bus.envelope import MessageError, decode_command, encode
+from esper_jax.bus.messages import (
+    Acknowledged,
+    Command,
+    Enable,
+    Layer,
+    Message,
+    RunEnded,
+    RunStarted,
+    StopAndSave,
+)
+from esper_jax.bus.outbox import Letter, Outbox
+from esper_jax.bus.record import Done, Record
+from esper_jax.bus.telling import moves_told, rollback_told, tick_told
+from esper_jax.bus.transport import Delivery, Transport
+from esper_jax.growth.outside import Outside
+from esper_jax.growth.reports import TickReport
+from esper_jax.lifecycle.rules import LifecycleConfig
+from esper_jax.monitor.news import News, rollback_entry
+from esper_jax.train.retreat import Rollback
+
+__all__ = ["Service", "layers_of"]
+
+_MOST_DEAD = 1000
+"""Bytes of a command that cannot be read which go to the topic ``dead``."""
+
+
+def layers_of(model: Any) -> dict[str, Layer]:
+    """What a `Service` must know of the layers that can grow.
+
+    Args:
+      model: a `Growth`, or the `Program` of `build`.
+    """
+    parts = model if hasattr(model, "layouts") else model.recipe.parts
+    return {
+        name: Layer(layout.num_seeds, tuple(b.name for b in parts.kinds[name]))
+        for name, layout in parts.layouts.items()
+    }
+
+
+class Service:
+    """Takes commands, and tells what a run does; a context manager.
+
+    Args:
+      layers: that can grow, by name; see `layers_of`.
+      transport: None for a run that only carries out again what is due.
+      source: who the run is; stands in every message.
+      lifecycle_config: what growth was made with, whose numbers reasons quote.
+      record: of the commands that were carried out; by default nothing is known of them
+        after the process ends.
+      spill: file for messages that wait when there is no room; None for memory.
+      patience: seconds that `close` waits for the transport.
+
+    Attributes:
+      stop_asked: whether a `StopAndSave` has come: save, call `stopped`, and end.
+      lost: events and acknowledgements that were lost when it was closed.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, Layer],
+        transport: Transport | None = None,
+        *,
+        source: str = "esper_jax",
+        lifecycle_config: LifecycleConfig | None = None,
+        record: Record | None = None,
+        spill: Path | None = None,
+        patience: float = 5.0,
+    ) -> None:
+        self.stop_asked = False
+        self.lost = 0
+        self._layers, self._source = dict(layers), source
+        self._config = lifecycle_config or LifecycleConfig()
+        self._transport, self._patience = transport, patience
+        self._news = News(self._config)
+        self._record = record or Record()
+        self._germination = self._record.germination
+        due = (done.id for of in self._record.due.values() for done in of)
+        self._replayed = set(due) - self._record.answers.keys()
+        self._waiting: list[Waiting] = []
+        self._controls: list[Waiting] = []  # what asks nothing of seeds
+        self._admitted: Admitted | None = None
+        self._stops: list[Waiting] = []
+        # Of the deliveries of each command that is not answered yet.
+        self._tokens: dict[str, tuple[str, ...]] = {}
+        self._at = (0, 0)  # rollbacks and tick
+        self._inbox: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
+        self._outbox = None if transport is None else Outbox(transport, spill)
+        if transport is not None:
+            transport.listen(self._inbox.put)
+            atexit.register(self.close)  # whoever forgets it loses nothing
+
+    def __enter__(self) -> "Service":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def outbox(self) -> Outbox | None:
+        """What waits to be sent; None without a transport."""
+        return self._outbox
+
+    @property
+    def left(self) -> list[str]:
+        """Ids of commands that are still to be carried out again."""
+        return [done.id for of in self._record.due.values() for done in of]
+
+    def started(self, tick: int, step: int) -> None:
+        """Tells that the run begins or goes on, at a tick and a step."""
+        self._at = (self._at[0], tick)
+        self._post(RunStarted(tick=tick, step=step, layers=self._layers))
+
+    def asked(self, tick: int | None = None, rollbacks: int = 0) -> Outside:
+        """What is asked from outside at the next tick, of all layers.
+
+        If neither `ticked` nor `undone` was called since the last time, that tick did
+        not come about, and its commands join this one.
+
+        Args:
+          tick: its number; by default one more than that of the last.
+          rollbacks: of the governor so far.
+        """
+        tick = self._at[1] + 1 if tick is None else tick
+        self._at = rollbacks, tick
+        if self._admitted is not None:
+            self._requeue(self._admitted.now)
+        self._take()
+        due = [Waiting(d.id, d.command) for d in self._record.due.pop(self._at, ())]
+        controls = [*(d for d in due if not parts_of(d.command)), *self._controls]
+        due = [d for d in due if parts_of(d.command)]
+        for one in controls:
+            if isinstance(one.command, Enable):
+                self._germination = one.command.on
+        admitted = admit([*due, *self._waiting], self._layers, self._germination)
+        self._waiting, self._controls = admitted.later, []
+        self._admitted = admitted._replace(now=[*controls, *admitted.now])
+        return admitted.outside
+
+    def asking(self) -> dict[tuple[str, int], str]:
+        """Ids of the commands that join this tick, by layer and seed."""
+        joined = [] if self._admitted is None else self._admitted.now
+        return {
+            (part.layer, part.seed): one.id
+            for one in joined
+            for part in parts_of(one.command)
+        }
+
+    def ticked(
+        self,
+        report: TickReport,
+        events: Sequence[Mapping[str, Any]] | None = None,
+    ) -> list[Done]:
+        """Tells what a tick did, and answers the commands that joined it.
+
+        Args:
+          report: of the tick, with host values.
+          events: of the tick, if they are known already; by default the report's.
+
+        Returns:
+          The commands that joined the tick, and what became of them.
+
+        Raises:
+          ValueError: if the report is not of the tick that was given what `asked`
+            returned.
+          OSError: if the record cannot be written.
+        """
+        events = self._news.tick(report) if events is None else events
+        self._at = (self._at[0], int(report.tick))
+        place = self._place()
+        if self._outbox is not None:
+            self._outbox.tell(lambda: self._telemetry(report, place))
+        self._post(*moves_told(events), name=f"moved-{place}")
+        admitted, self._admitted = self._admitted, None
+        if admitted is None:
+            return []
+        stops = [one for one in admitted.now if isinstance(one.command, StopAndSave)]
+        self._stops += stops
+        self.stop_asked = bool(self._stops)
+        now = [one for one in admitted.now if one not in stops]
+        answers = verdicts(admitted._replace(now=now), report, self._config)
+        return self._answered(now, answers)
+
+    def undone(self, rollback: Rollback) -> list[Done]:
+        """Tells that the governor undid the tick, and refuses what joined it.
+
+        It is not asked again: it may be what broke training. `Enable` stays as it is,
+        and `StopAndSave` waits for the next tick.
+
+        Returns:
+          The commands that joined the tick, and what became of them.
+
+        Raises:
+          OSError: if the record cannot be written.
+        """
+        told = rollback_told(rollback_entry(rollback))
+        moves = list(moves_told(self._news.rollback(rollback)))
+        self._post(told, *moves, name=f"rollback-{rollback.number}")
+        admitted, self._admitted = self._admitted, None
+        joined = [] if admitted is None else admitted.now
+        self._requeue([w for w in joined if isinstance(w.command, StopAndSave)])
+        now = [w for w in joined if not isinstance(w.command, StopAndSave)]
+        why = f"the governor undid tick {rollback.failed_tick}: {rollback.reason}"
+        return self._answered(now, {one.id: self._undone(one, why) for one in now})
+
+    def stopped(self) -> list[Done]:
+        """Answers `StopAndSave`: what was asked for is saved.
+
+        Returns:
+          These commands.
+
+        Raises:
+          OSError: if the record cannot be written.
+        """
+        stops, self._stops = self._stops, []
+        said = f"the run ended after tick {self._at[1]}, saved"
+        answers = {one.id: self._answer(one.id, "OK", said) for one in stops}
+        return self._answered(stops, answers)
+
+    def ended(self, tick: int, step: int, reason: str) -> None:
+        """Tells that the run ends, and why, in words."""
+        self._post(RunEnded(tick=tick, step=step, reason=reason))
+
+    def close(self) -> None:
+        """Sends what is left, for as long as the patience lasts. Then does nothing."""
+        atexit.unregister(self.close)
+        outbox, self._outbox = self._outbox, None
+        if outbox is not None and self._transport is not None:
+            self.lost = outbox.close(self._patience)
+            self._transport.close()
+
+    def _place(self) -> str:
+        """Rollbacks and tick, as they stand in the ids of messages."""
+        return f"{self._at[0]}-{self._at[1]}"
+
+    def _requeue(self, commands: Sequence[Waiting]) -> None:
+        """Puts commands first that have joined a tick which did not come about."""
+        seeds = [one for one in commands if parts_of(one.command)]
+        controls = [one for one in commands if not parts_of(one.command)]
+        self._waiting = [*seeds, *self._waiting]
+        self._controls = [*controls, *self._controls]
+
+    def _take(self) -> None:
+        """Reads the commands that have come."""
+        while not self._inbox.empty():
+            delivery = self._inbox.get()
+            tokens = (delivery.token,) if delivery.token else ()
+            try:
+                envelope = decode_command(delivery.data)
+            except MessageError as error:
+                self._bury(delivery, tokens, error)
+                continue
+            command, known = envelope.message, self._record.answers.get(envelope.id)
+            assert isinstance(command, Command)
+            if envelope.id in self._tokens:  # came twice: answered once
+                self._tokens[envelope.id] += tokens
+            elif envelope.id in self._replayed:  # answered when its tick comes
+                self._tokens[envelope.id] = tokens
+            elif known is not None:
+                self._tokens[envelope.id] = tokens
+                self._acknowledge(known)
+            else:
+                self._tokens[envelope.id] = tokens
+                self._queue(Waiting(envelope.id, command))
+
+    def _queue(self, one: Waiting) -> None:
+        said = wrong(one.command, self._layers)
+        if said:
+            self._acknowledge(self._answer(one.id, "INVALID", said, joined=False))
+        elif parts_of(one.command):
+            self._waiting.append(one)
+        else:
+            self._controls.append(one)
+
+    def _bury(
+        self, delivery: Delivery, tokens: tuple[str, ...], error: MessageError
+    ) -> None:
+        """Puts aside what cannot be read, and answers it if it has an id."""
+        entry = {
+            "reason": str(error),
+            "bytes": len(delivery.data),
+            "begins": delivery.data[:_MOST_DEAD].decode(errors="replace"),
+        }
+        self._send(Letter("dead", json.dumps(entry).encode(), tokens))
+        if error.id is not None and error.id not in self._tokens:
+            answer = self._answer(error.id, "INVALID", str(error), joined=False)
+            self._acknowledge(answer)
+
+    def _answer(
+        self, id: str, outcome: str, reason: str, joined: bool = True
+    ) -> Acknowledged:
+        tick = self._at[1] if joined else None
+        return Acknowledged(command=id, outcome=outcome, reason=reason, tick=tick)
+
+    def _undone(self, one: Waiting, why: str) -> Acknowledged:
+        if isinstance(one.command, Enable):
+            return self._answer(one.id, "OK", f"it holds, though {why}")
+        return self._answer(one.id, "UNDONE", why)
+
+    def _answered(
+        self, joined: Sequence[Waiting], answers: Mapping[str, Acknowledged]
+    ) -> list[Done]:
+        """Writes down what became of commands, and then tells it.
+
+        Commands that were carried out again had their answer before.
+        """
+        rollbacks, tick = self._at
+        new = [one for one in joined if one.id not in self._record.answers]
+        done = [Done(one.command, tick, rollbacks, answers[one.id]) for one in new]
+        self._record.add(done)
+        for one in new:
+            self._acknowledge(answers[one.id])
+        return [Done(one.command, tick, rollbacks, answers[one.id]) for one in joined]
+
+    def _acknowledge(self, answer: Acknowledged) -> None:
+        tokens = self._tokens.pop(answer.command, ())
+        # The id of the answer follows from the command's: whoever gets it twice knows.
+        data = encode(answer, self._source, f"ack-{answer.command}")
+        self._send(Letter("acks", data, tokens))
+
+    def _post(self, *messages: Message, name: str = "") -> None:
+        """Sends events. Their ids follow from their place in the run.
+
+        Args:
+          *messages: to send.
+          name: what their ids begin with; by default they are new.
+        """
+        self._send(
+            *(
+                Letter(
+                    "events",
+                    encode(message, self._source, f"{name}-{n}" if name else None),
+                )
+                for n, message in enumerate(messages)
+            )
+        )
+
+    def _send(self, *letters: Letter) -> None:
+        if self._outbox is not None:
+            self._outbox.post(*letters)
+
+    def _telemetry(self, report: TickReport, place: str) -> Iterator[Letter]:
+        """What a tick measured; called in the thread that sends."""
+        for number, message in enumerate(tick_told(report)):
+            id = f"tick-{place}-{number}"
+            yield Letter("telemetry", encode(message, self._source, id))

@@ -1,0 +1,244 @@
+"""A run's commands from outside: from the bus, from its own record, or replayed."""
+
+import importlib.util
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from esper_jax.growth.outside import Outside
+from esper_jax.growth.reports import TickReport
+from esper_jax.growth.state import TrainState
+from esper_jax.run.config import ConfigError
+from esper_jax.run.folder import RunError
+from esper_jax.run.session import Session
+from esper_jax.train.retreat import Rollback
+
+__all__ = ["Steering", "StoppedByCommand", "check_steering", "open_steering"]
+
+_log = logging.getLogger(__name__)
+
+PATIENCE = 5.0
+"""Seconds that the end of a run waits for the bus."""
+
+
+class StoppedByCommand(RunError):
+    """A command has ended the run, which is saved."""
+
+
+def check_steering(bus: str | None, replay: Path | None) -> None:
+    """Refuses a bus or a record that cannot be used. Connects to nothing.
+
+    Raises:
+      ConfigError: naming the option.
+    """
+    if bus is None and replay is None:
+        return
+    option = "--replay" if bus is None else "--bus"
+    _check_installed(option)
+    from esper_jax.bus import RecordError, read_record
+    from esper_jax.bus.connect import check_url
+
+    if bus is not None:
+        try:
+            check_url(bus)
+        except (ValueError, ImportError) as error:
+            raise ConfigError(f"--bus: {error}") from None
+        if jax.process_count() > 1:
+            raise ConfigError("--bus: expected a run of one process")
+    if replay is not None:
+        try:
+            if not replay.is_file():
+                raise RecordError("expected a file of commands, and it is not there")
+            if not read_record(replay):
+                raise RecordError("expected a file of commands, and it holds none")
+        except (RecordError, OSError) as error:
+            raise ConfigError(f"--replay {replay}: {error}") from None
+
+
+def _check_installed(option: str) -> None:
+    if importlib.util.find_spec("msgspec") is None:
+        raise ConfigError(
+            f"{option} needs msgspec, which is not installed: pip install "
+            "'esper-jax[bus]'"
+        )
+
+
+class Steering:
+    """The service of a run, and what it leaves in the run's records.
+
+    Args:
+      service: a `bus.Service`, whose package need not be installed.
+      session: of the run.
+    """
+
+    def __init__(self, service: Any, session: Session) -> None:
+        self._service = service
+        self._session = session
+
+    def commands(self, state: TrainState) -> Outside:
+        """What joins the next tick; for `fit`."""
+        tick, rollbacks = int(state.ticks) + 1, int(state.governor.rollbacks)
+        return self._service.asked(tick, rollbacks)
+
+    @property
+    def asking(self) -> dict[tuple[str, int], str]:
+        """Ids of the commands of this tick, by layer and seed."""
+        return self._service.asking()
+
+    def ticked(self, report: TickReport, events: Sequence[dict[str, Any]]) -> list[str]:
+        """Answers what joined a tick; returns lines that tell of it.
+
+        Raises:
+          RunError: if that cannot be written down.
+        """
+        return self._written(lambda: self._service.ticked(report, events))
+
+    def undone(self, rollback: Rollback) -> list[str]:
+        """Refuses what joined a tick that was undone; returns lines that tell of it."""
+        return self._written(lambda: self._service.undone(rollback), rollback)
+
+    @property
+    def stops(self) -> bool:
+        """Whether a command has asked the run to end."""
+        return self._service.stop_asked
+
+    def stopped(self) -> list[str]:
+        """Answers that command, now that the state is saved."""
+        return self._written(self._service.stopped)
+
+    def _written(
+        self, answer: Callable[[], list[Any]], rollback: Rollback | None = None
+    ) -> list[str]:
+        """Lets commands be answered, and writes that down."""
+        try:
+            done = answer()
+        except OSError as error:
+            raise RunError(
+                f"{self._session.folder.commands} cannot be written: "
+                f"{error.strerror}; make room or give permission. What is saved is "
+                "sound, and --resume goes on from it"
+            ) from None
+        return self._session.log.add_commands(done, rollback)
+
+    def ended(self, state: TrainState, reason: str) -> None:
+        """Tells that the run ends."""
+        left = self._service.left
+        if left and int(state.ticks) >= self._session.config.train.ticks:
+            _log.warning(
+                "%d commands were to be carried out at ticks that did not come (%s%s)",
+                len(left),
+                ", ".join(left[:5]),
+                ", ..." if len(left) > 5 else "",
+            )
+        self._service.ended(int(state.ticks), int(state.step), reason)
+
+    def close(self) -> dict[str, dict[str, Any]]:
+        """Sends what is left, and logs what was lost.
+
+        Returns:
+          What was lost, as `Monitor.lost` has it; empty where nothing was.
+        """
+        outbox = self._service.outbox
+        self._service.close()
+        self._tell(outbox)
+        if outbox is None or not (self._service.lost or outbox.dropped):
+            return {}
+        account = outbox.account
+        return {"bus": account | {"records": account["records"] + self._service.lost}}
+
+    def _tell(self, outbox: Any) -> None:
+        if self._service.lost:
+            _log.warning(
+                "the bus lost %d events and answers, which could be neither sent (%s) "
+                "nor written to %s",
+                self._service.lost,
+                outbox.error or "there was no time",
+                self._session.folder.spill,
+            )
+        elif outbox is not None and outbox.waiting:
+            _log.warning(
+                "%d events and answers of the bus could not be sent (%s): %s keeps "
+                "them for the next --resume with --bus",
+                outbox.waiting,
+                outbox.error or "there was no time",
+                self._session.folder.spill,
+            )
+        if outbox is not None and outbox.dropped:
+            _log.warning(
+                "the bus dropped what %d ticks measured (%s); training was not "
+                "affected",
+                outbox.dropped,
+                outbox.error or "it was too slow",
+            )
+
+
+def open_steering(
+    session: Session, state: TrainState, bus: str | None, replay: Path | None
+) -> Steering | None:
+    """The service of a run that goes on from a state; None if nothing is asked.
+
+    Commands that its record holds from after the state are carried out again at their
+    ticks, whether or not there is a bus.
+
+    Raises:
+      RunError: if the record of commands is damaged, or the bus cannot be opened.
+      ConfigError: if what is replayed does not fit the run.
+    """
+    folder = session.folder
+    if bus is None and replay is None and not folder.commands.exists():
+        return None
+    _check_installed(f"{folder.commands.name} of {folder.path}")
+    from esper_jax.bus import Record, RecordError, Service, layers_of, read_record
+
+    first = not jax.process_index()
+    at = int(state.governor.rollbacks), int(state.ticks)
+    layers = layers_of(session.program)
+    source = f"esper_jax/{session.record.id}"
+    try:
+        past = read_record(folder.commands)
+        replayed = [] if replay is None else read_record(replay)
+        _check_fits(replay, replayed, layers)
+        record = Record(
+            folder.commands if first else None, past, replayed=replayed, at=at
+        )
+    except RecordError as error:
+        raise RunError(str(error)) from None
+    again = sum(done.at > at for done in past)
+    if again:
+        _log.warning(
+            "%d commands that came after tick %d are carried out again at their ticks",
+            again,
+            at[1],
+        )
+    service = Service(
+        layers,
+        _transport(session, bus) if first and bus is not None else None,
+        source=source,
+        lifecycle_config=session.program.gates,
+        record=record,
+        spill=folder.spill,
+        patience=PATIENCE,
+    )
+    service.started(int(state.ticks), int(state.step))
+    return Steering(service, session)
+
+
+def _check_fits(replay: Path | None, replayed: Sequence[Any], layers: Any) -> None:
+    from esper_jax.bus.admission import wrong
+
+    for number, done in enumerate(replayed, 1):
+        said = wrong(done.command, layers)
+        if said:
+            raise ConfigError(f"--replay {replay}, command {number}: {said}")
+
+
+def _transport(session: Session, bus: str) -> Any:
+    from esper_jax.bus.connect import connect, shown
+
+    try:
+        return connect(bus, session.record.id)
+    except (ValueError, OSError) as error:
+        raise RunError(f"--bus {shown(bus)}: {error}") from None
