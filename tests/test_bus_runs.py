@@ -66,9 +66,9 @@ SCRIPT = [
 @pytest.fixture(scope="module", autouse=True)
 def _one_program() -> Any:
     """All runs here have one program, which is built and compiled once."""
-    made = run._built(config(), None)
+    made = run._built(config(), None, run.build_run)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "_built", lambda config, devices: made)
+        patch.setattr(run, "_built", lambda config, devices, build: made)
         yield
 
 
