@@ -138,7 +138,7 @@ PLAN = Plan(watch=60.0, error_increase=0.15, latency_ratio=1.5, accuracy_drop=0.
 
 
 def traffic(rng, percent, number, worse=(), times=1.0):
-    """Observations in which the candidate is worse by just the margins, or a multiple."""
+    """Observations in which the candidate is worse by the margins, or a multiple."""
     # Who records only some of a large baseline loses little: `MOST` are compared.
     candidate = rng.random(number) < max(percent / 100, 0.1)
     moved = {name: candidate * (name in worse) for name in PLAN.yardsticks}

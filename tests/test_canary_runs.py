@@ -218,7 +218,7 @@ def test_the_command_says_what_to_do_about_wrong_input(command):
         ),
         (
             START.replace("chunked_layers", "growth"),
-            "growth is at 100%: expected less than the first stage, 10%; turn it down (e",
+            "growth is at 100%: expected less than the first stage, 10%; turn it d",
         ),
         (
             START.replace("10 50", "50 10"),
