@@ -355,6 +355,7 @@ TINY = (
     "train.ticks=1",
     "model.hidden=[4]",
     "growth.num_seeds=2",
+    "growth.capacity=1",
     'growth.blueprints=["affine"]',
     "train.batch_size=512",
     "governor.enabled=false",

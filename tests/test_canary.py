@@ -137,8 +137,8 @@ def test_so_many_comparisons_find_a_regression_with_the_stated_power(yardstick):
 PLAN = Plan(watch=60.0, error_increase=0.15, latency_ratio=1.5, accuracy_drop=0.15)
 
 
-def traffic(rng, percent, number, worse=()):
-    """Observations in which the candidate is worse by just the margins."""
+def traffic(rng, percent, number, worse=(), times=1.0):
+    """Observations in which the candidate is worse by the margins, or a multiple."""
     # Who records only some of a large baseline loses little: `MOST` are compared.
     candidate = rng.random(number) < max(percent / 100, 0.1)
     moved = {name: candidate * (name in worse) for name in PLAN.yardsticks}
@@ -146,7 +146,7 @@ def traffic(rng, percent, number, worse=()):
         candidate,
         np.zeros(number, bool),
         (rng.random(number) < 0.05 + 0.15 * moved["error"]) * 1.0,
-        rng.lognormal(-2 + math.log(1.5) * moved["latency"], 0.4),
+        rng.lognormal(-2 + times * math.log(1.5) * moved["latency"], 0.4),
         (rng.random(number) < 0.9 - 0.15 * moved["accuracy"]) * 1.0,
     )
 
@@ -158,7 +158,8 @@ def rolled_out(rng, worse=(), late=0, most=120):
         per_candidate = {1: 10, 10: 10, 25: 4, 50: 2, 100: 4}[state.percent]
         number = int(rng.integers(100, 200)) * per_candidate
         faults = worse if state.percent >= late else ()
-        batch = traffic(rng, state.percent, number, faults)
+        times = 2.0 if state.percent == 100 else 1.0
+        batch = traffic(rng, state.percent, number, faults, times)
         state, action = decide(state, batch, 20.0 * look)
         if state.status != "watching":
             break
@@ -189,6 +190,28 @@ def test_a_fault_that_only_more_load_brings_is_found_there(name, late):
     state, action = rolled_out(np.random.default_rng(5), {name}, late)
     assert (state.status, state.percent) == ("rolled back", late)
     assert action.reason.startswith(name)
+
+
+def test_what_moves_all_traffic_does_not_roll_back_at_100():
+    """Load that comes and goes, by less than the margin of 1.5, with little noise."""
+    rng = np.random.default_rng(7)
+    state, looks, kept = begin(PLAN, 0.0), 0, []
+    state = dataclasses.replace(state, stage=3)  # 50%
+    while state.status == "watching":
+        looks += 1
+        batch = traffic(rng, state.percent, 1500)
+        load = 1.3 if state.percent == 100 else np.linspace(0.8, 1.2, 1500)
+        latency = 0.1 * load * rng.lognormal(0, 0.05, 1500)
+        if state.percent == 50:
+            kept = [*kept, *np.log(latency[~batch.candidate])]
+        state, action = decide(state, batch._replace(latency=latency), 20.0 * looks)
+        if state.percent == 100 and state.seen == (0, 0):
+            remembered = state.watches["latency"].baseline
+            # Of all that the baseline did at 50%, and not of the last moment alone.
+            assert 256 <= len(remembered) <= 512
+            every = -(-len(kept) // len(remembered))
+            assert remembered == tuple(kept[::every])
+    assert (state.status, action.kind) == ("finished", "finish")
 
 
 def rows(candidate, number=1, **fields):

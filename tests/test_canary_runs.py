@@ -218,7 +218,7 @@ def test_the_command_says_what_to_do_about_wrong_input(command):
         ),
         (
             START.replace("chunked_layers", "growth"),
-            "growth is on for every model",
+            "growth is at 100%: expected less than the first stage, 10%; turn it d",
         ),
         (
             START.replace("10 50", "50 10"),
@@ -251,6 +251,13 @@ def test_the_command_says_what_to_do_about_wrong_input(command):
     assert status == 2
     assert "is at 99%, but its canary left it at 10%" in err
     assert command("canary resume c")[1].startswith("chunked_layers was turned back to")
+    assert percentage() == 10
+    FlagFile("configs/features.toml").change("chunked_layers", enabled=True)
+    status, out, _ = command("canary status c")
+    assert status == 0
+    assert "  the flag is at 100%: somebody else turned it" in out
+    assert "esper-jax canary resume turns it back" in command("canary step c")[2]
+    command("canary resume c")
     assert percentage() == 10
     assert command("canary resume c")[1].startswith("nothing was left half done")
     status, out, _ = command("canary abort c --reason enough")

@@ -118,9 +118,9 @@ def test_the_policy_is_that_of_the_features(features, germinates, moves):
     signals = {key: Signals.unmeasured(held_out_loss=1.0)}
     signals = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], signals)
     memory = policy.init({"a": shape}, jax.random.key(0))
-    asked = set()
+    asked, decide = set(), jax.jit(policy.decide)  # one compile
     for _ in range(3):
-        commands, memory = policy.decide(given, signals, memory)
+        commands, memory = decide(given, signals, memory)
         asked |= set(commands[key].target.flatten().tolist())
     assert (Stage.GERMINATED in asked) is germinates
     assert (Stage.CULLED in asked) is moves
@@ -187,6 +187,14 @@ def command(tmp_path, monkeypatch, capsys):
     return run
 
 
+SMALL = (
+    "model.hidden=[4]",
+    "growth.num_seeds=2",
+    "growth.capacity=1",
+    'growth.blueprints=["affine"]',
+    "train.batch_size=512",
+    "governor.enabled=false",
+)
 FLAGS = """\
 [chunked_layers]      # m7 is number 46 by SHA-256
 rollout_percentage = 20
@@ -203,7 +211,7 @@ def test_a_run_keeps_the_features_that_it_began_with(
     file = FlagFile(tmp_path / "features.toml")
     file.path.write_text(FLAGS)
     train = ["train", SMOKE, "--out", "r", "--features", "features.toml"]
-    train += ["--model-id", "m7", "--set"]
+    train += ["--model-id", "m7", "--set", *SMALL]
     status, out, errors = command(*train, "train.ticks=2", "--profile", 1)
     assert status == 0, errors
     assert out.startswith(
@@ -226,7 +234,7 @@ def test_a_run_keeps_the_features_that_it_began_with(
     assert set(strategies.tolist()) == {Strategy.ADAPTIVE}
 
     # Without flags the run goes on as it began, without a word.
-    config = load_config(SMOKE)
+    config = load_config(SMOKE, SMALL)
     silent = with_features(config, folder, None, "m7", resume=True)
     assert silent.features == began
     assert not caplog.messages

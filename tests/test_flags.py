@@ -292,6 +292,14 @@ def test_what_cannot_be_answered_is_an_error_and_the_default(client, caplog):
         assert (found.value, found.error_code) == (default, "TYPE_MISMATCH")
 
 
+def test_arguments_of_a_wrong_type_are_refused(client):
+    """With a number as its id, a model would miss each list and have the default."""
+    with pytest.raises(FlagError, match=r"model_id: expected text or None, got 7; pa"):
+        features_for(7)
+    with pytest.raises(FlagError, match="default of on: expected True, False or text"):
+        flag_for("on", "m66", 1)
+
+
 def test_the_environment_overrides_the_file(client, monkeypatch):
     for word, value in (("1", True), ("OFF", False), ("yes", True), ("false", False)):
         monkeypatch.setenv("ESPER_FEATURE_PART", word)

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from esper_jax.rollout.flag_file import FlagFile
 from esper_jax.rollout.flags import FEATURES, Flag, FlagError, decide, overridden
 from esper_jax.run.features import Features
+from esper_jax.run.references import shown
 
 try:
     from openfeature import api
@@ -240,10 +241,20 @@ def flag_for(
       client: to ask; by default the one of `DOMAIN`.
 
     Raises:
-      FlagError: if the flag is of another type, or its value cannot be. That a provider
-        cannot be reached is logged, and the default holds.
+      FlagError: if the flag is of another type, its value cannot be, or an argument is
+        of the wrong type. That a provider cannot be reached is logged, and the default
+        holds.
     """
     text = isinstance(default, str)
+    if not text and not isinstance(default, bool):
+        raise FlagError(
+            f"default of {name}: expected True, False or text, got {shown(default)}"
+        )
+    if model_id is not None and not isinstance(model_id, str):
+        raise FlagError(
+            f"model_id: expected text or None, got {shown(model_id)}; pass "
+            f"str(model_id), as the lists of the flag {name} have text"
+        )
     override: Any = overridden(name, text)
     if override is not None:
         return override

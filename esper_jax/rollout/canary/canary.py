@@ -191,7 +191,8 @@ class Canary:
         if before >= plan.percents[0]:
             raise CanaryError(
                 f"{dial.where['flag']} is at {before}%: expected less than the first "
-                f"stage, {plan.percents[0]}%; turn it down, or leave stages out"
+                f"stage, {plan.percents[0]}%; turn it down (esper-jax flags rollout "
+                f"{dial.where['flag']} 0), or leave stages out"
             )
         file = (observations or folder / "observations.jsonl").expanduser().resolve()
         state = begin(plan, time.time() if now is None else now)
@@ -277,7 +278,7 @@ class Canary:
     def _dial_says(self, percent: int) -> bool:
         try:
             return self._dial.percentage() == percent
-        except CanaryError:  # on for every model
+        except CanaryError:  # gone from the file
             return False
 
     def abort(self, reason: str = "by hand", now: float | None = None) -> None:

@@ -10,9 +10,10 @@ shows only under more load is not outweighed by a good past. In a stage
 - the next stage begins when the time is over, when as much was seen that a regression
   would have been found with the wanted power, and when one that large is excluded.
 
-At 100% no baseline is left. There the candidate is compared with the last values of the
-baseline before, less what chance may have made of so few of them (Hoeffding); it is
-done when the time is over and as much was seen as in the stage before.
+At 100% no baseline is left. There the candidate is compared with values of the baseline
+from the stage before, less the margin, as nothing cancels a change of all traffic, and
+less what chance may have made of so few of them (Hoeffding). It is done when the time
+is over and as much was seen as in the stage before.
 
 `evidence` says why all of this may be looked at as often as one likes.
 """

@@ -42,10 +42,10 @@ class FlagDial:
         return {"flag": self._flag, "file": str(self._file.path)}
 
     def percentage(self) -> int:
-        """Of the model ids that have the flag now.
+        """Of the model ids that have the flag now; 100 if it is on for every model.
 
         Raises:
-          CanaryError: if the file has no such flag, or the flag is on for every model.
+          CanaryError: if the file has no such flag.
           FlagError: if the file cannot be read.
         """
         flags = self._file.read()
@@ -55,12 +55,8 @@ class FlagDial:
                 f"{', '.join(flags) or 'none'}. To add one, write [{self._flag:.80}] "
                 "into it"
             )
-        if flags[self._flag].enabled:
-            raise CanaryError(
-                f"{self._file.path}: {self._flag} is on for every model, whatever its "
-                f"percentage: turn it off first (esper-jax flags set {self._flag} off)"
-            )
-        return flags[self._flag].rollout_percentage
+        flag = flags[self._flag]
+        return 100 if flag.enabled else flag.rollout_percentage
 
     def turn(self, percent: int) -> None:
         """Sets the percentage.

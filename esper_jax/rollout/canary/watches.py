@@ -18,8 +18,8 @@ from esper_jax.rollout.canary.plan import Plan
 
 __all__ = ["Watch", "figure", "odds", "values_of", "watched"]
 
-_REFERENCE = 256
-"""Last values of the baseline that stand in for it at 100%."""
+_REFERENCE = 512
+"""Values of the baseline that stand in for it at 100%, at most; at least half of it."""
 
 _AT_ONCE = 4096
 """Values that are compared with those at once, to bound the memory."""
@@ -38,7 +38,7 @@ class Watch:
       waits: whether they are the candidate's.
       seen: observations of each arm that have the value.
       sums: of these values (of the logarithm of latencies).
-      baseline: last values of the baseline, kept in the last stage below 100%.
+      baseline: values of the baseline from all of the last stage below 100%.
     """
 
     evidence: Evidence = dataclasses.field(default_factory=Evidence)
@@ -97,9 +97,30 @@ def watched(
         evidence = _at_the_end(watch, yardstick, arms[0], plan.stage_alpha)
         return dataclasses.replace(watch, evidence=evidence)
     if plan.percents[stage + 1 : stage + 2] == (100,):
-        kept = (*watch.baseline, *arms[1].tolist())[-_REFERENCE:]
+        kept = _spread(watch.baseline, seen[1], arms[1])
         watch = dataclasses.replace(watch, baseline=kept)
     return _compared(watch, yardstick, exclude, candidate, values)
+
+
+def _spread(
+    kept: tuple[float, ...], seen: int, new: Float[np.ndarray, " N"]
+) -> tuple[float, ...]:
+    """Values that are spread evenly over all so far, whenever one looks.
+
+    The last ones alone would be those of a moment, in a service of many requests.
+
+    Args:
+      kept: of those before.
+      seen: values before.
+      new: the values after them.
+    """
+    step, wider = _every(seen), _every(seen + len(new))
+    return (*kept[:: wider // step], *new[-seen % wider :: wider].tolist())
+
+
+def _every(number: int) -> int:
+    """The power of two that leaves `_REFERENCE` of so many values, at most."""
+    return 1 << (max(-(-number // _REFERENCE), 1) - 1).bit_length()
 
 
 def _compared(
@@ -128,21 +149,26 @@ def _at_the_end(
 ) -> Evidence:
     """Evidence of harm where the baseline is only remembered.
 
-    The mean score of a candidate that is no worse, over values of the baseline that are
-    given, exceeds 0 by more than ``slack`` with a chance of ``alpha / 2`` at most (W.
-    Hoeffding, 1963). This takes them as drawn apart from the decision to advance.
+    Nothing cancels here what moves all traffic, such as the load of another time of the
+    day. So only what is worse by more than the margin counts.
+
+    The mean score of a candidate that is worse by the margin at most, over values of
+    the baseline that are given, exceeds 0 by more than ``slack`` with a chance of
+    ``alpha / 2`` at most (W. Hoeffding, 1963). This takes them as drawn apart from the
+    decision to advance.
     """
     count = len(watch.baseline)
     if not count or not len(values):
         return watch.evidence
     slack = math.sqrt(2 * math.log(2 / alpha) / count)
-    baseline, parts = np.array(watch.baseline), -(-len(values) // _AT_ONCE)
+    baseline, margin = np.array(watch.baseline), yardstick.margin
+    different, which = np.unique(values, return_inverse=True)  # errors are 0 or 1
     scores = np.concatenate(
         [
-            yardstick.scores(part[:, None] - baseline, 0.0).mean(axis=1)
-            for part in np.array_split(values, parts)
+            yardstick.scores(part[:, None] - baseline, margin).mean(axis=1)
+            for part in np.array_split(different, -(-len(different) // _AT_ONCE))
         ]
-    )
+    )[which]
     grown = np.log1p((scores[:, None] - slack) / (1 + slack) * BETS).sum(axis=0)
     return dataclasses.replace(
         watch.evidence,
