@@ -103,6 +103,7 @@ class Run:
             self.service.lend(program, ticks=N)
         self.state = program.init(jax.random.key(0))
         self.silent: list[bool] = []
+        self.history: list[list[str]] = []
 
     def tick(self, rollbacks: int = 0) -> Any:
         outside = self.service.asked(int(self.state.ticks) + 1, rollbacks)
@@ -111,6 +112,7 @@ class Run:
         self.service.ticked(self.report, seeds=self.state.seeds)
         assert self.service.outbox.flush(10)
         self.silent.append(self.service.silent)
+        self.history.append([*self.stages(A), *self.stages(B)])
         return [(n, np.flatnonzero(r.by)) for n, r in self.report.layers.items()]
 
     def answers(self) -> dict[str, Acknowledged]:
@@ -162,6 +164,7 @@ def test_the_remote_policy_decides_and_the_runs_own_while_it_is_silent(
     story: Any,
 ) -> None:
     steered, by, _ = story
+    stages = steered.history
     # The first tick is the run's own; the last decision was by tick 4, and N is 3.
     assert steered.silent == [False] + 6 * [True] + 3 * [False]
     outside = [{name: list(seeds) for name, seeds in of} for of in by]
@@ -176,6 +179,9 @@ def test_the_remote_policy_decides_and_the_runs_own_while_it_is_silent(
     assert [a.outcome for a in answers] == 4 * ["OK"]
     assert answers[0].parts[0].reason.startswith("seed 3: DORMANT -> GERMINATED")
     assert answers[2].reason == "nothing was asked"
+    # What it let germinate goes on only once it is heard again.
+    assert {s for of in stages[:7] for s in of} == {"DORMANT", "GERMINATED"}
+    assert "TRAINING" in stages[7]
     # Beside its first, the run's own policy had three ticks of its own.
     alive = sum(stage != "DORMANT" for n in (A, B) for stage in steered.stages(n))
     assert alive == 1 + 3 + 3
@@ -305,9 +311,11 @@ def test_a_rollback_ends_the_silence_and_the_policys_memory_goes_back(
 ) -> None:
     steered = Run(program, Record())
     remote = RemotePolicy(noting, Client(steered.bus))
+    assert remote.step(0) is None
     for _ in range(2):
         steered.tick()
-        remote.step(0)
+    assert remote.step(0) == 2  # it sees both, and decides by the newer
+    assert [t for t, _ in remote._memories] == [1, 2]
     start = jax.tree.map(lambda x: x.copy(), steered.state)  # ticks donate theirs
     steered.tick()
     assert steered.service.silent
