@@ -75,7 +75,8 @@ def test_several_devices(capsys):
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_without_its_remote_policy(capsys):
+def test_a_run_goes_on_without_its_remote_policy(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["remote_policy.py"])
     *told, births, accuracy = run("remote_policy.py", capsys)
     who = [line.partition(": ")[2] for line in told]
     assert who == [
