@@ -11,14 +11,17 @@ from rich.console import Console
 from esper_jax.bus import (
     Acknowledged,
     Batch,
+    Decided,
     Enable,
     Germinate,
+    LayerSeen,
     Move,
     RunEnded,
     RunStarted,
     SetStrategy,
     StopAndSave,
     TickReported,
+    TickSeen,
     decode,
     encode,
     read_record,
@@ -255,3 +258,41 @@ def test_a_damaged_record_is_named(steered: Any, folder: Any) -> None:
         file.write(b"{}\n")
     with pytest.raises(RunError, match=r"commands.jsonl, line 8: expected a command"):
         trained(copy, resume=True)
+
+
+def test_a_run_says_which_policy_decides_and_replays(plain: Any, folder: Any) -> None:
+    bus, out = folder / "remote", folder / "remote_run"
+    bus.mkdir()
+    asks = Decided(seen=0, ticks=9, commands=[Germinate(layer=L, seed=2)])
+    (bus / "in.jsonl").write_bytes(encode(asks, "test", "first") + b"\n")
+    url = f"file:{bus}"
+    with pytest.raises(ConfigError, match="--remote: expected --bus URL with it"):
+        trained(out, remote=3)
+    with pytest.raises(ConfigError, match="--remote: expected at least 1 tick, got 0"):
+        trained(out, bus=url, remote=0)
+    assert not out.exists()
+    summary = trained(out, bus=url, remote=9)
+    said = [decode(line) for line in (bus / "out.jsonl").read_bytes().splitlines()]
+    kinds = [type(e.message) for e in said]
+    assert kinds.count(LayerSeen) == kinds.count(TickSeen) == 12
+    events = read_lines(RunFolder(out).events)
+    assert [(e["tick"], e["text"]) for e in events if "policy" in e["text"]] == [
+        (1, "the remote policy decides"),
+        (
+            10,
+            "its own policy decides, since no decision of the remote one came in time",
+        ),
+    ]
+    again = trained(folder / "remote_again", replay=RunFolder(out).commands)
+    assert again["state_hash"] == summary["state_hash"] != plain["state_hash"]
+    texts = [[e["text"] for e in s["events"]] for s in (summary, again)]
+    assert texts[0] == texts[1]
+    # Without bus and remote policy, from the checkpoints of ticks 8 and 4.
+    for last in (8, 4):
+        steps = sorted((out / "checkpoints").iterdir(), key=lambda p: int(p.name))
+        for step in steps[last // 4 :]:
+            shutil.rmtree(step)
+        (out / "summary.json").unlink()
+        resumed = trained(out, resume=True)
+        assert resumed["state_hash"] == summary["state_hash"]
+        assert [e["text"] for e in resumed["events"]] == texts[0]

@@ -72,3 +72,19 @@ def test_an_existing_model(capsys):
 def test_several_devices(capsys):
     [line] = run("several_devices.py", capsys)
     assert line.startswith("4 devices, one state")
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_without_its_remote_policy(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["remote_policy.py"])
+    *told, births, accuracy = run("remote_policy.py", capsys)
+    who = [line.partition(": ")[2] for line in told]
+    assert who == [
+        "its own policy decides",
+        "the remote policy decides",
+        "the other process is killed",
+        "its own policy decides",
+    ]
+    assert told[-1].startswith("tick 15:")
+    assert births.count(": 0") == 0
+    assert float(accuracy.split()[-1]) > 0.9

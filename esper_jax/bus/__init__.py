@@ -12,9 +12,11 @@ from esper_jax.bus.envelope import Envelope, MessageError, decode, encode  # noq
 from esper_jax.bus.messages import (  # noqa: E402
     Acknowledged,
     Batch,
+    Decided,
     Enable,
     Germinate,
     LayerHealth,
+    LayerSeen,
     Message,
     Move,
     RolledBack,
@@ -24,24 +26,29 @@ from esper_jax.bus.messages import (  # noqa: E402
     SetStrategy,
     StopAndSave,
     TickReported,
+    TickSeen,
 )
 from esper_jax.bus.record import Record, RecordError, read_record  # noqa: E402
+from esper_jax.bus.remote import RemotePolicy  # noqa: E402
 from esper_jax.bus.service import Service, layers_of  # noqa: E402
 from esper_jax.bus.transport import Local, Transport, TransportError  # noqa: E402
 
 __all__ = [
     "Acknowledged",
     "Batch",
+    "Decided",
     "Enable",
     "Envelope",
     "Germinate",
     "LayerHealth",
+    "LayerSeen",
     "Local",
     "Message",
     "MessageError",
     "Move",
     "Record",
     "RecordError",
+    "RemotePolicy",
     "RolledBack",
     "RunEnded",
     "RunStarted",
@@ -50,6 +57,7 @@ __all__ = [
     "SetStrategy",
     "StopAndSave",
     "TickReported",
+    "TickSeen",
     "Transport",
     "TransportError",
     "decode",

@@ -14,6 +14,7 @@ from esper_jax.bus.messages import (
     Acknowledged,
     Batch,
     Command,
+    Decided,
     Germinate,
     Layer,
     Move,
@@ -49,7 +50,7 @@ class Admitted(NamedTuple):
 
 def parts_of(command: Command) -> Sequence[SeedCommand]:
     """What a command asks of seeds, one by one."""
-    if isinstance(command, Batch):
+    if isinstance(command, Batch | Decided):
         return command.commands
     return [command] if isinstance(command, SeedCommand) else []
 
@@ -64,7 +65,8 @@ def wrong(command: Command, layers: Mapping[str, Layer]) -> str:
             said = f"seed {part.seed} of {part.layer} is asked twice in one batch"
         asked.add(key)
         if said:
-            return f"commands[{number}]: {said}" if isinstance(command, Batch) else said
+            several = isinstance(command, Batch | Decided)
+            return f"commands[{number}]: {said}" if several else said
     return ""
 
 
@@ -203,7 +205,7 @@ def _verdict(
             )
     moved = [told[p.layer, p.seed] if moves(p) else None for p in parts]
     refused = [m for m in moved if m is not None and m.outcome != Outcome.OK.name]
-    batch = isinstance(one.command, Batch)
+    batch = isinstance(one.command, Batch | Decided)
     dropped = batch and getattr(one.command, "atomic", False) and bool(refused)
     found = [
         m if m is not None else _styled(part, dropped)
@@ -247,4 +249,6 @@ def _done(command: Command) -> str:
     if hasattr(command, "on"):
         may = "is heard" if command.on else "is not heard"
         return f"what the policy asks to germinate {may} from here on"
+    if isinstance(command, Decided):
+        return "nothing was asked"
     return "the run ends after this tick, saved"

@@ -14,11 +14,14 @@ __all__ = [
     "VERSION",
     "Acknowledged",
     "Batch",
+    "Column",
     "Command",
+    "Decided",
     "Enable",
     "Germinate",
     "Layer",
     "LayerHealth",
+    "LayerSeen",
     "Message",
     "Move",
     "Part",
@@ -30,6 +33,7 @@ __all__ = [
     "SetStrategy",
     "StopAndSave",
     "TickReported",
+    "TickSeen",
 ]
 
 VERSION = 1
@@ -49,6 +53,16 @@ class Layer(msgspec.Struct, frozen=True):
     num_seeds: int
     blueprints: tuple[str, ...]
     """Names, by id."""
+
+
+class Column(msgspec.Struct, frozen=True, kw_only=True):
+    """An array."""
+
+    dtype: str
+    """As numpy writes it, with the order of bytes: ``<f4``."""
+    shape: list[int]
+    data: bytes
+    """Row by row; base64 on the wire."""
 
 
 class TickReported(Message, frozen=True, kw_only=True):
@@ -96,6 +110,39 @@ class LayerHealth(Message, frozen=True, kw_only=True):
     health: list[float | None]
     alpha: list[float | None]
     worth: list[float | None]
+
+
+class LayerSeen(Message, frozen=True, kw_only=True):
+    """What a policy reads of a layer, for a remote one. Told before its `TickSeen`."""
+
+    tick: int
+    layer: str
+    blueprints: list[str]
+    """Names, by id."""
+    costs: Column
+    """Parameters of each blueprint on each chunk."""
+    aims: list[bool]
+    """Which blueprints start in the gradient's direction."""
+    seeds: dict[str, Column]
+    """`SeedState` after the tick, by field, as in ``graft.alpha``."""
+    signals: dict[str, Column]
+    """`Signals` of the tick, by field."""
+
+
+class TickSeen(Message, frozen=True, kw_only=True):
+    """All layers of a tick are told; a remote policy may decide."""
+
+    tick: int
+    rollbacks: int
+    """Of the governor so far."""
+    ticks: int
+    """For how many ticks after this one a decision may silence the run's own policy."""
+    layers: int
+    """How many `LayerSeen` were told of this tick."""
+    measured: list[str]
+    """Which of the signals that cost a pass over the host are measured."""
+    gates: str
+    """`LifecycleConfig` as JSON, in which a number may be ``Infinity``."""
 
 
 class RolledBack(Message, frozen=True, kw_only=True):
@@ -184,6 +231,24 @@ class Batch(Command, frozen=True, kw_only=True):
     """Whether all are refused if one is."""
 
 
+class Decided(Command, frozen=True, kw_only=True):
+    """What a remote policy asks by what one tick measured, which may be nothing.
+
+    It is taken only by a run that wants a remote policy. The run's own policy is silent
+    until some ticks after ``seen``. Each request stands for itself.
+    """
+
+    seen: Seed
+    """The tick."""
+    rollbacks: Seed = 0
+    """As that tick's `TickSeen` has it."""
+    ticks: Annotated[int, msgspec.Meta(ge=1)]
+    """For how many ticks after it the run's own policy is silent."""
+    commands: Annotated[
+        list[Germinate | Move | SetStrategy], msgspec.Meta(max_length=10_000)
+    ] = []
+
+
 class Part(msgspec.Struct, frozen=True, kw_only=True):
     """What became of one command of a `Batch`."""
 
@@ -205,12 +270,12 @@ class Acknowledged(Message, frozen=True, kw_only=True):
     tick: int | None
     """The tick that it joined; None where it joined none."""
     parts: list[Part] = []
-    """Of a batch, in its order."""
+    """Of a batch or a decision, in its order."""
 
 
 COMMANDS: dict[str, type[Command]] = {
     kind.__name__: kind
-    for kind in (Germinate, Move, SetStrategy, Enable, StopAndSave, Batch)
+    for kind in (Germinate, Move, SetStrategy, Enable, StopAndSave, Batch, Decided)
 }
 """By name."""
 
@@ -220,6 +285,8 @@ MESSAGES: dict[str, type[Message]] = {
         TickReported,
         SeedMoved,
         LayerHealth,
+        LayerSeen,
+        TickSeen,
         RolledBack,
         RunStarted,
         RunEnded,

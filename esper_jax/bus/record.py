@@ -15,6 +15,7 @@ from typing import Any
 
 import msgspec
 
+from esper_jax.bus.decisions import Until, silenced
 from esper_jax.bus.messages import (
     COMMANDS,
     Acknowledged,
@@ -134,9 +135,11 @@ class Record:
         ticks are carried out again then: their effect is not in that state.
 
     Attributes:
+      at: as given.
       answers: what became of each command, by its id.
       due: commands to carry out, by rollbacks and tick.
       germination: whether the policy's germinations are heard in that state.
+      silent_until: until when the run's own policy is silent.
 
     Raises:
       OSError: if the file cannot be read.
@@ -150,11 +153,16 @@ class Record:
         replayed: Sequence[Done] = (),
         at: tuple[int, int] = (0, 0),
     ) -> None:
-        self._path = path
+        self._path, self.at = path, at
         self.answers = {done.id: done.answer for done in past}
         self.due: dict[tuple[int, int], list[Done]] = {}
         self.germination = True
+        self.silent_until: Until = (0, -1)
         for done in sorted(past, key=lambda done: done.at):
+            if done.at <= at:
+                self.silent_until = silenced(
+                    self.silent_until, [done.command], done.rollbacks
+                )
             if isinstance(done.command, Enable) and done.at <= at:
                 self.germination = done.command.on
         for done in (*past, *(d for d in replayed if d.id not in self.answers)):

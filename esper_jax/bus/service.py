@@ -9,12 +9,15 @@ It is called between steps, from one thread, and waits for no transport.
 """
 
 import atexit
-import json
+import itertools
 import queue
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+import jax
+import numpy as np
 
 from esper_jax.bus.admission import (
     Admitted,
@@ -24,10 +27,12 @@ from esper_jax.bus.admission import (
     verdicts,
     wrong,
 )
+from esper_jax.bus.decisions import not_wanted, sifted, silenced
 from esper_jax.bus.envelope import MessageError, decode_command, encode
 from esper_jax.bus.messages import (
     Acknowledged,
     Command,
+    Decided,
     Enable,
     Layer,
     Message,
@@ -37,31 +42,17 @@ from esper_jax.bus.messages import (
 )
 from esper_jax.bus.outbox import Letter, Outbox
 from esper_jax.bus.record import Done, Record
+from esper_jax.bus.seen import Lent, layers_of, lent, seen_told
 from esper_jax.bus.telling import moves_told, rollback_told, tick_told
-from esper_jax.bus.transport import Delivery, Transport
+from esper_jax.bus.transport import Delivery, Transport, buried
 from esper_jax.growth.outside import Outside
 from esper_jax.growth.reports import TickReport
 from esper_jax.lifecycle.rules import LifecycleConfig
+from esper_jax.lifecycle.state import SeedState
 from esper_jax.monitor.news import News, rollback_entry
 from esper_jax.train.retreat import Rollback
 
 __all__ = ["Service", "layers_of"]
-
-_MOST_DEAD = 1000
-"""Bytes of a command that cannot be read which go to the topic ``dead``."""
-
-
-def layers_of(model: Any) -> dict[str, Layer]:
-    """What a `Service` must know of the layers that can grow.
-
-    Args:
-      model: a `Growth`, or the `Program` of `build`.
-    """
-    parts = model if hasattr(model, "layouts") else model.recipe.parts
-    return {
-        name: Layer(layout.num_seeds, tuple(b.name for b in parts.kinds[name]))
-        for name, layout in parts.layouts.items()
-    }
 
 
 class Service:
@@ -101,6 +92,8 @@ class Service:
         self._news = News(self._config)
         self._record = record or Record()
         self._germination = self._record.germination
+        self._silent_until = self._record.silent_until
+        self._lent: Lent | None = None
         due = (done.id for of in self._record.due.values() for done in of)
         self._replayed = set(due) - self._record.answers.keys()
         self._waiting: list[Waiting] = []
@@ -109,7 +102,7 @@ class Service:
         self._stops: list[Waiting] = []
         # Of the deliveries of each command that is not answered yet.
         self._tokens: dict[str, tuple[str, ...]] = {}
-        self._at = (0, 0)  # rollbacks and tick
+        self._at = self._record.at  # rollbacks and tick
         self._inbox: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
         self._outbox = None if transport is None else Outbox(transport, spill)
         if transport is not None:
@@ -137,6 +130,25 @@ class Service:
         """Ids of commands that are still to be carried out again."""
         return [done.id for of in self._record.due.values() for done in of]
 
+    def lend(self, model: Any, ticks: int) -> None:
+        """Lets a remote policy decide; see `bus.remote`. `ticked` needs seeds then.
+
+        Args:
+          model: a `Growth`, or the `Program` of `build`.
+          ticks: for how many ticks after the one that a decision has seen the model's
+            own policy is silent. After that, it decides again.
+
+        Raises:
+          ValueError: if they are fewer than one.
+        """
+        self._lent = lent(model, ticks)
+
+    @property
+    def silent(self) -> bool:
+        """Whether the run's own policy is silent at the tick last given by `asked`."""
+        rollbacks, until = self._silent_until
+        return rollbacks == self._at[0] and self._at[1] <= until
+
     def started(self, tick: int, step: int) -> None:
         """Tells that the run begins or goes on, at a tick and a step."""
         self._at = (self._at[0], tick)
@@ -158,6 +170,7 @@ class Service:
             self._requeue(self._admitted.now)
         self._take()
         due = [Waiting(d.id, d.command) for d in self._record.due.pop(self._at, ())]
+        self._sift(any(isinstance(d.command, Decided) for d in due))
         controls = [*(d for d in due if not parts_of(d.command)), *self._controls]
         due = [d for d in due if parts_of(d.command)]
         for one in controls:
@@ -165,7 +178,11 @@ class Service:
                 self._germination = one.command.on
         admitted = admit([*due, *self._waiting], self._layers, self._germination)
         self._waiting, self._controls = admitted.later, []
-        self._admitted = admitted._replace(now=[*controls, *admitted.now])
+        now = [*controls, *admitted.now]
+        asked = (one.command for one in now)
+        self._silent_until = silenced(self._silent_until, asked, rollbacks)
+        np.asarray(admitted.outside.policy)[...] = not self.silent  # the host's own
+        self._admitted = admitted._replace(now=now)
         return admitted.outside
 
     def asking(self) -> dict[tuple[str, int], str]:
@@ -181,26 +198,29 @@ class Service:
         self,
         report: TickReport,
         events: Sequence[Mapping[str, Any]] | None = None,
+        seeds: Mapping[str, SeedState] | None = None,
     ) -> list[Done]:
         """Tells what a tick did, and answers the commands that joined it.
 
         Args:
           report: of the tick, with host values.
           events: of the tick, if they are known already; by default the report's.
+          seeds: after the tick, by layer; what a remote policy reads.
 
         Returns:
           The commands that joined the tick, and what became of them.
 
         Raises:
           ValueError: if the report is not of the tick that was given what `asked`
-            returned.
+            returned, or `lend` was called and there are no seeds.
           OSError: if the record cannot be written.
         """
+        read = self._read(report, seeds)
         events = self._news.tick(report) if events is None else events
         self._at = (self._at[0], int(report.tick))
         place = self._place()
         if self._outbox is not None:
-            self._outbox.tell(lambda: self._telemetry(report, place))
+            self._outbox.tell(lambda: self._telemetry(report, place, read))
         self._post(*moves_told(events), name=f"moved-{place}")
         admitted, self._admitted = self._admitted, None
         if admitted is None:
@@ -295,7 +315,7 @@ class Service:
                 self._queue(Waiting(envelope.id, command))
 
     def _queue(self, one: Waiting) -> None:
-        said = wrong(one.command, self._layers)
+        said = not_wanted(one.command, self._lent) or wrong(one.command, self._layers)
         if said:
             self._acknowledge(self._answer(one.id, "INVALID", said, joined=False))
         elif parts_of(one.command):
@@ -303,16 +323,19 @@ class Service:
         else:
             self._controls.append(one)
 
+    def _sift(self, due: bool) -> None:
+        """Refuses decisions that come too late."""
+        late = sifted([*self._waiting, *self._controls], due, self._at)
+        for id, why in late.items():
+            self._acknowledge(self._answer(id, "INVALID", why, joined=False))
+        self._waiting = [one for one in self._waiting if one.id not in late]
+        self._controls = [one for one in self._controls if one.id not in late]
+
     def _bury(
         self, delivery: Delivery, tokens: tuple[str, ...], error: MessageError
     ) -> None:
         """Puts aside what cannot be read, and answers it if it has an id."""
-        entry = {
-            "reason": str(error),
-            "bytes": len(delivery.data),
-            "begins": delivery.data[:_MOST_DEAD].decode(errors="replace"),
-        }
-        self._send(Letter("dead", json.dumps(entry).encode(), tokens))
+        self._send(Letter("dead", buried(delivery, str(error)), tokens))
         if error.id is not None and error.id not in self._tokens:
             answer = self._answer(error.id, "INVALID", str(error), joined=False)
             self._acknowledge(answer)
@@ -370,8 +393,24 @@ class Service:
         if self._outbox is not None:
             self._outbox.post(*letters)
 
-    def _telemetry(self, report: TickReport, place: str) -> Iterator[Letter]:
+    def _read(
+        self, report: TickReport, seeds: Mapping[str, SeedState] | None
+    ) -> Iterable[Message]:
+        """What a remote policy reads; made when it is sent."""
+        if self._lent is None or self._outbox is None:
+            return ()
+        if seeds is None:
+            raise ValueError(
+                "seeds: expected those of each layer after the tick, such as "
+                "state.seeds, since a remote policy may decide; got None"
+            )
+        # Copied now: the next step may reuse their memory.
+        return seen_told(self._lent, report, jax.device_get(dict(seeds)), self._at[0])
+
+    def _telemetry(
+        self, report: TickReport, place: str, read: Iterable[Message]
+    ) -> Iterator[Letter]:
         """What a tick measured; called in the thread that sends."""
-        for number, message in enumerate(tick_told(report)):
+        for number, message in enumerate(itertools.chain(tick_told(report), read)):
             id = f"tick-{place}-{number}"
             yield Letter("telemetry", encode(message, self._source, id))

@@ -1,6 +1,7 @@
 """What carries messages: one small protocol, and the transport within a process."""
 
 import dataclasses
+import json
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ __all__ = [
     "Topic",
     "Transport",
     "TransportError",
+    "buried",
 ]
 
 Topic = Literal["telemetry", "events", "acks", "dead"]
@@ -25,6 +27,10 @@ Topic = Literal["telemetry", "events", "acks", "dead"]
 commands, and commands that could not be read."""
 
 TOPICS: tuple[Topic, ...] = ("telemetry", "events", "acks", "dead")
+
+
+_MOST_DEAD = 1000
+"""Bytes that are kept of a command that cannot be read."""
 
 
 class TransportError(Exception):
@@ -38,6 +44,16 @@ class Delivery:
     data: bytes
     token: str = ""
     """What the transport knows it by; settled when the command's effect is there."""
+
+
+def buried(delivery: Delivery, why: str) -> bytes:
+    """What the topic ``dead`` gets of a command that cannot be read."""
+    entry = {
+        "reason": why,
+        "bytes": len(delivery.data),
+        "begins": delivery.data[:_MOST_DEAD].decode(errors="replace"),
+    }
+    return json.dumps(entry).encode()
 
 
 @dataclasses.dataclass(frozen=True)

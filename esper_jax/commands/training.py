@@ -50,6 +50,10 @@ class Train(Command):
     TLS), or file:FOLDER. See docs/bus.md. Default: none."""
     replay: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Carry out the commands of another run at the same ticks: its commands.jsonl."""
+    remote: Annotated[int | None, tyro.conf.arg(metavar="TICKS")] = None
+    """With --bus: let a policy in another program decide (esper_jax.bus.RemotePolicy).
+    The run's own decides again after so many ticks without it. Default: it always
+    does."""
     distributed: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Train as one of several processes. Slurm, Open MPI and Kubernetes tell the rest;
     elsewhere give the next three options."""
@@ -129,6 +133,7 @@ class Train(Command):
                     profile=self.profile,
                     bus=self.bus,
                     replay=self.replay,
+                    remote=self.remote,
                     stop=stop,
                 )
             except KeyboardInterrupt:

@@ -38,6 +38,8 @@ class Outside:
     """Whether a seed's request is one of those that are carried out all or none."""
     germination: Bool[Array, ""]
     """Whether what the policy asks to germinate is heard."""
+    policy: Bool[Array, ""] | bool = True
+    """Whether the policy is heard at all."""
 
     def by_group(self, groups: Groups) -> "Outside":
         """The same with the layers of a group stacked along a leading axis."""
@@ -45,6 +47,7 @@ class Outside:
             commands=groups.stack(self.commands),
             atomic=groups.stack(self.atomic),
             germination=self.germination,
+            policy=self.policy,
         )
 
 
@@ -55,15 +58,19 @@ class Granted(NamedTuple):
     outcome: dict[str, Int[Array, "L S"]]
 
 
-def nothing_asked(num_seeds: Mapping[str, int], germination: bool = True) -> Outside:
+def nothing_asked(
+    num_seeds: Mapping[str, int], germination: bool = True, policy: bool = True
+) -> Outside:
     """Asks for nothing, in arrays of the host.
 
     Args:
       num_seeds: seeds of each layer, by name.
       germination: whether what the policy asks to germinate is heard.
+      policy: whether it is heard at all.
     """
 
     heard: Any = np.asarray(germination)
+    at_all: Any = np.asarray(policy)
     loose: Any = {name: np.zeros(seeds, bool) for name, seeds in num_seeds.items()}
 
     def nothing(seeds: int) -> Any:
@@ -76,6 +83,7 @@ def nothing_asked(num_seeds: Mapping[str, int], germination: bool = True) -> Out
         },
         atomic=loose,
         germination=heard,
+        policy=at_all,
     )
 
 
@@ -193,7 +201,10 @@ def grant(
 
 
 def yielding(
-    policy: Commands, outside: Commands, germination: Bool[Array, ""]
+    policy: Commands,
+    outside: Commands,
+    germination: Bool[Array, ""],
+    heard: Bool[Array, ""] | bool = True,
 ) -> tuple[Commands, Int[Array, "*S"], Bool[Array, ""]]:
     """What is left of the policy's requests where the outside asks for the same seeds.
 
@@ -201,6 +212,7 @@ def yielding(
       policy: what the policy asks of one layer, or of a group.
       outside: what is asked from outside.
       germination: whether the policy may germinate.
+      heard: whether it is heard at all.
 
     Returns:
       What is left, who asked (`By`, int8), and whether a germination was not heard.
@@ -208,17 +220,18 @@ def yielding(
     moved = outside.target != NO_REQUEST
     styled = moved | (outside.strategy != NO_REQUEST)
     births = policy.target == Stage.GERMINATED
-    unheard = births & ~germination
+    unheard = births & ~(germination & heard)
+    dropped = unheard | ~jnp.asarray(heard)
     left = Commands(
-        target=jnp.where(moved | unheard, NO_REQUEST, policy.target),
-        blueprint=jnp.where(moved | unheard, NO_REQUEST, policy.blueprint),
-        strategy=jnp.where(styled | unheard, NO_REQUEST, policy.strategy),
+        target=jnp.where(moved | dropped, NO_REQUEST, policy.target),
+        blueprint=jnp.where(moved | dropped, NO_REQUEST, policy.blueprint),
+        strategy=jnp.where(styled | dropped, NO_REQUEST, policy.strategy),
     )
 
     def against(field: str) -> Array:
         wish, other = getattr(policy, field), getattr(outside, field)
         asked = (wish != NO_REQUEST) & (other != NO_REQUEST)
-        return asked & (wish != other) & ~unheard
+        return asked & (wish != other) & ~dropped
 
     overruled = against("target") | against("strategy")
     by = jnp.select(

@@ -138,7 +138,9 @@ def _moved(
     moved, unheard = {}, jnp.asarray(False)
     for key, before in seeds.items():
         asked = outside.commands[key]
-        left, by, mute = yielding(commands[key], asked, outside.germination)
+        left, by, mute = yielding(
+            commands[key], asked, outside.germination, outside.policy
+        )
         unheard |= mute
         after, report = move(granted.seeds[key], signals[key], left)
         first = asked.target != NO_REQUEST

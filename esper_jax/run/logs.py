@@ -370,6 +370,29 @@ class EventLog:
         self._append(new)
         return [f"tick {e['tick']}: {e['text']}" for e in new]
 
+    def add_policy(self, tick: int, remote: bool) -> list[str]:
+        """Writes that another policy decides from a tick on; returns a line of it.
+
+        Args:
+          tick: the first.
+          remote: whether it is the remote policy, or the run's own again.
+        """
+        names = "its own policy", "the remote policy"
+        silence = "" if remote else ", since no decision of the remote one came in time"
+        event = {
+            "tick": tick,
+            "layer": "",
+            "seed": -1,
+            "slot": -1,
+            "from": names[not remote],
+            "to": names[remote],
+            "outcome": Outcome.OK.name,
+            "measured": {},
+            "text": f"{names[remote]} decides{silence}",
+        }
+        self._append([event])
+        return [f"tick {tick}: {event['text']}"]
+
     def add_rollback(self, rollback: Rollback) -> list[str]:
         """Writes a rollback and what it did to the seeds.
 

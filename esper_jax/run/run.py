@@ -61,6 +61,7 @@ def train_run(
     profile: int = 0,
     bus: str | None = None,
     replay: Path | None = None,
+    remote: int | None = None,
     console: Console | None = None,
     stop: Stop | None = None,
     build: Build | None = None,
@@ -82,6 +83,8 @@ def train_run(
       profile: steps to record with JAX's profiler; see `run.profiling.Profile`.
       bus: where messages go and commands come from; see `bus.connect`.
       replay: commands of another run, to carry out at the same ticks.
+      remote: with a bus: let a remote policy decide (`bus.RemotePolicy`). The run's own
+        decides again when so many ticks were not decided.
       console: where the live view prints; standard output by default.
       stop: signals to end for; SIGINT by default, and only while steps are done.
       build: makes the program, by default `build_run`. A `run.build.SharedPrograms`
@@ -106,7 +109,7 @@ def train_run(
     # All processes look before one of them writes.
     together(lambda: look(warn=False), RunError)
     together(lambda: check_writers(config), ConfigError)
-    together(lambda: check_steering(bus, replay), ConfigError)
+    together(lambda: check_steering(bus, replay, remote), ConfigError)
     data, program = together(
         lambda: _built(config, devices, build or build_run), ConfigError
     )
@@ -125,7 +128,7 @@ def train_run(
         check_ticks(config, state)
         session = begin(start, opening, state, history)
         steering = together(
-            lambda: open_steering(session, state, bus, replay), RunError
+            lambda: open_steering(session, state, bus, replay, remote), RunError
         )
         recorder = Profile(_profiled(config, profile), folder.profile)
         with recorder.recording(session) as recorded, _closing(steering) as dropped:
@@ -323,7 +326,7 @@ class _Reporter:
         slots = {name: seeds.capacity for name, seeds in state.seeds.items()}
         fewer = {n: (self._slots[n], k) for n, k in slots.items() if k < self._slots[n]}
         self._slots = slots
-        together(lambda: self._write(report, fewer), RunError)
+        together(lambda: self._write(report, fewer, state), RunError)
         reason = Reason(int(report.reason))
         if reason not in (self._shown, Reason.NOT_YET, Reason.GERMINATED):
             self._view.note(f"tick {int(report.tick)}: {why(reason)}")
@@ -373,14 +376,19 @@ class _Reporter:
             for line in together(lambda: undone.undone(rollback), RunError):
                 self._view.note(line)
 
-    def _write(self, report: TickReport, fewer: dict[str, tuple[int, int]]) -> None:
+    def _write(
+        self,
+        report: TickReport,
+        fewer: dict[str, tuple[int, int]],
+        state: TrainState,
+    ) -> None:
         log, steering = self._session.log, self._steering
         asking = {} if steering is None else steering.asking
         moved = log.add(report, asking)
         events = [*moved, *log.add_slots(int(report.tick), fewer)]
         self._view.update(report, events)
         if steering is not None:
-            for line in steering.ticked(report, events):
+            for line in steering.ticked(report, events, state):
                 self._view.note(line)
         self._session.metrics.add(report)
         self._monitor.write(report, events)

@@ -1,5 +1,6 @@
 """A run's commands from outside: from the bus, from its own record, or replayed."""
 
+import functools
 import importlib.util
 import logging
 from collections.abc import Callable, Sequence
@@ -28,12 +29,18 @@ class StoppedByCommand(RunError):
     """A command has ended the run, which is saved."""
 
 
-def check_steering(bus: str | None, replay: Path | None) -> None:
+def check_steering(
+    bus: str | None, replay: Path | None, remote: int | None = None
+) -> None:
     """Refuses a bus or a record that cannot be used. Connects to nothing.
 
     Raises:
       ConfigError: naming the option.
     """
+    if remote is not None and bus is None:
+        raise ConfigError("--remote: expected --bus URL with it")
+    if remote is not None and remote < 1:
+        raise ConfigError(f"--remote: expected at least 1 tick, got {remote}")
     if bus is None and replay is None:
         return
     option = "--replay" if bus is None else "--bus"
@@ -77,6 +84,7 @@ class Steering:
     def __init__(self, service: Any, session: Session) -> None:
         self._service = service
         self._session = session
+        self._was_silent = service.silent
 
     def commands(self, state: TrainState) -> Outside:
         """What joins the next tick; for `fit`."""
@@ -88,13 +96,21 @@ class Steering:
         """Ids of the commands of this tick, by layer and seed."""
         return self._service.asking()
 
-    def ticked(self, report: TickReport, events: Sequence[dict[str, Any]]) -> list[str]:
+    def ticked(
+        self, report: TickReport, events: Sequence[dict[str, Any]], state: TrainState
+    ) -> list[str]:
         """Answers what joined a tick; returns lines that tell of it.
 
         Raises:
           RunError: if that cannot be written down.
         """
-        return self._written(lambda: self._service.ticked(report, events))
+        tick, silent = int(report.tick), self._service.silent
+        answer = functools.partial(self._service.ticked, report, events, state.seeds)
+        told = self._written(answer)
+        if silent != self._was_silent:
+            self._was_silent = silent
+            told += self._session.log.add_policy(tick, remote=silent)
+        return told
 
     def undone(self, rollback: Rollback) -> list[str]:
         """Refuses what joined a tick that was undone; returns lines that tell of it."""
@@ -121,7 +137,9 @@ class Steering:
                 f"{error.strerror}; make room or give permission. What is saved is "
                 "sound, and --resume goes on from it"
             ) from None
-        return self._session.log.add_commands(done, rollback)
+        # A remote policy that asks for nothing tells so at every tick.
+        told = [d for d in done if getattr(d.command, "commands", True)]
+        return self._session.log.add_commands(told, rollback)
 
     def ended(self, state: TrainState, reason: str) -> None:
         """Tells that the run ends."""
@@ -176,7 +194,11 @@ class Steering:
 
 
 def open_steering(
-    session: Session, state: TrainState, bus: str | None, replay: Path | None
+    session: Session,
+    state: TrainState,
+    bus: str | None,
+    replay: Path | None,
+    remote: int | None = None,
 ) -> Steering | None:
     """The service of a run that goes on from a state; None if nothing is asked.
 
@@ -222,6 +244,8 @@ def open_steering(
         spill=folder.spill,
         patience=PATIENCE,
     )
+    if remote is not None:
+        service.lend(session.program, remote)
     service.started(int(state.ticks), int(state.step))
     return Steering(service, session)
 
