@@ -11,7 +11,14 @@ import optax
 import pytest
 from flax import nnx
 
-from esper_jax import ControllerConfig, LifecycleConfig, Stage, build
+from esper_jax import (
+    ControllerConfig,
+    Growth,
+    LifecycleConfig,
+    Stage,
+    build,
+    make_growable,
+)
 from esper_jax.bus import (
     Acknowledged,
     Batch,
@@ -370,3 +377,30 @@ def test_a_policy_that_reads_more_than_is_measured_is_refused(story: Any) -> Non
     remote = RemotePolicy(greedy, Client(told))
     with pytest.raises(ValueError, match="policy reads drift, which the run does not"):
         remote.step(0)
+
+
+def test_a_loop_of_ones_own_takes_decisions_too() -> None:
+    model = nnx.Sequential(nnx.Linear(4, 8, rngs=nnx.Rngs(0)))
+    make_growable(model, "layers/0", num_seeds=4, rngs=nnx.Rngs(1))
+    quiet = ControllerConfig(enabled=False)
+    growth = Growth(model, optax.sgd(1e-2), policy=heuristic(quiet))
+
+    def ask_the_last() -> Policy:
+        def decide(seeds: Any, signals: Any, memory: Any) -> Any:
+            return {n: commands_for(4, {3: Stage.GERMINATED}) for n in seeds}, memory
+
+        return Policy(lambda shapes, key: jnp.asarray(0), decide, reads=frozenset())
+
+    bus = Local()
+    with Service(layers_of(growth), bus) as service:
+        service.lend(growth, ticks=N)
+        remote = RemotePolicy(ask_the_last(), Client(bus))
+        for tick in (1, 2):
+            report = growth.tick(
+                model, lambda m: jnp.mean(m(X) ** 2), commands=service.asked()
+            )
+            service.ticked(report, seeds=growth.run_state(model).seeds)
+            assert service.outbox.flush(10)
+            assert service.silent == (tick == 2)
+            assert remote.step(0) == tick
+    assert report.layers["layers/0"].stage.tolist() == [0, 0, 0, Stage.GERMINATED]
