@@ -202,5 +202,5 @@ def test_without_the_feature_growth_a_run_tries_nothing_until_it_may(
 
 
 def test_a_frozen_host_has_no_static_twin() -> None:
-    with pytest.raises(ConfigError, match="static.*train.frozen must be false"):
+    with pytest.raises(ConfigError, match=r"static.*train\.frozen must be false"):
         parse_config(TABLES | {"compare": {"static": True}})
