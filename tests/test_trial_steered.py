@@ -23,6 +23,7 @@ from esper_jax.monitor.words import why
 from esper_jax.policy import Reason, TrialConfig, trial, trial_lives
 from esper_jax.policy.interface import LayerShape, Policy, Setting, barren, idle
 from esper_jax.run.config import ConfigError, parse_config
+from esper_jax.run.features import Features, apply_features
 from esper_jax.run.folder import read_lines
 from esper_jax.run.run import train_run
 
@@ -44,16 +45,21 @@ def step(model: Any, growth: Any) -> None:
     growth.update(model, grads, loss=loss)
 
 
-def stages(report: Any) -> np.ndarray:
-    return np.stack([layer.stage for layer in report.layers.values()])
-
-
-def test_a_part_that_comes_by_a_command_runs_and_is_judged() -> None:
+def host() -> Any:
     rngs = nnx.Rngs(0)
     model = nnx.Sequential(
         nnx.Linear(6, 6, rngs=rngs), nnx.tanh, nnx.Linear(6, 6, rngs=rngs)
     )
     make_growable(model, nnx.Linear, 3, blueprints=[lora(rank=1)], rngs=rngs)
+    return model
+
+
+def stages(report: Any) -> np.ndarray:
+    return np.stack([layer.stage for layer in report.layers.values()])
+
+
+def test_a_part_that_comes_by_a_command_runs_and_is_judged() -> None:
+    model = host()
     policy = trial(TrialConfig(ticks=1, budget=COST, rent=-np.inf))
     lives = trial_lives(tuning=9, cull_delta=-np.inf)
     optimizer = optax.adam(1e-2)
@@ -172,6 +178,16 @@ def test_a_trial_that_may_not_begin_begins_when_it_may(less: Any) -> None:
     assert asked == [Stage.GERMINATED] * 2
     asked, _ = decided(policy, memory, [5, 0], np.nan)  # what lives goes on, or not
     assert asked == [-1 if less is idle else Stage.FINE_TUNING, -1]
+
+
+def test_layers_that_run_their_base_alone_have_nothing_to_fold() -> None:
+    model, lives = host(), trial_lives(fold="frozen")
+    apply_features(model, Features(chunked_layers=False))  # of a config that folds
+    policy = idle(trial())
+    growth = Growth(
+        model, optax.sgd(1.0), wrt=None, policy=policy, lifecycle_config=lives
+    )
+    assert growth.recipe.folds == {}
 
 
 TABLES: dict[str, Any] = {
