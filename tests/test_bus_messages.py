@@ -26,6 +26,7 @@ from esper_jax.bus import (
 )
 from esper_jax.bus.envelope import MOST_BYTES, decode_command
 from esper_jax.bus.messages import COMMANDS, MESSAGES
+from esper_jax.bus.telling import moves_told
 
 ROOT = pathlib.Path(__file__).parents[1]
 MOVE = Move(layer="layers/0", seed=3, stage="CULLED")
@@ -203,3 +204,11 @@ def test_whatever_comes_is_a_command_or_refused(data: bytes) -> None:
 def test_each_message_has_words() -> None:
     for message in MESSAGES.values():
         assert inspect.getdoc(message)
+
+
+def test_what_is_no_seed_s_is_no_move() -> None:
+    seed = {"tick": 7, "layer": "a", "seed": 0, "outcome": "OK"}
+    moved = {**seed, "from": "DORMANT", "to": "GERMINATED"}
+    slots = {**seed, "seed": -1, "from": "3", "to": "1", "slots": [3, 1]}
+    change = {**seed, "layer": "", "seed": -1, "from": "1", "to": "2", "change": 1}
+    assert [m.to for m in moves_told([slots, moved, change])] == ["GERMINATED"]

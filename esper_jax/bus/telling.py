@@ -52,10 +52,10 @@ def tick_told(report: TickReport) -> Iterator[Message]:
 def moves_told(events: Sequence[Mapping[str, Any]]) -> Iterator[SeedMoved]:
     """The events of seeds, as ``events.jsonl`` has them, as messages.
 
-    Changes of the config, which are no seed's, are passed over.
+    What is no seed's, as changes of the config and slots given back, is passed over.
     """
     for event in events:
-        if event["layer"]:
+        if event["layer"] and event["seed"] >= 0:
             by = "GOVERNOR" if "rollback" in event else event.get("by", "POLICY")
             yield SeedMoved(
                 tick=event["tick"],

@@ -1,6 +1,6 @@
 """Another number of slots on a live `TrainState`."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ from esper_jax.lifecycle.slots import move_slots, slot_sources
 from esper_jax.lifecycle.state import SeedState
 from esper_jax.policy.memory import Reason
 
-__all__ = ["give_back", "grow_capacity", "is_settled", "switch_off"]
+__all__ = ["give_back", "grow_capacity", "is_settled", "switch_off", "switch_on"]
 
 
 def grow_capacity(
@@ -132,6 +132,21 @@ def switch_off(
             node.enabled = False
             off += [name for name, of in parts.beds.items() if of.path == bed]
     return off
+
+
+def switch_on(model: nnx.Module, off: Collection[str]) -> None:
+    """Lets each layer that `switch_off` has switched off run what lives in it again.
+
+    A command from outside, or a state of before, may have brought something to life.
+
+    Args:
+      model: the model; the attribute ``enabled`` of such layers becomes True.
+      off: paths of the beds of those that were switched off.
+    """
+    for path, node in nnx.iter_graph(model) if off else ():
+        if isinstance(node, ChunkedLayer) and name_of((*path, "bed")) in off:
+            owners = jax.device_get(node.bed.seeds.get_value().seed_of_slot)
+            node.enabled = node.enabled or bool(np.any(owners >= 0))
 
 
 def _sources(

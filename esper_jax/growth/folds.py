@@ -95,7 +95,9 @@ def folds_of(
             path = f"{bed.owner}/base" if bed.owner else "base"
             bias = None if base.bias is None else f"{path}/bias"
             found[name] = Fold(kinds, f"{path}/kernel", bias)
-    if not found:
+    # Where all run their base alone, as without a feature, no fossil counts.
+    plain = layers and not any(layer.enabled for layer in layers.values())
+    if not found and not plain:
         raise ValueError(
             f"fold must be 'never', got {gates.fold!r}: no layer has fossils that can "
             "be folded. They must be linear (lora, affine, low_rank) and grow in an "

@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from esper_jax.growth.beds import name_of
-from esper_jax.growth.capacity import give_back, is_settled, switch_off
+from esper_jax.growth.capacity import give_back, is_settled, switch_off, switch_on
 from esper_jax.growth.folds import folds_of
 from esper_jax.growth.functions import (
     MEASURE_EVERY,
@@ -126,6 +126,7 @@ class Growth(nnx.Module):
         self.recipe = dataclasses.replace(recipe, folds=folds)
         check_trained(self.recipe.parts, self.recipe.policy)
         self.wrt = wrt
+        self._off: tuple[str, ...] = ()  # paths of the beds that shrink switched off
         key = (rngs or nnx.Rngs(0)).params()
         self.state = HeldTree(start(self.recipe, values, key))
 
@@ -204,6 +205,7 @@ class Growth(nnx.Module):
         )
         self.state.set_value(remembered)
         put_values(model, new)
+        switch_on(model, self._off)
         return report
 
     @property
@@ -224,7 +226,8 @@ class Growth(nnx.Module):
         jitted compiles once more, and states that were split before have to be split
         again. No value changes; outputs of adapters may round differently, as fewer
         hidden units are summed. A `ChunkedLayer` in which nothing lives runs its base
-        alone from then on (``enabled`` is False).
+        alone from then on (``enabled`` is False), unless a command or `go_on` brings
+        something to life in it.
 
         Args:
           model: the model; its banks, seeds and probes are changed.
@@ -252,6 +255,8 @@ class Growth(nnx.Module):
             new, own = values_in(self.recipe, state), self.recipe.parts.of_beds(changed)
             put_values(model, {name: new[name] for name in own})
         off = switch_off(model, self.recipe.parts, state.seeds)
+        paths = {self.recipe.parts.beds[name].path for name in off}
+        self._off = tuple(sorted({*self._off, *paths}))
         return changed | {name: (before[name], 0) for name in off}
 
     def display(self, model: nnx.Module) -> None:
@@ -325,6 +330,7 @@ class Growth(nnx.Module):
         self.state.set_value(remembered_of(self.recipe, state, measured))
         put_values(model, values_in(self.recipe, state))
         put_others(others, state)
+        switch_on(model, self._off)
 
     def _values(self, model: nnx.Module) -> Arrays:
         """The values of the model's variables, which are those that are known."""

@@ -7,14 +7,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Bool, Int, Key
 
 from esper_jax.groups import Groups
 from esper_jax.lifecycle.commands import Commands
 from esper_jax.lifecycle.rules import LifecycleConfig
 from esper_jax.lifecycle.signals import Signals
-from esper_jax.lifecycle.stages import NO_REQUEST
+from esper_jax.lifecycle.stages import NO_REQUEST, Stage
 from esper_jax.lifecycle.state import SeedState
+from esper_jax.policy.memory import not_heard
 
 __all__ = [
     "SAMPLED",
@@ -22,6 +23,7 @@ __all__ = [
     "Policy",
     "PolicyFactory",
     "Setting",
+    "barren",
     "check_reads",
     "idle",
     "made",
@@ -111,6 +113,21 @@ def made(policy: Policy | PolicyFactory, setting: Setting) -> Policy:
 
 def idle(policy: Policy | PolicyFactory) -> PolicyFactory:
     """The same policy, with the same memory, whose requests are all dropped."""
+    return _without(policy, lambda target: jnp.ones(target.shape, bool))
+
+
+def barren(policy: Policy | PolicyFactory) -> PolicyFactory:
+    """The same policy, with the same memory, under which nothing germinates."""
+    return _without(policy, lambda target: target == Stage.GERMINATED)
+
+
+def _without(
+    policy: Policy | PolicyFactory, which: Callable[[Array], Array]
+) -> PolicyFactory:
+    """The same policy without the requests that ``which`` finds by their targets.
+
+    What it remembers of germinations that are dropped is as if it had not asked.
+    """
 
     def make(setting: Setting) -> Policy:
         asked = made(policy, setting)
@@ -118,13 +135,23 @@ def idle(policy: Policy | PolicyFactory) -> PolicyFactory:
         def decide(
             seeds: Mapping[str, SeedState], signals: Mapping[str, Signals], memory: Any
         ) -> tuple[dict[str, Commands], Any]:
-            commands, memory = asked.decide(seeds, signals, memory)
-            dropped = jax.tree.map(lambda x: jnp.full_like(x, NO_REQUEST), commands)
-            return dropped, memory
+            commands, new = asked.decide(seeds, signals, memory)
+            births = [jnp.any(c.target == Stage.GERMINATED) for c in commands.values()]
+            heard = {name: _kept(c, ~which(c.target)) for name, c in commands.items()}
+            return heard, not_heard(jnp.any(jnp.stack(births)), new, memory)
 
         return asked._replace(decide=decide)
 
     return make
+
+
+def _kept(commands: Commands, where: Bool[Array, "*S"]) -> Commands:
+    """Commands with the requests for some seeds alone."""
+
+    def keep(x: Array) -> Array:
+        return jnp.where(where, x, jnp.asarray(NO_REQUEST, x.dtype))
+
+    return jax.tree.map(keep, commands)
 
 
 def check_reads(name: str, signals: Collection[str]) -> None:

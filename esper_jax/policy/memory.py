@@ -3,7 +3,7 @@
 import dataclasses
 import enum
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +43,9 @@ class Reason(enum.IntEnum):
 @struct.dataclass
 class ControllerMemory:
     """What the heuristic remembers between ticks."""
+
+    OF_BIRTHS: ClassVar = ("best_loss", "stale", "since", "turn", "tried")
+    """See `not_heard`."""
 
     best_loss: Float[Array, ""]
     """Lowest held-out loss since the last germination; infinity before the first."""
@@ -106,20 +109,21 @@ def init_memory(
 def not_heard(unheard: Bool[Array, ""], new: Any, old: Any) -> Any:
     """What a policy remembers of a tick whose germination was not heard.
 
-    The heuristic remembers a germination when it asks for one, so what it keeps of them
-    stays as it was before; it asks again at the next tick. Other memories are not
-    known, and stay as they are.
+    A policy remembers a germination when it asks for one. The fields that do, which its
+    memory names as ``OF_BIRTHS``, stay as they were before: it asks again at the next
+    tick. Memories that name none are not known, and stay as they are.
 
     Args:
       unheard: whether something should have germinated and did not.
       new: memory after the tick.
       old: memory before it.
     """
-    if not isinstance(new, ControllerMemory):
+    names = getattr(new, "OF_BIRTHS", None)
+    if names is None:
         return new
     kept: dict[str, Any] = {
         name: jnp.where(unheard, getattr(old, name), getattr(new, name))
-        for name in ("best_loss", "stale", "since", "turn", "tried")
+        for name in names
     }
     reason = jnp.where(unheard, jnp.int8(Reason.DISABLED), new.reason)
     return dataclasses.replace(new, **kept, reason=reason)

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -100,6 +100,9 @@ def _is_whole_array(value: Any) -> bool:
 class TrialMemory:
     """What a trial remembers between ticks."""
 
+    OF_BIRTHS: ClassVar = ("begun",)
+    """See `policy.memory.not_heard`."""
+
     begun: Bool[Array, ""]
     """Whether the parts were born."""
     judged: Bool[Array, ""]
@@ -164,7 +167,7 @@ def trial(config: TrialConfig | None = None) -> PolicyFactory:
         groups = setting.groups or Groups.alone(tuple(setting.layers))
         shapes_of = {k: setting.layers[g.layers[0]] for k, g in groups.of.items()}
         costs = {key: shape.costs for key, shape in shapes_of.items()}
-        aims = {key: numbers.blueprint in _aiming(s) for key, s in shapes_of.items()}
+        aims = {key: shape.aims or (False,) for key, shape in shapes_of.items()}
 
         def init(shapes: Mapping[str, LayerShape], key: Key[Array, ""]) -> TrialMemory:
             _check_room(shapes, numbers)  # afterwards slots may be given back
@@ -222,7 +225,7 @@ def _decide(
     seen: Seen,
     memory: TrialMemory,
     config: TrialConfig,
-    fixed: tuple[LifecycleConfig, Mapping[str, bool]],
+    fixed: tuple[LifecycleConfig, Mapping[str, tuple[bool, ...]]],
 ) -> tuple[dict[str, Commands], TrialMemory]:
     gates, aims = fixed
     groups, seeds, signals, _ = seen
@@ -236,7 +239,7 @@ def _decide(
     # One place after the other, which is not for every tick.
     kept = jax.lax.cond(
         judges,
-        lambda: _kept(seen, config, _rate(seen, config, which, lots)),
+        lambda: _kept(seen, config, which, _rate(seen, config, which, lots)),
         lambda: jnp.zeros_like(which),
     )
     young = Stage.STABILIZATION if config.judge == "worth" else Stage.TRAINING
@@ -262,11 +265,11 @@ def _decide(
 
     commands = {}
     begun = memory.begun | jnp.any(birth)
-    # Those that are on probation may still leave. All may have been taken out before
-    # they were judged, as by a governor.
+    # Those on probation may still leave; a governor may have taken all out before.
     tried = (stage >= Stage.GERMINATED) & (stage <= Stage.EVALUATING)
     lives = tried | (stage == Stage.FINE_TUNING) | (stage == Stage.FOSSILIZED)
     over = memory.begun & jnp.where(judged, ~jnp.any(tried), ~jnp.any(lives))
+    over |= memory.reason == Reason.SETTLED  # whatever comes by a command
     for name, state in seeds.items():
         goal = jax.vmap(target)(state, signals[name], asked[name], ready[name])
         nothing = jnp.full(goal.shape, NO_REQUEST, jnp.int8)
@@ -285,11 +288,12 @@ def _decide(
     )
 
 
-def _ready(state: SeedState, signals: Signals, aims: bool) -> Bool[Array, "L S"]:
-    """Whether a newborn has what it waits for."""
-    if not aims:
-        return jnp.ones(state.stage.shape, bool)
-    return jnp.isfinite(signals.weight_gradient)
+def _ready(
+    state: SeedState, signals: Signals, aims: tuple[bool, ...]
+) -> Bool[Array, "L S"]:
+    """Whether a newborn has what it waits for, if its own blueprint waits."""
+    waits = jnp.asarray(aims)[jnp.clip(state.blueprint, 0, len(aims) - 1)]
+    return ~waits | jnp.isfinite(signals.weight_gradient)
 
 
 def _judged(
@@ -298,7 +302,10 @@ def _judged(
     config: TrialConfig,
     known: tuple[LifecycleConfig, Bool[Array, " P"]],
 ) -> tuple[Bool[Array, ""], Bool[Array, " P"]]:
-    """Whether parts are judged now, all when all have had their time; and which."""
+    """Whether parts are judged now, all when all have had their time; and which.
+
+    By worth, what could not be measured then, or came by a command, is judged later.
+    """
     (gates, ready), groups = known, seen.groups
     stage = groups.flat({name: s.stage for name, s in seen.seeds.items()})
     if config.judge != "worth":
@@ -310,7 +317,7 @@ def _judged(
     ticks = max(config.ticks, gates.min_epochs[Stage.GRAFTING])
     early |= grafted & (age.astype(jnp.int32) < ticks)
     measured = jnp.isfinite(_worth(seen)) & grafted  # else waits for the next tick
-    return ~memory.judged & jnp.any(measured) & ~jnp.any(early), measured
+    return jnp.any(measured) & ~jnp.any(early), measured
 
 
 def _rate(
@@ -343,22 +350,24 @@ def _costs(seen: Seen) -> Int[Array, " P"]:
 
 
 def _kept(
-    seen: Seen, config: TrialConfig, rate: Float[Array, " P"]
+    seen: Seen,
+    config: TrialConfig,
+    which: Bool[Array, " P"],
+    rate: Float[Array, " P"],
 ) -> Bool[Array, " P"]:
     """Which parts are kept if they are judged now, over all places.
 
     In the order of what they offer for each parameter. One that the budget does not
-    cover is passed over for those after it that it does.
+    cover is passed over for those after it that it does. What lives and is not judged
+    now has its share of the budget.
     """
-    groups, seeds = seen.groups, seen.seeds
     cost = _costs(seen)
-    stage = groups.flat({name: s.stage for name, s in seeds.items()})
     able = jnp.isfinite(rate) & (rate >= config.rent)
     if config.rent >= 0:
         able &= rate > 0
     if isinstance(config.budget, int) and config.budget < 0:
         return able
-    others = jnp.sum(jnp.where(stage == Stage.FOSSILIZED, cost, 0))
+    others = jnp.sum(jnp.where(which, 0, cost))
     order = jnp.argsort(jnp.where(able, -rate, jnp.inf), stable=True)
 
     def take(room: Array, at: Array) -> tuple[Array, Array]:

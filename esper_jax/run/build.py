@@ -16,7 +16,7 @@ from esper_jax.data import DATASETS, Dataset
 from esper_jax.growth.parts import values_of
 from esper_jax.hosts import MLP
 from esper_jax.lifecycle.grafting import Strategy
-from esper_jax.policy.interface import PolicyFactory, idle
+from esper_jax.policy.interface import PolicyFactory, barren, idle
 from esper_jax.policy.trial import trial
 from esper_jax.run.config import ConfigError, GrowthConfig, ModelConfig, RunConfig
 from esper_jax.run.features import apply_features, policy_under
@@ -138,9 +138,11 @@ def _program(config: RunConfig, model: nnx.Module, axis_name: str | None) -> Pro
 
 def _policy(config: RunConfig) -> PolicyFactory:
     features = config.features
-    if config.policy != "trial" or not features.growth:
+    if config.policy != "trial":
         return policy_under(features, config.controller)
     policy = trial(config.trial)
+    if not features.growth:  # its memory all the same, which a resumed run needs
+        policy = barren(policy)
     return policy if features.chunked_layers else idle(policy)
 
 

@@ -252,6 +252,10 @@ class RunConfig:
                 f"seed must be at least 0 and below 2**32, got {self.seed}"
             )
         _one_of("policy", self.policy, ("heuristic", "trial"))
+        if self.compare.static and self.train.frozen:
+            raise ValueError(
+                "compare.static trains a host, so train.frozen must be false; got true"
+            )
         if self.model.factory:
             if self.compare.static:
                 raise ValueError("compare.static is for the built-in model")
