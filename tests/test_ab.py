@@ -383,9 +383,10 @@ def ran(tmp_path_factory):
     def say(line):
         said.append(line)
         if line.startswith("pair 1"):
-            os.kill(os.getpid(), signal.SIGINT)
+            # A shell that starts the tests in the background has SIGINT ignored.
+            os.kill(os.getpid(), signal.SIGTERM)
 
-    with Stop() as stop, pytest.raises(KeyboardInterrupt) as stopped:
+    with Stop(signal.SIGTERM) as stop, pytest.raises(KeyboardInterrupt) as stopped:
         run_ab(tiny(), out, stop=stop, say=say)
     ids = {p.parent.name: p.read_text() for p in out.glob("*/run.json")}
     more = []

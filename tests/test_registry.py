@@ -17,6 +17,7 @@ def test_kernels_say_what_they_refuse() -> None:
     reasons = {odd: BACKENDS["triton"].refusal(*call) for odd, call in ODD.items()}
     assert reasons == {
         "custom": "blueprint 'own' is Custom, and only Dense ones are supported",
+        "bounded": "incubation 'bounded' has no kernel",
         "wide": "chunks of 513 features are wider than 512",
         "no rows": "there are no rows or no slots",
         "no slots": "there are no rows or no slots",
