@@ -4,6 +4,7 @@ import gc
 import importlib.metadata
 import os
 import pathlib
+import sys
 import tempfile
 from collections.abc import Iterator
 
@@ -78,3 +79,12 @@ def _room_for_programs() -> Iterator[None]:
 
         jax.clear_caches()
         gc.collect()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_flags_of_others() -> Iterator[None]:
+    """Forgets the providers of flags between modules, which a process has in common."""
+    yield
+    openfeature = sys.modules.get("openfeature.api")
+    if openfeature is not None:
+        openfeature.clear_providers()
