@@ -1,5 +1,6 @@
 """The command line: wrong input, and what it says when it is interrupted."""
 
+import dataclasses
 import json
 import signal
 import sys
@@ -8,7 +9,11 @@ from pathlib import Path
 import pytest
 
 from esper_jax.cli import main
+from esper_jax.commands.canary import Start, _seconds
+from esper_jax.commands.comparing import Ab
 from esper_jax.data import DATASETS
+from esper_jax.rollout import Plan
+from esper_jax.rollout.ab import Design
 from esper_jax.run.config import load_config, to_dict
 
 SMOKE = Path(__file__).parents[1] / "configs" / "smoke.toml"
@@ -135,3 +140,20 @@ def test_what_is_said_when_interrupted_is_true(arguments, files, said, run, tmp_
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(to_dict(load_config(SMOKE))))
     assert run(*arguments) == (130, f"esper-jax: {said}\n")
+
+
+@pytest.mark.parametrize(
+    ("command", "what", "names"),
+    [
+        (Start, Plan, {f.name for f in dataclasses.fields(Plan)}),
+        (Ab, Design, {"alpha", "power", "effect", "sequential"}),
+    ],
+)
+def test_options_have_the_defaults_of_what_they_make(command, what, names):
+    """They stand there twice, since commands import late what they need."""
+    options, fields = (
+        {f.name: f.default for f in dataclasses.fields(of)} for of in (command, what)
+    )
+    if "watch" in names:
+        options["watch"] = _seconds("watch", options["watch"])
+    assert {n: options[n] for n in names} == {n: fields[n] for n in names}

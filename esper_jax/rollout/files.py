@@ -10,7 +10,7 @@ from pathlib import Path
 
 from esper_jax.rollout.flags import FlagError
 
-__all__ = ["locked", "replace_text"]
+__all__ = ["locked", "replace_text", "sync_folder"]
 
 _log = logging.getLogger(__name__)
 
@@ -79,14 +79,23 @@ def replace_text(path: Path, text: str) -> None:
             os.fchmod(file.fileno(), target.stat().st_mode & 0o7777)
             os.fsync(file.fileno())
         scratch.replace(target)
-        folder = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        sync_folder(target.parent)
     except OSError as error:
         with contextlib.suppress(OSError):
             scratch.unlink(missing_ok=True)
         raise FlagError(
             f"{path}: cannot be written: {error.strerror}; make room or give permission"
         ) from None
+
+
+def sync_folder(folder: Path) -> None:
+    """Returns when the names in a folder are on the disk.
+
+    Raises:
+      OSError: if that fails.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

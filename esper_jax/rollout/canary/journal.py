@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from esper_jax.rollout.canary.plan import CanaryError
+from esper_jax.rollout.files import sync_folder
 
 __all__ = ["Journal", "read_journal"]
 
@@ -88,7 +89,7 @@ class Journal:
         try:
             self._lock()
             if new:
-                _sync_folder(path.parent)
+                sync_folder(path.parent)
             self.entries, size = _parsed(path, path.read_bytes())
             os.ftruncate(self._file, size)
         except BaseException:
@@ -131,11 +132,3 @@ class Journal:
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
