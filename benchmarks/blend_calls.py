@@ -12,10 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from esper_jax.kernels.blend import vjp
-from esper_jax.kernels.blend.adapters import Read
 from esper_jax.kernels.blend.arg_specs import ArgSpec
 from esper_jax.kernels.blend.registry import backends
-from esper_jax.kernels.blend.static import Slots, Static
+from esper_jax.kernels.blend.static import Read, Slots, Static
 from esper_jax.kernels.blend.triton.blocks import Config
 from esper_jax.kernels.blend.triton.config import of_groups
 

@@ -1,5 +1,6 @@
 """Options of the test suite, its devices, and one compilation cache for all of it."""
 
+import dataclasses
 import gc
 import importlib.metadata
 import os
@@ -7,6 +8,7 @@ import pathlib
 import sys
 import tempfile
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import shape_checks
@@ -88,3 +90,20 @@ def _no_flags_of_others() -> Iterator[None]:
     openfeature = sys.modules.get("openfeature.api")
     if openfeature is not None:
         openfeature.clear_providers()
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the Triton kernels what this CPU chooses, in interpret mode."""
+    from esper_jax.kernels.blend import registry
+
+    found, missing = registry._found()
+    triton = found["triton"]
+
+    def interpreted(s: Any, rows: int) -> Any:
+        return triton.prepare(dataclasses.replace(s, interpret=True), rows)
+
+    here = dataclasses.replace(triton, platforms=None, prepare=interpreted)
+    monkeypatch.setattr(
+        registry, "_found", lambda: ({"triton": here, "xla": found["xla"]}, missing)
+    )

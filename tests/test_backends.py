@@ -15,9 +15,8 @@ import pytest
 
 from esper_jax.blueprints import Custom, residual_mlp
 from esper_jax.kernels.blend import oracle, registry, vjp
-from esper_jax.kernels.blend.adapters import Read
 from esper_jax.kernels.blend.arg_specs import KINDS, ArgSpec
-from esper_jax.kernels.blend.static import Slots, Static
+from esper_jax.kernels.blend.static import Read, Slots, Static
 
 BACKENDS = registry.backends()
 EVERY_BACKEND = pytest.mark.parametrize("name", BACKENDS)

@@ -3,7 +3,6 @@
 ``test_backends.py`` compares the kernels with the oracle.
 """
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -15,7 +14,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from test_layers import grown, same_bits
 
-from esper_jax.kernels.blend import blend, registry, takes_bias
+from esper_jax.kernels.blend import blend, takes_bias
 from esper_jax.kernels.blend.arg_specs import ArgSpec
 from esper_jax.layers.bias import without_bias
 from esper_jax.layers.chunked import ChunkedLayer
@@ -23,21 +22,6 @@ from esper_jax.layers.variables import SeedVariable
 from esper_jax.lifecycle.stages import Stage
 
 FEATURES = 32
-
-
-@pytest.fixture
-def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes the Triton kernels what this CPU chooses, in interpret mode."""
-    found, missing = registry._found()
-    triton = found["triton"]
-
-    def interpreted(s: Any, rows: int) -> Any:
-        return triton.prepare(dataclasses.replace(s, interpret=True), rows)
-
-    here = dataclasses.replace(triton, platforms=None, prepare=interpreted)
-    monkeypatch.setattr(
-        registry, "_found", lambda: ({"triton": here, "xla": found["xla"]}, missing)
-    )
 
 
 def bases() -> dict[str, tuple[Any, tuple[int, ...], Any]]:

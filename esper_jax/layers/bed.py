@@ -16,7 +16,9 @@ from esper_jax.kernels.blend import (
     check_implementation,
     check_sharding,
     check_statistics_rows,
+    tapped,
 )
+from esper_jax.kernels.blend.static import Slots
 from esper_jax.layers.shown import LayerSeeds, html_of, seeds_in
 from esper_jax.layers.variables import (
     BlueprintParam,
@@ -147,6 +149,7 @@ class SeedBed(nnx.Module):
         y: Float[Array, "*B F"],
         bias: Float[Array, " F"] | None = None,
         x: Any = None,
+        hook: Any = None,
     ) -> Float[Array, "*B F"]:
         """``y + bias`` with the living seeds blended in, of y's shape and dtype.
 
@@ -154,20 +157,19 @@ class SeedBed(nnx.Module):
           y: the activation.
           bias: a vector that belongs to it.
           x: input of the layer, for blueprints that read it; as for `blend`.
+          hook: what `tapped` returned with ``x``, if anything.
         """
         seeds = self.seeds.get_value()
         # Inside raw JAX transforms (jax.vmap, lax.scan, ...) nothing can be written.
         records = not self.deterministic and self.seeds.writable
-        alpha, beta, blueprint = slot_coefficients(seeds)
-        if aims(self.blueprints):
-            beta = jnp.where(aiming(seeds, self.blueprints), 1.0, beta)
+        slots = self._slots()
         out, statistics, reconstruction = blend(
             y,
             self.bank.get_value(),
-            alpha + self.probe.get_value(),
-            beta,
-            blueprint,
-            seeds.seed_of_slot,
+            slots.alpha,
+            slots.beta,
+            slots.blueprint,
+            slots.seed_of_slot,
             layout=self.layout,
             blueprints=self.blueprints,
             incubation=self.incubation,
@@ -177,12 +179,40 @@ class SeedBed(nnx.Module):
             forward_mode=self.deterministic,
             bias=bias,
             x=x if self.reads_input else None,
+            hook=hook,
         )
         if records:
             statistics = collectives.total(statistics, self.axis_name)
             reconstruction = collectives.mean(reconstruction, self.axis_name)
             self.seeds.record(seeds, statistics, reconstruction)
         return out
+
+    def tapped(self, x: Any) -> tuple[Any, Any]:
+        """The layer's input as its base layer should get it, and the hook of a call.
+
+        Cheaper gradients on a GPU, where blueprints read the input; not needed.
+        """
+        if not self.reads_input or self.deterministic or self.sharding is not None:
+            return x, None
+        return tapped(
+            x,
+            self.bank.get_value(),
+            self._slots(),
+            layout=self.layout,
+            blueprints=self.blueprints,
+            incubation=self.incubation,
+            implementation=self.implementation,
+        )
+
+    def _slots(self) -> Slots:
+        """Coefficients, kinds and owners of the slots."""
+        seeds = self.seeds.get_value()
+        alpha, beta, blueprint = slot_coefficients(seeds)
+        if aims(self.blueprints):
+            beta = jnp.where(aiming(seeds, self.blueprints), 1.0, beta)
+        return Slots(
+            alpha + self.probe.get_value(), beta, blueprint, seeds.seed_of_slot
+        )
 
     @property
     def reads_input(self) -> bool:

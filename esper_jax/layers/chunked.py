@@ -110,6 +110,10 @@ class ChunkedLayer(nnx.Module):
         """The base layer's output on the same arguments, with the seeds blended in."""
         if not self.enabled:
             return self.base(*args, **kwargs)
+        hook = None
+        if args:
+            x, hook = self.bed.tapped(args[0])
+            args = (x, *args[1:])
         y, bias = self._base_output(*args, **kwargs)
         name, features = type(self.base).__name__, self.bed.layout.features
         path = find_output(y, vars(self).get("_output"), features, name)
@@ -117,7 +121,8 @@ class ChunkedLayer(nnx.Module):
         def grow(y: Any) -> Any:
             if not self.bed.reads_input:
                 return self.bed(y, bias)
-            return self.bed(y, bias, input_of(self.base, args, kwargs, y.dtype))
+            x = input_of(self.base, args, kwargs, y.dtype)
+            return self.bed(y, bias, x, hook)
 
         return with_output(y, path, grow)
 

@@ -1,34 +1,37 @@
-"""Parts that write the whole layer, in plain JAX, beside any backend.
+"""Parts that write the whole layer, beside any backend.
 
 The hidden units of all slots stand side by side: one matrix product makes them, and one
-writes them, whatever the number of slots. Computes nothing if no such slot lives. To a
-backend those slots are dead.
+writes them, whatever the number of slots. To a backend those slots are dead.
+
+A branch computes the hidden units if a slot lives, which is little to hand out; what is
+as large as the layer (`Product`) is added after it, in place where a backend can.
 
 Letters: ``N`` rows, ``F`` features, ``D`` width of what is read, ``K`` slots, ``H``
-hidden units of a slot.
+hidden units of a slot, ``M`` of all slots.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from esper_jax.blueprints import ACTIVATIONS, Adapter, Bank, Custom, Dense
-from esper_jax.kernels.blend.static import Slots, Static, bound, wide
+from esper_jax.blueprints import Adapter, Bank, Custom, Dense
+from esper_jax.kernels.blend.adapter_slots import AdapterSlots, beside, of_kind
+from esper_jax.kernels.blend.backend import Backend, Product
+from esper_jax.kernels.blend.static import Read, Slots, Static, wide
 
-__all__ = ["Read", "backward", "forward", "of_chunks", "read_of", "split", "tangent"]
-
-
-class Read(NamedTuple):
-    """What the adapters of a layer read."""
-
-    y: Any
-    """The layer's output before anything is added to it, (N, F); None if not read."""
-    x: Any
-    """The layer's input: (N, D), or integer ids (N,); None if not read."""
+__all__ = [
+    "backward",
+    "forward",
+    "of_chunks",
+    "read_of",
+    "split",
+    "tangent",
+    "tap",
+]
 
 
 def split(s: Static) -> Static:
@@ -49,97 +52,178 @@ def of_chunks(s: Static, bank: Bank, slots: Slots) -> tuple[Bank, Slots]:
     custom = {name: tree for name, tree in bank.custom.items() if name in names}
     theirs = jnp.zeros_like(slots.blueprint, bool)
     for index, _ in s.adapters:
-        theirs |= _of_kind(s, index, slots)
+        theirs |= of_kind(s, index, slots)
     alpha, beta = (jnp.where(theirs, 0.0, c) for c in (slots.alpha, slots.beta))
     slots = dataclasses.replace(slots, alpha=alpha, beta=beta)
     return dataclasses.replace(bank, custom=custom), slots
 
 
-def read_of(s: Static, y: Array, x: Any) -> Read:
+def read_of(s: Static, read: Read) -> Read:
     """What must be kept for the backward pass."""
     reads = {b.reads for _, b in s.adapters}
     whole = "layer" in reads or s.incubation == "bounded"
-    return Read(y if whole else None, x if "input" in reads else None)
+    x = read.x if "input" in reads else None
+    return Read(read.y if whole else None, x, read.hook)
 
 
 def forward(
-    s: Static, out: Float[Array, "N F"], read: Read, bank: Bank, slots: Slots
+    backend: Backend,
+    s: Static,
+    out: Float[Array, "N F"],
+    given: tuple[Read, Array | None],
+    bank: Bank,
+    slots: Slots,
 ) -> tuple[Float[Array, "N F"], Float[Array, " K"]]:
     """The output with the adapters added, and ``mean(r**2)`` of their slots.
 
     Args:
+      backend: may add products in place.
       s: as `split` returns it.
       out: output of the backend.
-      read: what the adapters read.
+      given: what the adapters read, and the bias that ``y`` and ``out`` lack, if any.
       bank: parameters of all blueprints.
       slots: all slots.
     """
-    each = [_Own.of(s, i, b, bank, slots) for i, b in s.adapters]
+    each = AdapterSlots.all(s, bank, slots)
+    rows, dtype = out.shape[0], out.dtype
 
-    def living() -> tuple[Array, Array]:
-        total = jnp.zeros_like(out, wide(out))
-        mean = jnp.zeros_like(slots.alpha)
+    def living() -> tuple[Product, Array]:
+        read, parts, mean = given[0].whole(given[1]), [], jnp.zeros_like(slots.alpha)
         for own in each:
-            hidden = own.hidden(own.reads(read), out.dtype)
-            total += own.write(hidden, own.alpha, own.alpha != 0)
+            hidden = own.hidden(own.reads(read), dtype)
+            parts.append(own.write(hidden, own.alpha, own.counts))
             mean += own.squares(hidden).astype(mean.dtype) / _count(out)
-        added = (out.astype(total.dtype) + total).astype(out.dtype)
-        return jnp.where(_any(each, "counts"), added, out), mean
+        return beside(parts), mean
 
-    def dormant() -> tuple[Array, Array]:
-        return out, jnp.zeros_like(slots.alpha)
+    def dormant() -> tuple[Product, Array]:
+        return _nothing(each, rows, out.shape[1], dtype), jnp.zeros_like(slots.alpha)
 
-    return jax.lax.cond(_any(each, "lives"), living, dormant)
+    product, mean = jax.lax.cond(_any(each, "lives"), living, dormant)
+    return _added(backend, s, out, product, _any(each, "counts")), mean
 
 
 def backward(
+    backend: Backend,
     s: Static,
-    cotangents: tuple[Float[Array, "N F"], Float[Array, "N F"]],
-    read: Read,
+    cotangents: tuple[Float[Array, "N F"], Float[Array, "N F"], Array | None],
+    given: tuple[Read, Array | None],
     bank: Bank,
     slots: Slots,
-) -> tuple[Float[Array, "N F"], Any, dict[str, Any], Float[Array, " K"]]:
-    """Gradients of ``y``, ``x``, the adapters' parameters by name, and alpha.
+) -> tuple[Read, Array | None, dict[str, Any], Float[Array, " K"]]:
+    """Gradients of what is read, the bias, the adapters' parameters by name, and alpha.
 
     Args:
+      backend: may add products in place.
       s: as `split` returns it.
-      cotangents: of the output; and of ``y`` as the backend found it, which is returned
-        with the adapters' own added to it, or as it is where none counts.
-      read: what the adapters read.
+      cotangents: of the output; and of ``y`` and its bias as the backend found them,
+        which are returned with the adapters' own added to them, or as they are where
+        none counts.
+      given: what the adapters read, and the bias that ``y`` lacks, if any.
       bank: parameters of all blueprints.
       slots: all slots.
     """
-    g, dy = cotangents
-    each = [_Own.of(s, i, b, bank, slots) for i, b in s.adapters]
-    floating = read.x is not None and jnp.issubdtype(read.x.dtype, jnp.floating)
+    g, dy, d_bias = cotangents
+    each, x = AdapterSlots.all(s, bank, slots), given[0].x
+    of_y = [own for own in each if own.kind.reads == "layer"]
+    floating = x is not None and jnp.issubdtype(x.dtype, jnp.floating)
+    of_x = [own for own in each if floating and own.kind.reads == "input"]
     none = jax.tree.map(
-        jnp.zeros_like, {b.name: bank.custom[b.name] for _, b in s.adapters}
+        jnp.zeros_like, {own.kind.name: bank.custom[own.kind.name] for own in each}
     )
 
-    def living() -> tuple[Array, Any, dict[str, Any], Array]:
-        to_y = jnp.zeros_like(dy, wide(g))
-        to_x = jnp.zeros_like(read.x, wide(g)) if floating else None
-        params, d_alpha = {}, jnp.zeros_like(slots.alpha)
+    def living() -> tuple[Any, Any, Any, dict[str, Any], Array]:
+        read = given[0].whole(given[1])
+        backs, params, d_alpha = {}, {}, jnp.zeros_like(slots.alpha)
         for own in each:
-            back, params[own.kind.name], more = own.gradients(
-                s, read, g, bank.custom[own.kind.name]
-            )
+            name = own.kind.name
+            d_before, params[name], more = own.gradients(s, read, g, bank.custom[name])
+            backs[name] = own.back(d_before, g.dtype)
             d_alpha += more.astype(d_alpha.dtype)
-            if own.kind.reads == "layer":
-                to_y += back()
-            elif to_x is not None:
-                to_x += back()
-        # Where no slot counts, add nothing at all: -0.0 + 0.0 is another number.
-        layer = [own for own in each if own.kind.reads == "layer"]
-        added = (dy.astype(to_y.dtype) + to_y).astype(dy.dtype)
-        new = jnp.where(_any(layer, "counts"), added, dy) if layer else dy
-        return new, None if to_x is None else to_x.astype(read.x.dtype), params, d_alpha
+        to_y, to_x = (
+            beside([backs[own.kind.name] for own in those]) if those else None
+            for those in (of_y, of_x)
+        )
+        to_bias = None
+        if to_y is not None and d_bias is not None:
+            total = jnp.sum(to_y.left.astype(to_y.row.dtype), axis=0)
+            to_bias = (total @ to_y.right).astype(d_bias.dtype)
+        return to_y, to_x, to_bias, params, d_alpha
 
-    def dormant() -> tuple[Array, Any, dict[str, Any], Array]:
-        to_x = jnp.zeros_like(read.x) if floating else None
-        return dy, to_x, none, jnp.zeros_like(slots.alpha)
+    def dormant() -> tuple[Any, Any, Any, dict[str, Any], Array]:
+        to_y, to_x = (
+            _nothing(those, g.shape[0], width, g.dtype) if those else None
+            for those, width in ((of_y, g.shape[1]), (of_x, x.shape[1] if of_x else 0))
+        )
+        to_bias = None if not of_y or d_bias is None else jnp.zeros_like(d_bias)
+        return to_y, to_x, to_bias, none, jnp.zeros_like(slots.alpha)
 
-    return jax.lax.cond(_any(each, "lives"), living, dormant)
+    to_y, to_x, to_bias, params, d_alpha = jax.lax.cond(
+        _any(each, "lives"), living, dormant
+    )
+    if to_y is not None:
+        counts = _any(of_y, "counts")
+        dy = _added(backend, s, dy, to_y, counts)
+        if d_bias is not None:
+            # Where no slot counts, add nothing at all: -0.0 + 0.0 is another number.
+            d_bias = jnp.where(counts, d_bias + to_bias, d_bias)
+    to_read = _to_input(given[0], to_x, of_x)
+    return to_read._replace(y=dy), d_bias, params, d_alpha
+
+
+def _to_input(read: Read, product: Product | None, of_x: list[AdapterSlots]) -> Read:
+    """Gradients of the input and its hook; None for those of ids, and of none."""
+    if product is None:
+        return Read(None, None)
+    if read.hook is not None:
+        return Read(None, None, product.left.astype(read.hook.dtype))
+    x = read.x
+    return Read(
+        None,
+        jax.lax.cond(
+            _any(of_x, "counts"),
+            lambda: product.value().astype(x.dtype),
+            lambda: jnp.zeros_like(x),
+        ),
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def tap(
+    backend: Backend, s: Static, x: Float[Array, "N D"], bank: Bank, slots: Slots
+) -> tuple[Float[Array, "N D"], Float[Array, "N M"]]:
+    """The input of a layer for its base layer and its adapters, and their hook.
+
+    The adapters leave the gradient of their hidden units to the hook. Here it is
+    multiplied by their weights and added in place to what the base layer left to
+    ``x``. An array of the size of ``x`` for the adapters alone would have to be
+    written, zeros where no slot counts, and read again.
+
+    Args:
+      backend: one that can add products in place.
+      s: as `split` returns it and `Backend.prepare`, in the dtype of ``x``.
+      x: the input.
+      bank: parameters of all blueprints.
+      slots: all slots.
+    """
+    units = sum(b.hidden for _, b in s.adapters if b.reads == "input")
+    shape = x.shape[0], units * len(slots.alpha)
+    return x, jnp.broadcast_to(jnp.zeros_like(slots.alpha)[0].astype(x.dtype), shape)
+
+
+def _tap(backend: Backend, s: Static, x: Array, bank: Bank, slots: Slots) -> Any:
+    return tap(backend, s, x, bank, slots), (bank, slots)
+
+
+def _untap(backend: Backend, s: Static, kept: Any, cotangents: Any) -> Any:
+    g, to_hook = cotangents
+    each = [own for own in AdapterSlots.all(s, *kept) if own.kind.reads == "input"]
+    right = jnp.concatenate([own.first(g.dtype) for own in each], axis=1)
+    right = right.reshape(-1, g.shape[1])
+    product = Product(to_hook, right, jnp.zeros_like(right[0], wide(g)))
+    return _added(backend, s, g, product, _any(each, "counts")), None, None
+
+
+tap.defvjp(_tap, _untap)
 
 
 def tangent(
@@ -159,7 +243,7 @@ def tangent(
       dots: tangents of what is read, of the bank and of alpha; None for those of 0.
     """
     of_read, bank_dot, alpha_dot = dots
-    each = [_Own.of(s, i, b, bank, slots) for i, b in s.adapters]
+    each = [AdapterSlots.of(s, i, b, bank, slots) for i, b in s.adapters]
     dtype = read.y.dtype
 
     def living() -> Array:
@@ -194,198 +278,34 @@ def tangent(
     return jax.lax.cond(_any(each, "lives"), living, lambda: jnp.zeros_like(read.y))
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _Own:
-    """The slots of one adapter; those that hold something else are 0.
-
-    Args:
-      kind: the adapter.
-      params: by name, in the dtype of the sums, times the scaling; 0 where dead.
-      alpha: how much each slot counts.
-      beta: how much each slot learns.
-    """
-
-    kind: Adapter = dataclasses.field(metadata={"static": True})
-    params: dict[str, Array]
-    alpha: Float[Array, " K"]
-    beta: Float[Array, " K"]
-
-    @classmethod
-    def of(cls, s: Static, index: int, kind: Adapter, bank: Bank, slots: Any) -> "_Own":
-        """The slots of the blueprint of that index."""
-        mine = _of_kind(s, index, slots) & (slots.seed_of_slot >= 0)
-        alpha, beta = (jnp.where(mine, c, 0.0) for c in (slots.alpha, slots.beta))
-        own = cls(kind, {}, alpha, beta)
-        params = own.taken(bank.custom[kind.name], own.lives)
-        return dataclasses.replace(own, params=params)
-
-    @property
-    def lives(self) -> Bool[Array, " K"]:
-        """Which slots count or learn."""
-        return (self.alpha != 0) | (self.beta != 0)
-
-    @property
-    def counts(self) -> Bool[Array, " K"]:
-        """Which slots count in the output."""
-        return self.alpha != 0
-
-    def taken(self, params: dict[str, Array], where: Array) -> dict[str, Array]:
-        """Parameters, or their tangents, with the scaling; 0 where they are not used.
-
-        A product with 0 would not do: 0 times an infinite weight is NaN.
-        """
-        taken = {}
-        for name, leaf in params.items():
-            leaf = leaf.astype(wide(leaf))
-            scale = self.kind.scaling if name in ("w2", "b2") else 1.0
-            taken[name] = jnp.where(_per_slot(where, leaf), leaf * scale, 0)
-        return taken
-
-    def reads(self, read: Read) -> Any:
-        """What this adapter reads."""
-        return read.y if self.kind.reads == "layer" else read.x
-
-    def before(self, x: Any, dtype: Any) -> Float[Array, "N K H"]:
-        """The hidden units before their activation; products of ``dtype``."""
-        w1 = self.params["w1"]
-        if jnp.issubdtype(x.dtype, jnp.integer):
-            rows = jnp.take(w1, x, axis=1, mode="fill", fill_value=0)
-            z = jnp.swapaxes(rows, 0, 1)
-        else:
-            z = _product("nd,kdh->nkh", x.astype(dtype), w1.astype(dtype))
-        return z + self.params["b1"] if "b1" in self.params else z
-
-    def hidden(self, x: Any, dtype: Any) -> Float[Array, "N K H"]:
-        """The hidden units of each slot, in ``dtype``."""
-        return ACTIVATIONS[self.kind.activation](self.before(x, dtype)).astype(dtype)
-
-    def write(self, hidden: Array, weight: Array, where: Array) -> Float[Array, "N F"]:
-        """Sum of the slots' corrections, each times its weight, without the others."""
-        hidden = jnp.where(where[:, None], hidden, 0)
-        w2 = jnp.where(where[:, None, None], self.params["w2"], 0)
-        weight = weight.astype(w2.dtype)
-        out = _product(
-            "nkh,khf->nf", hidden, (weight[:, None, None] * w2).astype(hidden.dtype)
-        )
-        if "b2" in self.params:
-            b2 = jnp.where(where[:, None], self.params["b2"], 0)
-            out += weight @ b2
-        return out
-
-    def total(self, x: Any, dtype: Any, where: Array) -> Float[Array, "N F"]:
-        """Sum of ``alpha r(x)`` over the slots chosen."""
-        return self.write(self.hidden(x, dtype), self.alpha, where)
-
-    def moments(self, hidden: Array) -> tuple[Array, Array, Array, Array]:
-        """``h^T h``, sum of ``h``, ``W2 W2^T`` and ``W2 b2`` of each slot."""
-        w2 = self.params["w2"].astype(hidden.dtype)
-        b2 = self.params.get("b2", jnp.zeros_like(self.params["w2"][:, 0]))
-        return (
-            _product("nkh,nkg->khg", hidden, hidden),
-            jnp.sum(hidden.astype(b2.dtype), axis=0),
-            _product("khf,kgf->khg", w2, w2),
-            jnp.einsum("khf,kf->kh", self.params["w2"], b2),
-        )
-
-    def squares(self, hidden: Array) -> Float[Array, " K"]:
-        """Sum of ``r(x)**2`` over rows and features; ``r`` itself is never formed."""
-        inner, sums, outer, with_bias = self.moments(hidden)
-        total = jnp.sum(inner * outer, axis=(1, 2)) + 2 * jnp.sum(
-            sums * with_bias, axis=1
-        )
-        if "b2" in self.params:
-            rows = jnp.asarray(hidden.shape[0]).astype(total.dtype)
-            total += rows * jnp.sum(self.params["b2"] ** 2, axis=1)
-        return jnp.where(self.lives, jnp.maximum(total, 0), 0)
-
-    def gradients(
-        self, s: Static, read: Read, g: Array, params: dict[str, Array]
-    ) -> tuple[Callable[[], Array], dict[str, Array], Float[Array, " K"]]:
-        """Gradient of what is read (when called), of the parameters, and of alpha."""
-        x, dtype, p = self.reads(read), g.dtype, self.params
-        before = self.before(x, dtype)
-        h, slope = jax.vjp(ACTIVATIONS[self.kind.activation], before)
-        low = h.astype(dtype)
-        back = _product("nf,khf->nkh", g, p["w2"].astype(dtype))
-        d = {"w2": _product("nkh,nf->khf", low, g)}
-        d_alpha = jnp.sum(h * back, axis=(0, 2))
-        if "b2" in p:
-            sums = jnp.sum(g.astype(wide(g)), axis=0)
-            d["b2"] = jnp.broadcast_to(sums, p["b2"].shape)
-            d_alpha += p["b2"] @ sums
-        if s.incubation != "task":
-            apart = self.alpha == 0
-            own, to_hidden = self._of_squares(low, self._pull(s, read, g))
-            if s.incubation == "bounded":
-                own = {name: leaf + own[name] for name, leaf in d.items()}
-                to_hidden = back + to_hidden
-            d = {n: jnp.where(_per_slot(apart, v), own[n], v) for n, v in d.items()}
-            back = jnp.where(apart[:, None], to_hidden, back)
-        (d_before,) = slope(back)
-        d["w1"] = self._to_first(x, d_before.astype(dtype), p["w1"])
-        if "b1" in p:
-            d["b1"] = jnp.sum(d_before, axis=0)
-
-        def to_read() -> Array:
-            weighted = jnp.where(self.counts[:, None], d_before, 0).astype(dtype)
-            w1 = jnp.where(self.counts[:, None, None], p["w1"], 0)
-            w1 = self.alpha.astype(w1.dtype)[:, None, None] * w1
-            return _product("nkh,kdh->nd", weighted, w1.astype(dtype))
-
-        learned = {}
-        for name, leaf in params.items():
-            scale = self.kind.scaling if name in ("w2", "b2") else 1.0
-            beta = _per_slot(self.beta.astype(d[name].dtype), d[name])
-            grad = jnp.where(beta != 0, d[name] * beta * scale, 0)
-            learned[name] = grad.astype(leaf.dtype)
-        return to_read, learned, jnp.where(self.lives, d_alpha, 0)
-
-    def _pull(self, s: Static, read: Read, g: Array) -> Any:
-        """What the sum of ``r(x)**2`` counts, halved, where alpha is 0."""
-        if s.incubation == "bounded":
-            return bound(g, read.y, axis=(0, 1))[0, 0]
-        return 2.0 / (jnp.asarray(g.shape[0]).astype(wide(g)) * g.shape[1])
-
-    def _of_squares(self, hidden: Array, scale: Any) -> tuple[dict[str, Array], Array]:
-        """``scale`` times the gradients of half the sum of ``r(x)**2``.
-
-        Returns:
-          Those of the parameters but ``W1`` and ``b1``, and of the hidden units.
-        """
-        inner, sums, outer, with_bias = self.moments(hidden)
-        p, rows = self.params, jnp.asarray(hidden.shape[0]).astype(sums.dtype)
-        d = {"w2": jnp.einsum("khg,kgf->khf", inner, p["w2"])}
-        if "b2" in p:
-            d["w2"] += sums[:, :, None] * p["b2"][:, None, :]
-            d["b2"] = jnp.einsum("kh,khf->kf", sums, p["w2"]) + rows * p["b2"]
-        own = jnp.einsum("nkh,khg->nkg", hidden.astype(outer.dtype), outer) + with_bias
-        return {name: scale * leaf for name, leaf in d.items()}, scale * own
-
-    def _to_first(self, x: Any, d: Float[Array, "N K H"], w1: Array) -> Array:
-        if not jnp.issubdtype(x.dtype, jnp.integer):
-            return _product("nd,nkh->kdh", x.astype(d.dtype), d)
-        rows = jnp.swapaxes(d, 0, 1).astype(w1.dtype)
-        return jnp.zeros_like(w1).at[:, x].add(rows, mode="drop")
+def _nothing(each: list[AdapterSlots], rows: int, width: int, dtype: Any) -> Product:
+    """A product of the same shapes that adds nothing."""
+    zero = jnp.zeros_like(each[0].alpha)[0]  # it varies over devices as they do
+    units = sum(own.params["w1"].shape[0] * own.params["w1"].shape[2] for own in each)
+    row = jnp.broadcast_to(zero.astype(wide(each[0].params["w1"])), width)
+    return Product(
+        jnp.broadcast_to(zero.astype(dtype), (rows, units)),
+        jnp.broadcast_to(zero.astype(dtype), (units, width)),
+        row,
+    )
 
 
-def _of_kind(s: Static, index: int, slots: Slots) -> Bool[Array, " K"]:
-    """Which slots hold the blueprint of that index."""
-    return jnp.clip(slots.blueprint, 0, len(s.blueprints) - 1) == index
+def _added(
+    backend: Backend, s: Static, to: Array, product: Product, where: Array
+) -> Array:
+    """``to`` with a product added, or as it is, bit for bit."""
+    if backend.add_product is not None:
+        return backend.add_product(s, to, product, where)
+
+    def added() -> Array:
+        return (to.astype(product.row.dtype) + product.value()).astype(to.dtype)
+
+    return jax.lax.cond(where, added, lambda: to)
 
 
-def _any(each: list[_Own], which: str) -> Bool[Array, ""]:
+def _any(each: list[AdapterSlots], which: str) -> Bool[Array, ""]:
     return jnp.any(jnp.stack([jnp.any(getattr(own, which)) for own in each]))
-
-
-def _product(equation: str, a: Array, b: Array) -> Array:
-    """An einsum in the dtype of its factors, summed in at least float32."""
-    return jnp.einsum(equation, a, b, preferred_element_type=wide(a))
 
 
 def _count(out: Array) -> Any:
     return jnp.asarray(out.shape[0]).astype(jnp.float32) * out.shape[1]
-
-
-def _per_slot(x: Array, like: Array) -> Array:
-    return x.reshape(x.shape + (1,) * (like.ndim - x.ndim))

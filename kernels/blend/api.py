@@ -28,7 +28,7 @@ from esper_jax.lifecycle.signals import Statistics
 from esper_jax.lifecycle.stages import Incubation
 from esper_jax.parallel import collectives
 
-__all__ = ["blend", "takes_bias"]
+__all__ = ["blend", "takes_bias", "tapped"]
 
 
 @jax.named_scope("esper/blend")
@@ -49,6 +49,7 @@ def blend(
     forward_mode: bool = False,
     bias: Float[Array, " F"] | None = None,
     x: Any = None,
+    hook: Any = None,
 ) -> tuple[Float[Array, "*B F"], Statistics, Float[Array, " K"]]:
     """Blends the living seeds' blueprints into a layer's output.
 
@@ -118,6 +119,7 @@ def blend(
         bias`` is computed first.
       x: input of the layer, for blueprints that read it: of shape (*B, D), or integer
         ids of shape (*B), which choose rows of ``W1``.
+      hook: what `tapped` returned with ``x``: then ``x`` gets its gradient by that.
 
     Returns:
       The output, with y's shape and dtype; `Statistics` of ``y`` for each of the ``S``
@@ -148,12 +150,68 @@ def blend(
     local = functools.partial(_on_one_device, implementation, forward_mode)
     if sharding is None:
 
-        def one(y: Array, x: Any, *rest: Any) -> Results:
-            return local(s, Read(y, x), *rest)
+        def one(y: Array, x: Any, hook: Any, *rest: Any) -> Results:
+            return local(s, Read(y, x, hook), *rest)
 
-        return collectives.automatic(one, y, x, bias, bank, slots, others=2)
+        return collectives.automatic(one, y, x, hook, bias, bank, slots, others=2)
     check_whole_layer(s, sharding, y.ndim)
     return sharded.blend(local, s, sharding, (Read(y, x), bias), bank, slots)
+
+
+def tapped(
+    x: Any,
+    bank: Bank,
+    slots: Slots,
+    *,
+    layout: ChunkLayout,
+    blueprints: tuple[Blueprint, ...],
+    incubation: Incubation = "task",
+    implementation: str | Sequence[str] | None = None,
+) -> tuple[Any, Float[Array, "*B M"] | None]:
+    """The input of a layer as its base layer and `blend` should both get it.
+
+    Args:
+      x: the input, of shape (*B, D).
+      bank: as for `blend`.
+      slots: coefficients, kinds and owners, as for `blend`.
+      layout: as for `blend`.
+      blueprints: as for `blend`.
+      incubation: as for `blend`.
+      implementation: as for `blend`.
+
+    Returns:
+      ``x``, and the hook that `blend` takes. The same ``x`` and None where nothing is
+      gained: where adapters do not read the input, it is not floating point, or no
+      kernel adds to its gradient in place.
+    """
+    dtype = getattr(x, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating) or x.ndim < 2:
+        return x, None
+    s = adapters.split(
+        Static(
+            layout=layout,
+            blueprints=blueprints,
+            incubation=incubation,
+            dtype=jnp.dtype(dtype).name,
+        )
+    )
+    readers = [b for _, b in s.adapters if b.reads == "input"]
+    if not readers or any(b.inputs != x.shape[-1] for b in readers):
+        return x, None
+    if jax.typeof(x).sharding.mesh.explicit_axes:
+        return x, None
+    flat = x.reshape(-1, x.shape[-1])
+    rows, count = len(flat), len(slots.alpha)
+    try:
+        backend = choose(implementation, s, rows, count)
+    except ValueError:  # which blend will say
+        return x, None
+    if backend.add_product is None:
+        return x, None
+    bank, slots = jax.lax.stop_gradient((bank, slots))
+    flat, bank, slots = collectives.same_varying(flat, bank, slots)
+    out, hook = adapters.tap(backend, backend.prepare(s, rows), flat, bank, slots)
+    return out.reshape(x.shape), hook.reshape(*x.shape[:-1], -1)
 
 
 def takes_bias(
@@ -185,8 +243,6 @@ def takes_bias(
         dtype=jnp.dtype(dtype).name,
     )
     s = adapters.split(s)
-    if any(b.reads == "layer" for _, b in s.adapters):  # they need all of it
-        return False
     try:
         return choose(implementation, s, 1, slots).takes_bias
     except ValueError:  # which blend will say
@@ -203,7 +259,7 @@ def _apart(
     """The bias as kernels take it apart, or ``y`` with its bias."""
     bias = bias.astype(y.dtype)
     backend = choose(implementation, s, math.prod(y.shape[:-1]), len(slots.alpha))
-    if backend.takes_bias and all(b.reads == "input" for _, b in s.adapters):
+    if backend.takes_bias:
         return y, bias
     # As layers of Flax add it, to be the same program.
     return y + bias.reshape((1,) * (y.ndim - 1) + (-1,)), None
@@ -221,15 +277,19 @@ def _on_one_device(
     """`blend` of what one device holds, on arguments already checked."""
     if not any(b.reads == "input" for _, b in s.adapters):
         read = Read(read.y, None)
+    if read.hook is not None:
+        read = read._replace(x=jax.lax.stop_gradient(read.x))
     read, bias, bank, slots = collectives.same_varying(read, bias, bank, slots)
-    y, x = read
+    y, x, hook = read
     flat = y.reshape(-1, s.layout.features)
     if x is not None:
         x = x.reshape(flat.shape[0], *x.shape[y.ndim - 1 :])
+    if hook is not None:
+        hook = hook.reshape(flat.shape[0], -1)
     s = dataclasses.replace(s, statistics_rows=_spread(s.statistics_rows, y.shape))
     backend = choose(implementation, s, flat.shape[0], slots.alpha.shape[0])
     out, statistics, reconstruction = vjp.blend(
-        backend, s, Read(flat, x), bank, slots, forward_mode, bias
+        backend, s, Read(flat, x, hook), bank, slots, forward_mode, bias
     )
     return out.reshape(y.shape), statistics, reconstruction
 

@@ -2,18 +2,62 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
-from jaxtyping import Array, Float
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
 
 from esper_jax.blueprints import Bank
-from esper_jax.kernels.blend.static import Slots, Static
+from esper_jax.kernels.blend.static import Slots, Static, wide
 from esper_jax.lifecycle.signals import Statistics
 
-__all__ = ["Backend", "BackwardPass", "ForwardPass", "Results", "TangentPass"]
+__all__ = [
+    "AddProduct",
+    "Backend",
+    "BackwardPass",
+    "ForwardPass",
+    "Product",
+    "Results",
+    "TangentPass",
+]
 
 Results = tuple[Float[Array, "N F"], Statistics, Float[Array, " K"]]
 """Output, statistics, and mean of ``r(y_c)**2`` of each slot."""
+
+
+class Product(NamedTuple):
+    """``left @ right + row``: a low-rank array of the size of a layer's output."""
+
+    left: Float[Array, "N M"]
+    right: Float[Array, "M F"]
+    row: Float[Array, " F"]
+    """In the dtype of the sums."""
+
+    def value(self) -> Float[Array, "N F"]:
+        """The array itself, in the dtype of the sums."""
+        of = wide(self.left)
+        return jnp.matmul(self.left, self.right, preferred_element_type=of) + self.row
+
+
+class AddProduct(Protocol):
+    """Adds a product to an array in place, or does nothing."""
+
+    def __call__(
+        self,
+        s: Any,
+        to: Float[Array, "N F"],
+        product: Product,
+        where: Bool[Array, ""],
+        /,
+    ) -> Float[Array, "N F"]:
+        """``to + product`` in its dtype, if ``where``; else ``to``, bit for bit.
+
+        Args:
+          s: what `Backend.prepare` returned.
+          to: of any float dtype.
+          product: added in at least float32.
+          where: whether to add.
+        """
 
 
 class ForwardPass(Protocol):
@@ -120,6 +164,7 @@ class Backend:
         first.
       tangent: the pass of forward-mode derivatives, plain JAX, which JAX can also
         transpose; None if there is none.
+      add_product: adds what adapters compute in place; None lets plain JAX add it.
     """
 
     name: str
@@ -133,3 +178,4 @@ class Backend:
     differentiable: bool = False
     takes_bias: bool = False
     tangent: TangentPass | None = None
+    add_product: AddProduct | None = None

@@ -1,7 +1,7 @@
-"""What a call of blend fixes while it is traced, and the arrays of its slots."""
+"""What a call of blend fixes while it is traced, and the arrays that it gets."""
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from esper_jax.blueprints import Adapter, Blueprint, hidden_width
 from esper_jax.chunks import ChunkLayout
 from esper_jax.lifecycle.stages import Incubation
 
-__all__ = ["NEAR_ZERO", "Slots", "Static", "bound", "wide"]
+__all__ = ["NEAR_ZERO", "Read", "Slots", "Static", "bound", "wide"]
 
 NEAR_ZERO = 1e-6
 """Magnitude under which an activation counts as near zero."""
@@ -39,6 +39,24 @@ def bound(g: Array, y: Array, axis: tuple[int, ...]) -> Array:
     )
     of_g, of_y = squares
     return jnp.where(of_y > 0, jnp.sqrt(of_g / jnp.where(of_y > 0, of_y, 1)), 0)
+
+
+class Read(NamedTuple):
+    """What a layer's blueprints read."""
+
+    y: Any
+    """The layer's output before anything is added to it, (N, F); None if not read."""
+    x: Any
+    """The layer's input: (N, D), or integer ids (N,); None if not read."""
+    hook: Any = None
+    """Zeros of `adapters.tap`, (N, M), which get the gradient that ``x`` would have had
+    of the adapters; None if ``x`` gets it."""
+
+    def whole(self, bias: Array | None) -> "Read":
+        """The same, with the bias that belongs to ``y`` added to it."""
+        if bias is None or self.y is None:
+            return self
+        return self._replace(y=self.y + bias[None, :])
 
 
 @jax.tree_util.register_dataclass

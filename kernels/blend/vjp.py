@@ -42,14 +42,14 @@ def blend(
     Raises:
       TypeError: by forward-mode derivatives without ``forward_mode``.
     """
-    y, x = read
     if bias is not None and not backend.takes_bias:
-        y, bias = y + bias[None, :], None
-    s = backend.prepare(dataclasses.replace(s, biased=bias is not None), y.shape[0])
+        read, bias = read.whole(bias), None
+    s = dataclasses.replace(s, biased=bias is not None)
+    s = backend.prepare(s, read.y.shape[0])
     if forward_mode and backend.tangent is not None:
-        return _jitted_both(backend, s, Read(y, x), bank, slots)
+        return _jitted_both(backend, s, read, bank, slots)
     try:
-        return _jitted(backend, s, Read(y, x), bias, bank, slots)
+        return _jitted(backend, s, read, bias, bank, slots)
     except TypeError as error:
         if "forward-mode" not in str(error):
             raise
@@ -105,7 +105,8 @@ def _results(
         chunks = adapters.of_chunks(s, bank, slots)
         out, statistics, reconstruction, saved = forward(read.y, bias, *chunks)
     if s.adapters:
-        out, more = adapters.forward(s, out, read, bank, slots)
+        given = read, bias
+        out, more = adapters.forward(backend, s, out, given, bank, slots)
         reconstruction += more
     return (_biased(out, bias), statistics, reconstruction), saved
 
@@ -118,7 +119,7 @@ def _biased(out: Array, bias: Array | None) -> Array:
 def _forward(
     backend: Backend, s: Static, read: Read, bias: Any, bank: Bank, slots: Slots
 ) -> tuple[Results, Any]:
-    kept = adapters.read_of(s, *read), bank, slots
+    kept = (adapters.read_of(s, read), bias if s.adapters else None), bank, slots
     if backend.differentiable:
         # By the same rule, so that a second derivative knows alpha and beta too.
         return _blend(backend, s, read, bias, bank, slots), (read.y, *kept)
@@ -129,7 +130,7 @@ def _forward(
 def _backward(
     backend: Backend, s: Static, kept: Any, cotangents: Any
 ) -> tuple[Read, Array | None, Bank, Slots]:
-    saved, read, bank, slots = kept
+    saved, given, bank, slots = kept
     g, total = cotangents[0], None
     if s.biased:
         # As JAX differentiates a bias that is added: the same bits while seeds sleep.
@@ -141,15 +142,18 @@ def _backward(
     else:
         backward = _once(backend, "backward", s)
         dy, d_bias, d_bank, d_alpha = backward(g, total, saved, theirs, own)
-    dx = None
+    to_read = Read(dy, None)
     if s.adapters:
-        dy, dx, more, d_more = adapters.backward(s, (g, dy), read, bank, slots)
+        known = g, dy, d_bias
+        to_read, d_bias, more, d_more = adapters.backward(
+            backend, s, known, given, bank, slots
+        )
         d_bank = dataclasses.replace(d_bank, custom={**d_bank.custom, **more})
         d_alpha = d_alpha + d_more
     # beta has no gradient; None stands for those of integers.
     ids: Any = None
     d_slots = Slots(d_alpha, jnp.zeros_like(slots.beta), ids, ids)
-    return Read(dy, dx), d_bias, d_bank, d_slots
+    return to_read, d_bias, d_bank, d_slots
 
 
 _blend.defvjp(_forward, _backward)

@@ -12,6 +12,8 @@ reproducible bit for bit.
 Chunks of a few features (``Config.narrow``) share tiles: each program is a group of
 neighbours, and their weights are blocks on the diagonal of one matrix. Of wider chunks
 each program is one slot.
+
+`product` adds in place what adapters, which write the whole layer, compute.
 """
 
 import dataclasses
@@ -29,6 +31,7 @@ from esper_jax.kernels.blend.backend import Backend
 from esper_jax.kernels.blend.static import Slots, Static
 from esper_jax.kernels.blend.triton import matrix, narrow
 from esper_jax.kernels.blend.triton.config import choose
+from esper_jax.kernels.blend.triton.product import add_product
 from esper_jax.kernels.blend.triton.static import TritonStatic
 from esper_jax.lifecycle.signals import Statistics
 
@@ -53,7 +56,7 @@ def _refusal(s: Static, rows: int, slots: int) -> str | None:
         return "incubation 'bounded' has no kernel"
     if s.dtype not in _DTYPES:
         return f"dtype {s.dtype} is none of {', '.join(_DTYPES)}"
-    if s.width > MAX_WIDTH:
+    if s.width > MAX_WIDTH and not s.adapters_alone:
         return f"chunks of {s.width} features are wider than {MAX_WIDTH}"
     if not rows or not slots:
         return "there are no rows or no slots"
@@ -63,7 +66,7 @@ def _refusal(s: Static, rows: int, slots: int) -> str | None:
 def _slow(s: Static, rows: int, slots: int) -> bool:
     # The weights of wide chunks do not fit on the chip, and XLA's matrix products are
     # faster there, forward and backward together: benchmarks/RESULTS.md has numbers.
-    return s.width > _FAST_WIDTH
+    return s.width > _FAST_WIDTH and not s.adapters_alone
 
 
 def _prepare(s: Static, rows: int) -> TritonStatic:
@@ -122,5 +125,6 @@ BACKEND = Backend(
     forward=_forward,
     backward=_backward,
     takes_bias=True,
+    add_product=add_product,
 )
 """The kernels: Dense blueprints, chunks of up to `MAX_WIDTH` features."""
