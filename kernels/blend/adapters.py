@@ -165,6 +165,8 @@ def backward(
         dy = _added(backend, s, dy, to_y, counts)
         if d_bias is not None:
             # Where no slot counts, add nothing at all: -0.0 + 0.0 is another number.
+            # And a sum that XLA fuses with what follows may be another one, too.
+            d_bias = jax.lax.optimization_barrier(d_bias)
             d_bias = jnp.where(counts, d_bias + to_bias, d_bias)
     to_read = _to_input(given[0], to_x, of_x)
     return to_read._replace(y=dy), d_bias, params, d_alpha
