@@ -53,7 +53,7 @@ def test_a_product_is_added_or_nothing_is(shape: Any, dtype: str, to_dtype: str)
     )
     backend = registry.choose("triton", s, rows, 1)
     s = backend.prepare(s, rows)
-    add = jax.jit(functools.partial(backend.add_product, s))
+    add = jax.jit(functools.partial(backend.products.add, s))
     same_bits(add(to, product, jnp.asarray(False)), to)
     got = add(to, product, jnp.asarray(True))
     assert got.dtype == to.dtype

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from esper_jax.blueprints import ACTIVATIONS, Adapter, Bank
-from esper_jax.kernels.blend.backend import Product
+from esper_jax.kernels.blend.backend import Product, Products
 from esper_jax.kernels.blend.static import Read, Slots, Static, bound, wide
 
 __all__ = ["AdapterSlots", "Part", "beside", "of_kind"]
@@ -37,17 +37,25 @@ class AdapterSlots:
       params: by name, in the dtype of the sums, times the scaling; 0 where dead.
       alpha: how much each slot counts.
       beta: how much each slot learns.
+      kernels: `Products` and what they take first; None for plain JAX. Where no slot
+        lives, what comes of them may be anything, and is not used.
     """
 
     kind: Adapter = dataclasses.field(metadata={"static": True})
     params: dict[str, Array]
     alpha: Float[Array, " K"]
     beta: Float[Array, " K"]
+    kernels: tuple[Products, Any] | None = dataclasses.field(
+        default=None, metadata={"static": True}
+    )
 
     @classmethod
-    def all(cls, s: Static, bank: Bank, slots: Any) -> "list[AdapterSlots]":
+    def all(
+        cls, s: Static, bank: Bank, slots: Any, kernels: Any = None
+    ) -> "list[AdapterSlots]":
         """The slots of each adapter."""
-        return [cls.of(s, index, kind, bank, slots) for index, kind in s.adapters]
+        each = [cls.of(s, index, kind, bank, slots) for index, kind in s.adapters]
+        return [dataclasses.replace(own, kernels=kernels) for own in each]
 
     @classmethod
     def of(
@@ -93,7 +101,7 @@ class AdapterSlots:
             rows = jnp.take(w1, x, axis=1, mode="fill", fill_value=0)
             z = jnp.swapaxes(rows, 0, 1)
         else:
-            z = _product("nd,kdh->nkh", x.astype(dtype), w1.astype(dtype))
+            z = self._into(x.astype(dtype), w1.astype(dtype))
         return z + self.params["b1"] if "b1" in self.params else z
 
     def hidden(self, x: Any, dtype: Any) -> Float[Array, "N K H"]:
@@ -132,8 +140,7 @@ class AdapterSlots:
         w2 = self.params["w2"].astype(hidden.dtype)
         b2 = self.params.get("b2", jnp.zeros_like(self.params["w2"][:, 0]))
         return (
-            _product("nkh,nkg->khg", hidden, hidden),
-            jnp.sum(hidden.astype(b2.dtype), axis=0),
+            *self._of_hidden(hidden),
             _product("khf,kgf->khg", w2, w2),
             jnp.einsum("khf,kf->kh", self.params["w2"], b2),
         )
@@ -157,11 +164,11 @@ class AdapterSlots:
         before = self.before(x, dtype)
         h, slope = jax.vjp(ACTIVATIONS[self.kind.activation], before)
         low = h.astype(dtype)
-        back = _product("nf,khf->nkh", g, p["w2"].astype(dtype))
-        d = {"w2": _product("nkh,nf->khf", low, g)}
+        back = self._into(g, jnp.swapaxes(p["w2"], 1, 2).astype(dtype))
+        product, sums = self._over_rows(low, g)
+        d = {"w2": product}
         d_alpha = jnp.sum(h * back, axis=(0, 2))
         if "b2" in p:
-            sums = jnp.sum(g.astype(wide(g)), axis=0)
             d["b2"] = jnp.broadcast_to(sums, p["b2"].shape)
             d_alpha += p["b2"] @ sums
         if s.incubation != "task":
@@ -208,9 +215,46 @@ class AdapterSlots:
 
     def _to_first(self, x: Any, d: Float[Array, "N K H"], w1: Array) -> Array:
         if not jnp.issubdtype(x.dtype, jnp.integer):
-            return _product("nd,nkh->kdh", x.astype(d.dtype), d)
+            product, _ = self._over_rows(d, x.astype(d.dtype))
+            return jnp.swapaxes(product, 1, 2)
         rows = jnp.swapaxes(d, 0, 1).astype(w1.dtype)
         return jnp.zeros_like(w1).at[:, x].add(rows, mode="drop")
+
+    def _into(
+        self, x: Float[Array, "N D"], w: Float[Array, "K D H"]
+    ) -> Float[Array, "N K H"]:
+        """The product with each slot's weights."""
+        if self.kernels is None:
+            return _product("nd,kdh->nkh", x, w)
+        products, s = self.kernels
+        flat = jnp.moveaxis(w, 0, 1).reshape(w.shape[1], -1)
+        out = products.rows(s, x, flat, jnp.any(self.lives))
+        return out.reshape(len(x), w.shape[0], w.shape[2])
+
+    def _over_rows(
+        self, hidden: Float[Array, "N K H"], x: Float[Array, "N D"]
+    ) -> tuple[Float[Array, "K H D"], Float[Array, " D"]]:
+        """The product of each slot's hidden units with ``x``; and the sum of ``x``."""
+        if self.kernels is None:
+            total = jnp.sum(x.astype(wide(x)), axis=0)
+            return _product("nkh,nd->khd", hidden, x), total
+        products, s = self.kernels
+        flat = hidden.reshape(len(x), -1)
+        product, total = products.sums(s, flat, x, jnp.any(self.lives))
+        return product.reshape(*hidden.shape[1:], x.shape[1]), total
+
+    def _of_hidden(
+        self, hidden: Float[Array, "N K H"]
+    ) -> tuple[Float[Array, "K H H"], Float[Array, "K H"]]:
+        """``h^T h`` of each slot, and the sum of ``h``."""
+        if self.kernels is None:
+            total = jnp.sum(hidden.astype(wide(hidden)), axis=0)
+            return _product("nkh,nkg->khg", hidden, hidden), total
+        product, total = self._over_rows(hidden, hidden.reshape(len(hidden), -1))
+        slots, units = hidden.shape[1:]
+        each = jnp.arange(slots)
+        product = product.reshape(slots, units, slots, units)[each, :, each]
+        return product, total.reshape(slots, units)
 
 
 def of_kind(s: Static, index: int, slots: Slots) -> Bool[Array, " K"]:

@@ -3,8 +3,9 @@
 The hidden units of all slots stand side by side: one matrix product makes them, and one
 writes them, whatever the number of slots. To a backend those slots are dead.
 
-A branch computes the hidden units if a slot lives, which is little to hand out; what is
-as large as the layer (`Product`) is added after it, in place where a backend can.
+Where a backend has products for it (`Products`), they do nothing while no such slot
+lives. Elsewhere a branch computes the hidden units, and another one adds what is as
+large as the layer.
 
 Letters: ``N`` rows, ``F`` features, ``D`` width of what is read, ``K`` slots, ``H``
 hidden units of a slot, ``M`` of all slots.
@@ -12,6 +13,7 @@ hidden units of a slot, ``M`` of all slots.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -84,7 +86,7 @@ def forward(
       bank: parameters of all blueprints.
       slots: all slots.
     """
-    each = AdapterSlots.all(s, bank, slots)
+    each = AdapterSlots.all(s, bank, slots, _kernels(backend, s, given[0]))
     rows, dtype = out.shape[0], out.dtype
 
     def living() -> tuple[Product, Array]:
@@ -98,7 +100,7 @@ def forward(
     def dormant() -> tuple[Product, Array]:
         return _nothing(each, rows, out.shape[1], dtype), jnp.zeros_like(slots.alpha)
 
-    product, mean = jax.lax.cond(_any(each, "lives"), living, dormant)
+    product, mean = _if_any(each, living, dormant)
     return _added(backend, s, out, product, _any(each, "counts")), mean
 
 
@@ -123,7 +125,8 @@ def backward(
       slots: all slots.
     """
     g, dy, d_bias = cotangents
-    each, x = AdapterSlots.all(s, bank, slots), given[0].x
+    each = AdapterSlots.all(s, bank, slots, _kernels(backend, s, given[0]))
+    x = given[0].x
     of_y = [own for own in each if own.kind.reads == "layer"]
     floating = x is not None and jnp.issubdtype(x.dtype, jnp.floating)
     of_x = [own for own in each if floating and own.kind.reads == "input"]
@@ -157,9 +160,7 @@ def backward(
         to_bias = None if not of_y or d_bias is None else jnp.zeros_like(d_bias)
         return to_y, to_x, to_bias, none, jnp.zeros_like(slots.alpha)
 
-    to_y, to_x, to_bias, params, d_alpha = jax.lax.cond(
-        _any(each, "lives"), living, dormant
-    )
+    to_y, to_x, to_bias, params, d_alpha = _if_any(each, living, dormant)
     if to_y is not None:
         counts = _any(of_y, "counts")
         dy = _added(backend, s, dy, to_y, counts)
@@ -296,13 +297,30 @@ def _added(
     backend: Backend, s: Static, to: Array, product: Product, where: Array
 ) -> Array:
     """``to`` with a product added, or as it is, bit for bit."""
-    if backend.add_product is not None:
-        return backend.add_product(s, to, product, where)
+    if backend.products is not None:
+        return backend.products.add(s, to, product, where)
 
     def added() -> Array:
         return (to.astype(product.row.dtype) + product.value()).astype(to.dtype)
 
     return jax.lax.cond(where, added, lambda: to)
+
+
+def _kernels(backend: Backend, s: Static, read: Read) -> Any:
+    """Products that do nothing where no slot lives, if these are all there is to do."""
+    ids = read.x is not None and jnp.issubdtype(read.x.dtype, jnp.integer)
+    if backend.products is None or s.incubation != "task" or ids:
+        return None
+    return backend.products, s
+
+
+def _if_any(
+    each: list[AdapterSlots], living: Callable[[], Any], dormant: Callable[[], Any]
+) -> Any:
+    """``living()``, or ``dormant()`` where that would be for nothing."""
+    if all(own.kernels is not None for own in each):
+        return living()
+    return jax.lax.cond(_any(each, "lives"), living, dormant)
 
 
 def _any(each: list[AdapterSlots], which: str) -> Bool[Array, ""]:

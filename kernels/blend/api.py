@@ -206,7 +206,7 @@ def tapped(
         backend = choose(implementation, s, rows, count)
     except ValueError:  # which blend will say
         return x, None
-    if backend.add_product is None:
+    if backend.products is None:
         return x, None
     bank, slots = jax.lax.stop_gradient((bank, slots))
     flat, bank, slots = collectives.same_varying(flat, bank, slots)

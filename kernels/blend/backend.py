@@ -17,7 +17,10 @@ __all__ = [
     "BackwardPass",
     "ForwardPass",
     "Product",
+    "Products",
     "Results",
+    "RowsProduct",
+    "SumsProduct",
     "TangentPass",
 ]
 
@@ -39,6 +42,37 @@ class Product(NamedTuple):
         return jnp.matmul(self.left, self.right, preferred_element_type=of) + self.row
 
 
+class RowsProduct(Protocol):
+    """A product of rows, or nothing."""
+
+    def __call__(
+        self,
+        s: Any,
+        x: Float[Array, "N D"],
+        w: Float[Array, "D M"],
+        where: Bool[Array, ""],
+        /,
+    ) -> Float[Array, "N M"]:
+        """``x @ w`` in float32 if ``where``; else anything, NaN too."""
+
+
+class SumsProduct(Protocol):
+    """A product over all rows, or nothing."""
+
+    def __call__(
+        self,
+        s: Any,
+        a: Float[Array, "N M"],
+        x: Float[Array, "N D"],
+        where: Bool[Array, ""],
+        /,
+    ) -> tuple[Float[Array, "M D"], Float[Array, " D"]]:
+        """``a.T @ x`` and the sum of ``x`` over the rows if ``where``; else anything.
+
+        In float32, in an order that is always the same.
+        """
+
+
 class AddProduct(Protocol):
     """Adds a product to an array in place, or does nothing."""
 
@@ -58,6 +92,14 @@ class AddProduct(Protocol):
           product: added in at least float32.
           where: whether to add.
         """
+
+
+class Products(NamedTuple):
+    """The products of adapters, none of which costs much where nothing lives."""
+
+    rows: RowsProduct
+    sums: SumsProduct
+    add: AddProduct
 
 
 class ForwardPass(Protocol):
@@ -164,7 +206,7 @@ class Backend:
         first.
       tangent: the pass of forward-mode derivatives, plain JAX, which JAX can also
         transpose; None if there is none.
-      add_product: adds what adapters compute in place; None lets plain JAX add it.
+      products: those of adapters; None leaves them to plain JAX.
     """
 
     name: str
@@ -178,4 +220,4 @@ class Backend:
     differentiable: bool = False
     takes_bias: bool = False
     tangent: TangentPass | None = None
-    add_product: AddProduct | None = None
+    products: Products | None = None

@@ -13,7 +13,8 @@ Chunks of a few features (``Config.narrow``) share tiles: each program is a grou
 neighbours, and their weights are blocks on the diagonal of one matrix. Of wider chunks
 each program is one slot.
 
-`product` adds in place what adapters, which write the whole layer, compute.
+`product` has the products of adapters, which write the whole layer; what they compute
+is added in place.
 """
 
 import dataclasses
@@ -31,7 +32,7 @@ from esper_jax.kernels.blend.backend import Backend
 from esper_jax.kernels.blend.static import Slots, Static
 from esper_jax.kernels.blend.triton import matrix, narrow
 from esper_jax.kernels.blend.triton.config import choose
-from esper_jax.kernels.blend.triton.product import add_product
+from esper_jax.kernels.blend.triton.product import PRODUCTS
 from esper_jax.kernels.blend.triton.static import TritonStatic
 from esper_jax.lifecycle.signals import Statistics
 
@@ -125,6 +126,6 @@ BACKEND = Backend(
     forward=_forward,
     backward=_backward,
     takes_bias=True,
-    add_product=add_product,
+    products=PRODUCTS,
 )
 """The kernels: Dense blueprints, chunks of up to `MAX_WIDTH` features."""
