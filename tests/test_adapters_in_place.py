@@ -111,7 +111,8 @@ def test_layers_keep_their_bits_and_compute_what_plain_jax_does(name: str) -> No
     layer.bed.implementation = "xla"
     assert layer.bed.tapped(X) == (X, None)
     want = output_and_gradients(layer, X)
-    alike(got, want, 2e-2 if name == "bfloat16" else 2e-5)
+    # The cotangent is a cosine of three times the output, and magnifies its rounding.
+    alike(got, want, 5e-2 if name == "bfloat16" else 2e-5)
 
 
 def alike(got: Any, want: Any, eps: float) -> None:

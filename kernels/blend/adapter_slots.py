@@ -94,19 +94,32 @@ class AdapterSlots:
         """What this adapter reads."""
         return read.y if self.kind.reads == "layer" else read.x
 
-    def before(self, x: Any, dtype: Any) -> Float[Array, "N K H"]:
-        """The hidden units before their activation; products of ``dtype``."""
+    def lacks(self, read: Read) -> Any:
+        """A bias that what it reads lacks, (D,); None for none."""
+        return read.bias if self.kind.reads == "layer" else None
+
+    def before(self, x: Any, dtype: Any, bias: Any = None) -> Float[Array, "N K H"]:
+        """The hidden units before their activation; products of ``dtype``.
+
+        Args:
+          x: what is read.
+          dtype: of the layer.
+          bias: that ``x`` lacks, (D,), or None.
+        """
         w1 = self.params["w1"]
         if jnp.issubdtype(x.dtype, jnp.integer):
             rows = jnp.take(w1, x, axis=1, mode="fill", fill_value=0)
             z = jnp.swapaxes(rows, 0, 1)
         else:
             z = self._into(x.astype(dtype), w1.astype(dtype))
+        if bias is not None:
+            z += jnp.einsum("d,kdh->kh", bias.astype(w1.dtype), w1)
         return z + self.params["b1"] if "b1" in self.params else z
 
-    def hidden(self, x: Any, dtype: Any) -> Float[Array, "N K H"]:
+    def hidden(self, x: Any, dtype: Any, bias: Any = None) -> Float[Array, "N K H"]:
         """The hidden units of each slot, in ``dtype``."""
-        return ACTIVATIONS[self.kind.activation](self.before(x, dtype)).astype(dtype)
+        before = self.before(x, dtype, bias)
+        return ACTIVATIONS[self.kind.activation](before).astype(dtype)
 
     def write(self, hidden: Array, weight: Array, where: Array) -> Part:
         """The slots' corrections, each times its weight, without the others."""
@@ -161,7 +174,8 @@ class AdapterSlots:
     ) -> tuple[Float[Array, "N K H"], dict[str, Array], Float[Array, " K"]]:
         """Gradient of what enters the activation, of the parameters, and of alpha."""
         x, dtype, p = self.reads(read), g.dtype, self.params
-        before = self.before(x, dtype)
+        bias = self.lacks(read)
+        before = self.before(x, dtype, bias)
         h, slope = jax.vjp(ACTIVATIONS[self.kind.activation], before)
         low = h.astype(dtype)
         back = self._into(g, jnp.swapaxes(p["w2"], 1, 2).astype(dtype))
@@ -181,8 +195,11 @@ class AdapterSlots:
             back = jnp.where(apart[:, None], to_hidden, back)
         (d_before,) = slope(back)
         d["w1"] = self._to_first(x, d_before.astype(dtype), p["w1"])
+        total = jnp.sum(d_before, axis=0)
+        if bias is not None:
+            d["w1"] += bias.astype(total.dtype)[:, None] * total[:, None, :]
         if "b1" in p:
-            d["b1"] = jnp.sum(d_before, axis=0)
+            d["b1"] = total
 
         learned = {}
         for name, leaf in params.items():

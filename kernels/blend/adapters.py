@@ -65,14 +65,14 @@ def read_of(s: Static, read: Read) -> Read:
     reads = {b.reads for _, b in s.adapters}
     whole = "layer" in reads or s.incubation == "bounded"
     x = read.x if "input" in reads else None
-    return Read(read.y if whole else None, x, read.hook)
+    return Read(read.y if whole else None, x, read.hook, read.bias if whole else None)
 
 
 def forward(
     backend: Backend,
     s: Static,
     out: Float[Array, "N F"],
-    given: tuple[Read, Array | None],
+    read: Read,
     bank: Bank,
     slots: Slots,
 ) -> tuple[Float[Array, "N F"], Float[Array, " K"]]:
@@ -82,17 +82,19 @@ def forward(
       backend: may add products in place.
       s: as `split` returns it.
       out: output of the backend.
-      given: what the adapters read, and the bias that ``y`` and ``out`` lack, if any.
+      read: what the adapters read; ``out`` lacks the bias that ``y`` does.
       bank: parameters of all blueprints.
       slots: all slots.
     """
-    each = AdapterSlots.all(s, bank, slots, _kernels(backend, s, given[0]))
+    kernels = _kernels(backend, s, read)
+    each = AdapterSlots.all(s, bank, slots, kernels)
     rows, dtype = out.shape[0], out.dtype
 
     def living() -> tuple[Product, Array]:
-        read, parts, mean = given[0].whole(given[1]), [], jnp.zeros_like(slots.alpha)
+        here = read if kernels else read.whole()
+        parts, mean = [], jnp.zeros_like(slots.alpha)
         for own in each:
-            hidden = own.hidden(own.reads(read), dtype)
+            hidden = own.hidden(own.reads(here), dtype, own.lacks(here))
             parts.append(own.write(hidden, own.alpha, own.counts))
             mean += own.squares(hidden).astype(mean.dtype) / _count(out)
         return beside(parts), mean
@@ -108,7 +110,7 @@ def backward(
     backend: Backend,
     s: Static,
     cotangents: tuple[Float[Array, "N F"], Float[Array, "N F"], Array | None],
-    given: tuple[Read, Array | None],
+    read: Read,
     bank: Bank,
     slots: Slots,
 ) -> tuple[Read, Array | None, dict[str, Any], Float[Array, " K"]]:
@@ -120,13 +122,13 @@ def backward(
       cotangents: of the output; and of ``y`` and its bias as the backend found them,
         which are returned with the adapters' own added to them, or as they are where
         none counts.
-      given: what the adapters read, and the bias that ``y`` lacks, if any.
+      read: what the adapters read.
       bank: parameters of all blueprints.
       slots: all slots.
     """
     g, dy, d_bias = cotangents
-    each = AdapterSlots.all(s, bank, slots, _kernels(backend, s, given[0]))
-    x = given[0].x
+    kernels, x = _kernels(backend, s, read), read.x
+    each = AdapterSlots.all(s, bank, slots, kernels)
     of_y = [own for own in each if own.kind.reads == "layer"]
     floating = x is not None and jnp.issubdtype(x.dtype, jnp.floating)
     of_x = [own for own in each if floating and own.kind.reads == "input"]
@@ -134,42 +136,37 @@ def backward(
         jnp.zeros_like, {own.kind.name: bank.custom[own.kind.name] for own in each}
     )
 
-    def living() -> tuple[Any, Any, Any, dict[str, Any], Array]:
-        read = given[0].whole(given[1])
+    def living() -> tuple[Any, Any, dict[str, Any], Array]:
+        here = read if kernels else read.whole()
         backs, params, d_alpha = {}, {}, jnp.zeros_like(slots.alpha)
         for own in each:
             name = own.kind.name
-            d_before, params[name], more = own.gradients(s, read, g, bank.custom[name])
+            d_before, params[name], more = own.gradients(s, here, g, bank.custom[name])
             backs[name] = own.back(d_before, g.dtype)
             d_alpha += more.astype(d_alpha.dtype)
         to_y, to_x = (
             beside([backs[own.kind.name] for own in those]) if those else None
             for those in (of_y, of_x)
         )
-        to_bias = None
-        if to_y is not None and d_bias is not None:
-            total = jnp.sum(to_y.left.astype(to_y.row.dtype), axis=0)
-            to_bias = (total @ to_y.right).astype(d_bias.dtype)
-        return to_y, to_x, to_bias, params, d_alpha
+        return to_y, to_x, params, d_alpha
 
-    def dormant() -> tuple[Any, Any, Any, dict[str, Any], Array]:
+    def dormant() -> tuple[Any, Any, dict[str, Any], Array]:
         to_y, to_x = (
             _nothing(those, g.shape[0], width, g.dtype) if those else None
             for those, width in ((of_y, g.shape[1]), (of_x, x.shape[1] if of_x else 0))
         )
-        to_bias = None if not of_y or d_bias is None else jnp.zeros_like(d_bias)
-        return to_y, to_x, to_bias, none, jnp.zeros_like(slots.alpha)
+        return to_y, to_x, none, jnp.zeros_like(slots.alpha)
 
-    to_y, to_x, to_bias, params, d_alpha = _if_any(each, living, dormant)
+    to_y, to_x, params, d_alpha = _if_any(each, living, dormant)
     if to_y is not None:
         counts = _any(of_y, "counts")
         dy = _added(backend, s, dy, to_y, counts)
         if d_bias is not None:
-            # Where no slot counts, add nothing at all: -0.0 + 0.0 is another number.
-            # And a sum that XLA fuses with what follows may be another one, too.
-            d_bias = jax.lax.optimization_barrier(d_bias)
-            d_bias = jnp.where(counts, d_bias + to_bias, d_bias)
-    to_read = _to_input(given[0], to_x, of_x)
+            # By the same rule: a sum that XLA fuses with more may be another number.
+            row = jnp.sum(to_y.left.astype(to_y.row.dtype), axis=0, keepdims=True)
+            more = to_y._replace(left=row, right=to_y.right.astype(row.dtype))
+            d_bias = _added(backend, s, d_bias[None, :], more, counts)[0]
+    to_read = _to_input(read, to_x, of_x)
     return to_read._replace(y=dy), d_bias, params, d_alpha
 
 

@@ -280,7 +280,7 @@ def _on_one_device(
     if read.hook is not None:
         read = read._replace(x=jax.lax.stop_gradient(read.x))
     read, bias, bank, slots = collectives.same_varying(read, bias, bank, slots)
-    y, x, hook = read
+    y, x, hook, _ = read
     flat = y.reshape(-1, s.layout.features)
     if x is not None:
         x = x.reshape(flat.shape[0], *x.shape[y.ndim - 1 :])

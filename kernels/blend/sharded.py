@@ -115,7 +115,7 @@ def blend(
     Raises:
       ValueError: if the sharding does not fit ``y`` or the layout.
     """
-    (y, x, _), bias = read_and_bias
+    (y, x, *_), bias = read_and_bias
     if len(sharding.spec) > y.ndim:
         raise ValueError(
             f"sharding must have at most {y.ndim} entries, one for each axis of the "

@@ -52,11 +52,14 @@ class Read(NamedTuple):
     """Zeros of `adapters.tap`, (N, M), which get the gradient that ``x`` would have had
     of the adapters; None if ``x`` gets it."""
 
-    def whole(self, bias: Array | None) -> "Read":
-        """The same, with the bias that belongs to ``y`` added to it."""
-        if bias is None or self.y is None:
+    bias: Any = None
+    """What ``y`` lacks, (F,); None if it has all."""
+
+    def whole(self) -> "Read":
+        """The same, with its bias added to ``y``."""
+        if self.bias is None or self.y is None:
             return self
-        return self._replace(y=self.y + bias[None, :])
+        return self._replace(y=self.y + self.bias[None, :], bias=None)
 
 
 @jax.tree_util.register_dataclass

@@ -43,7 +43,7 @@ def blend(
       TypeError: by forward-mode derivatives without ``forward_mode``.
     """
     if bias is not None and not backend.takes_bias:
-        read, bias = read.whole(bias), None
+        read, bias = read._replace(bias=bias).whole(), None
     s = dataclasses.replace(s, biased=bias is not None)
     s = backend.prepare(s, read.y.shape[0])
     if forward_mode and backend.tangent is not None:
@@ -105,7 +105,7 @@ def _results(
         chunks = adapters.of_chunks(s, bank, slots)
         out, statistics, reconstruction, saved = forward(read.y, bias, *chunks)
     if s.adapters:
-        given = read, bias
+        given = read._replace(bias=bias)
         out, more = adapters.forward(backend, s, out, given, bank, slots)
         reconstruction += more
     return (_biased(out, bias), statistics, reconstruction), saved
@@ -119,7 +119,7 @@ def _biased(out: Array, bias: Array | None) -> Array:
 def _forward(
     backend: Backend, s: Static, read: Read, bias: Any, bank: Bank, slots: Slots
 ) -> tuple[Results, Any]:
-    kept = (adapters.read_of(s, read), bias if s.adapters else None), bank, slots
+    kept = adapters.read_of(s, read._replace(bias=bias)), bank, slots
     if backend.differentiable:
         # By the same rule, so that a second derivative knows alpha and beta too.
         return _blend(backend, s, read, bias, bank, slots), (read.y, *kept)

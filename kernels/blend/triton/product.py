@@ -26,7 +26,7 @@ from esper_jax.kernels.blend.triton.refs import (
 )
 from esper_jax.kernels.blend.triton.static import TritonStatic
 
-__all__ = ["PRODUCTS"]
+__all__ = ["PRODUCTS", "add", "rows", "sums"]
 
 _PROGRAMS = 264
 """About as many as a device holds at once."""
