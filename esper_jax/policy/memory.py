@@ -38,6 +38,9 @@ class Reason(enum.IntEnum):
     """The budget of parameters does not cover another seed."""
     SETTLED = 10
     """Nothing will be born any more: free slots can be given back."""
+    FELL_BACK = 11
+    """A learned policy said something that is not finite: from now on the heuristic
+    decides."""
 
 
 @struct.dataclass
