@@ -31,7 +31,15 @@ from esper_jax.policy.learned import LearnedConfig, learned, learned_lives
 from esper_jax.policy.network import Weights
 from esper_jax.train import build, scan_fit, start_from
 
-__all__ = ["Episodes", "Player", "Result", "growing_nothing", "plays"]
+__all__ = [
+    "Episodes",
+    "Player",
+    "Result",
+    "growing_nothing",
+    "host_of",
+    "host_parameters",
+    "plays",
+]
 
 Player = Callable[[Any, Float[Array, ""], int], PolicyFactory]
 """``player(numbers, budget, ticks) -> policy``: from a candidate's numbers, an int32
