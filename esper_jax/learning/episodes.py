@@ -41,7 +41,7 @@ __all__ = [
     "plays",
 ]
 
-Player = Callable[[Any, Float[Array, ""], int], PolicyFactory]
+Player = Callable[[Any, Int[Array, ""], int], PolicyFactory]
 """``player(numbers, budget, ticks) -> policy``: from a candidate's numbers, an int32
 budget (both traced) and the length of a run."""
 
@@ -65,7 +65,7 @@ class Result(NamedTuple):
     """Accuracy on held-out data at each tick."""
 
 
-def plays(weights: Weights, budget: Float[Array, ""], ticks: int) -> PolicyFactory:
+def plays(weights: Weights, budget: Int[Array, ""], ticks: int) -> PolicyFactory:
     """A network as a `Player`; its numbers are its weights."""
     make = learned(weights, LearnedConfig(budget=budget, ticks=ticks))
 

@@ -24,29 +24,29 @@ INPUTS, CLASSES = 64, 10
 
 
 class Task(NamedTuple):
-    """Data and numbers of a run."""
+    """Data and numbers of a run, or of many along leading axes."""
 
     train: Any
     """``(x, y)``: float32 (R, 64) and int32 (R,)."""
     held_out: Any
     test: Any
-    change: Int[Array, ""]
+    change: Int[Array, "*N"]
     """0 for none; 1: the labels are permuted; 2: the inputs are, and the host freezes;
     from ``change_at`` on."""
-    change_at: Int[Array, ""]
+    change_at: Int[Array, "*N"]
     """A tick."""
-    inputs: Int[Array, " D"]
+    inputs: Int[Array, "*N D"]
     """The permutation of the inputs."""
-    labels: Int[Array, " C"]
+    labels: Int[Array, "*N C"]
     """The permutation of the labels."""
-    rate: Float[Array, ""]
+    rate: Float[Array, "*N"]
     """Peak learning rate of the host."""
-    share: Float[Array, ""]
+    share: Float[Array, "*N"]
     """Rate of the blueprints over the host's."""
-    budget: Float[Array, ""]
+    budget: Float[Array, "*N"]
     """Most parameters of living seeds, over what one in every place has in the mean; -1
     for no limit."""
-    key: Key[Array, ""]
+    key: Key[Array, "*N"]
     """Draws the host."""
 
 
