@@ -18,9 +18,21 @@ from jaxtyping import Array, Float, Int, Key
 
 from esper_jax.learning.config import Family
 
-__all__ = ["CLASSES", "INPUTS", "Task", "changed", "draw_tasks", "load_digits_task"]
+__all__ = [
+    "CLASSES",
+    "INPUTS",
+    "KINDS",
+    "Task",
+    "changed",
+    "draw_tasks",
+    "load_digits_task",
+    "sizes_of",
+    "task_of",
+]
 
 INPUTS, CLASSES = 64, 10
+KINDS = ("digits", "teacher", "clusters")
+"""Kinds of tasks that a policy is trained on."""
 
 
 class Task(NamedTuple):
@@ -60,7 +72,11 @@ def load_digits_task() -> tuple[np.ndarray, np.ndarray]:
 
 
 def draw_tasks(
-    key: Key[Array, ""], family: Family, digits: tuple[Any, Any], count: int
+    key: Key[Array, ""],
+    family: Family,
+    digits: tuple[Any, Any],
+    count: int,
+    kind: int | None = None,
 ) -> Task:
     """As many tasks, stacked.
 
@@ -69,42 +85,72 @@ def draw_tasks(
       family: says how many rows, and ticks.
       digits: as `load_digits_task` returns them.
       count: how many.
+      kind: of `KINDS`, by number; None for any.
     """
-    sizes = family.rows, family.held_out, family.test
-    draw = jax.vmap(lambda k: _draw(k, sizes, family.ticks, digits))
-    return draw(jax.random.split(key, count))
+
+    def draw(key: Key[Array, ""]) -> Task:
+        rows, others = jax.random.split(key)
+        x, y = _drawn_rows(rows, sum(sizes_of(family)), digits, kind)
+        return task_of(others, family, x, y)
+
+    return jax.vmap(draw)(jax.random.split(key, count))
 
 
-def _draw(
-    key: Key[Array, ""], sizes: tuple[int, int, int], ticks: int, digits: Any
+def sizes_of(family: Family) -> tuple[int, int, int]:
+    """Rows to train on, held out and to test with."""
+    return family.rows, family.held_out, family.test
+
+
+def task_of(
+    key: Key[Array, ""],
+    family: Family,
+    x: Float[Array, "R 64"],
+    y: Int[Array, " R"],
 ) -> Task:
-    keys = jax.random.split(key, 10)
-    rows = sum(sizes)
-    kinds = [
-        _digits(keys[0], rows, digits),
-        _teacher(keys[1], rows),
-        _clusters(keys[2], rows),
-    ]
-    kind = jax.random.randint(keys[3], (), 0, len(kinds))
-    x, y = jax.tree.map(lambda *a: jnp.stack(a)[kind], *kinds)
-    ends = np.cumsum(sizes)[:-1]
+    """A task of given rows, whose change, rates and budget are drawn.
+
+    Args:
+      key: draws them.
+      family: says how the rows are divided, and how long a run is.
+      x: as many rows as `sizes_of` says.
+      y: their labels.
+    """
+    keys = jax.random.split(key, 6)
+    ends = np.cumsum(sizes_of(family))[:-1]
     xs, ys = jnp.split(x, ends), jnp.split(y, ends)
     low, high = np.log(4e-3), np.log(3e-2)
-    drawn = jax.random.uniform(keys[4], (4,))
-    change = jnp.asarray([0, 0, 1, 2])[jax.random.randint(keys[5], (), 0, 4)]
+    drawn = jax.random.uniform(keys[0], (4,))
+    change = jnp.asarray([0, 0, 1, 2])[jax.random.randint(keys[1], (), 0, 4)]
+    ticks = family.ticks
     return Task(
         (xs[0], ys[0]),
         (xs[1], ys[1]),
         (xs[2], ys[2]),
         change=change,
-        change_at=jax.random.randint(keys[6], (), ticks // 4, ticks // 2),
-        inputs=jax.random.permutation(keys[7], INPUTS),
-        labels=jax.random.permutation(keys[8], CLASSES),
+        change_at=jax.random.randint(keys[2], (), ticks // 4, ticks // 2),
+        inputs=jax.random.permutation(keys[3], INPUTS),
+        labels=jax.random.permutation(keys[4], CLASSES),
         rate=jnp.exp(low + (high - low) * drawn[0]),
         share=0.3 + 0.7 * drawn[1],
         budget=jnp.where(drawn[2] < 0.2, -1.0, 0.1 + 0.9 * drawn[3]),
-        key=keys[9],
+        key=keys[5],
     )
+
+
+def _drawn_rows(
+    key: Key[Array, ""], rows: int, digits: Any, kind: int | None
+) -> tuple[Array, Array]:
+    keys = jax.random.split(key, 4)
+    kinds = [
+        _digits(keys[0], rows, digits),
+        _teacher(keys[1], rows),
+        _clusters(keys[2], rows),
+    ]
+    if kind is not None:
+        return kinds[kind]
+    which = jax.random.randint(keys[3], (), 0, len(kinds))
+    x, y = jax.tree.map(lambda *a: jnp.stack(a)[which], *kinds)
+    return x, y
 
 
 def _digits(key: Key[Array, ""], rows: int, digits: Any) -> tuple[Array, Array]:
