@@ -20,7 +20,7 @@ from esper_jax.learning import (
 from esper_jax.learning.config import load_policy_config
 from esper_jax.learning.episodes import host_parameters
 from esper_jax.learning.tasks import changed, draw_tasks, load_digits_task
-from esper_jax.learning.train import Trainer
+from esper_jax.learning.train import Trainer, curves_of
 from esper_jax.policy.learned_file import read_policy
 from esper_jax.run.config import ConfigError
 from esper_jax.run.folder import RunError
@@ -81,6 +81,13 @@ def test_a_small_training_raises_its_reward_and_goes_on_as_if_never_stopped(
     assert births[-3:].mean() < births[0]
     for row in rows:
         assert row["gain"] == pytest.approx(row["reward"] - row["baseline"], abs=1e-5)
+    lines = curves_of(tmp_path)
+    assert lines[0] == "16 generations"
+    first, last = lines[2].split()[1], lines[2].split()[-1]
+    assert float(first) == pytest.approx(gain[0], abs=1e-4)
+    assert float(last) == pytest.approx(gain[-1], abs=1e-4)
+    with pytest.raises(RunError, match="holds no training"):
+        curves_of(tmp_path / "other")
     found = read_policy(policy)
     assert found.made_by["generations"] == 16
     assert found.made_by["config"]["evolution"]["rent"] == 4.0

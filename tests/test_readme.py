@@ -25,6 +25,7 @@ SUBJECTS = (
     "design",
     "devices",
     "flags",
+    "learned",
     "lifecycle",
     "monitoring",
     "policies",

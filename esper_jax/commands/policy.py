@@ -49,16 +49,24 @@ class TrainPolicy:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ShowPolicy:
-    """Print what made a policy: its command, seed, versions and hash."""
+    """Print what made a policy: its command, seed, versions and hash.
 
-    file: Annotated[Path | None, tyro.conf.Positional] = None
-    """File of the policy. Default: the one that the package ships."""
+    Of the folder of a training, also its curves.
+    """
+
+    path: Annotated[Path | None, tyro.conf.Positional] = None
+    """File of a policy, or folder of a training. Default: the shipped policy."""
 
     def act(self) -> None:
         """Prints a line for each thing known."""
         from esper_jax.policy.learned_file import SHIPPED, read_policy
 
-        path = self.file or SHIPPED
+        path = (self.path or SHIPPED).expanduser()
+        if path.is_dir():
+            from esper_jax.learning.train import curves_of
+
+            print("\n".join(curves_of(path)))
+            path = path / "policy.safetensors"
         found = read_policy(path)
         print(path)
         for name, value in found.made_by.items():

@@ -19,11 +19,12 @@ from esper_jax.learning.config import EvolutionConfig, PolicyConfig
 from esper_jax.learning.episodes import Episodes, Player, growing_nothing, plays
 from esper_jax.learning.evolution import Evolution
 from esper_jax.learning.tasks import draw_tasks, load_digits_task
+from esper_jax.monitor.curves import Curve
 from esper_jax.policy import network
 from esper_jax.policy.learned_file import NUM_FEATURES, write_policy
 from esper_jax.run.folder import RunError
 
-__all__ = ["Trainer", "train_policy"]
+__all__ = ["Trainer", "curves_of", "train_policy"]
 
 
 class Trainer:
@@ -215,6 +216,31 @@ def train_policy(
             save()
     save()
     return policy
+
+
+def curves_of(out: Path, width: int = 60) -> list[str]:
+    """The course of a training in lines of text, each with its first and last mean.
+
+    Args:
+      out: its folder.
+      width: of a curve, in characters.
+
+    Raises:
+      RunError: if the folder holds no training.
+    """
+    path = out / "metrics.jsonl"
+    if not path.exists():
+        raise RunError(f"{out} holds no training of a policy: it has no {path.name}")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = [f"{len(rows)} generations"]
+    for name in ("reward", "gain", "births", "parameters"):
+        values, curve = [row[name] for row in rows], Curve()
+        for value in values:
+            curve.add(value)
+        few = max(1, len(values) // 10)
+        first, last = (float(np.mean(v)) for v in (values[:few], values[-few:]))
+        lines.append(f"{name:10} {first:8.4f} {curve.line(width)} {last:.4f}")
+    return lines
 
 
 def _line(row: dict[str, float]) -> str:
