@@ -15,7 +15,7 @@ import optax
 import pytest
 from flax import nnx
 
-from esper_jax import build, cli, fit
+from esper_jax import Growth, build, cli, fit
 from esper_jax.groups import Groups
 from esper_jax.hosts import MLP
 from esper_jax.lifecycle import Stage, gates_pass, init_seeds
@@ -36,6 +36,7 @@ from esper_jax.policy.interface import LayerShape, Setting
 from esper_jax.policy.learned_file import NUM_FEATURES, read_policy, write_policy
 from esper_jax.policy.sight import FEATURES, SIGNALS
 from esper_jax.train import scan_fit
+from esper_jax.train.mesh import over_mesh
 
 WEIGHTS = network.init_weights(jax.random.key(3), NUM_FEATURES)
 GATES = learned_lives()
@@ -219,15 +220,20 @@ X = np.random.default_rng(0).normal(size=(64, 4)).astype(np.float32)
 Y = (X[:, 0] * X[:, 1] > 0).astype(np.int32)
 
 
-@pytest.fixture(scope="module")
-def program() -> Any:
+def _program(**options: Any) -> Any:
     return build(
         MLP(4, (6,), 2, num_seeds=2, blueprints=("low_rank",), rngs=nnx.Rngs(0)),
         optax.adam(1e-2),
         optax.adam(1e-2),
         lifecycle_config=GATES,
         policy=learned(WEIGHTS, LearnedConfig(ticks=6), ControllerConfig(patience=1)),
+        **options,
     )
+
+
+@pytest.fixture(scope="module")
+def program() -> Any:
+    return _program()
 
 
 def test_a_run_grows_by_it_and_falls_back_to_the_heuristic(
@@ -289,6 +295,36 @@ def test_scans_and_vmap_decide_as_a_loop_does(program: Any) -> None:
     np.testing.assert_allclose(
         many.memory.remembered[1], alone.memory.remembered, atol=1e-3
     )
+
+
+@pytest.mark.slow
+def test_devices_decide_as_one_does(program: Any) -> None:
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    many = over_mesh(_program(axis_name="data"), mesh)
+    ends = [
+        fit(p, p.init(jax.random.key(0)), (X, Y), (X, Y), ticks=6, batch_size=32)
+        for p in (program, many)
+    ]
+    one, other = (end.seeds["layers/0"] for end in ends)
+    np.testing.assert_array_equal(one.stage, other.stage)
+    np.testing.assert_allclose(*(end.memory.remembered for end in ends), atol=1e-3)
+
+
+def test_beside_a_loop_of_ones_own(caplog: pytest.LogCaptureFixture) -> None:
+    host = MLP(4, (6,), 2, num_seeds=3, capacity=2, rngs=nnx.Rngs(0))
+    weights = {**WEIGHTS, "think": WEIGHTS["think"] * jnp.nan}
+    for given, fell in ((WEIGHTS, False), (weights, True)):
+        growth = Growth(
+            host,
+            optax.sgd(0.1),
+            lifecycle_config=GATES,
+            policy=learned(given, controller=ControllerConfig()),
+        )
+        report = growth.tick(host, lambda m: jnp.mean(m(X) ** 2))
+        assert (int(report.reason) == Reason.FELL_BACK) == fell
+        assert bool(caplog.records) == fell
+        if not fell:  # as many as there are slots
+            assert sorted(report.layers["layers/0"].stage.tolist()) == [0, 1, 1]
 
 
 def test_a_file_holds_what_was_written_and_others_are_refused(tmp_path: Any) -> None:
