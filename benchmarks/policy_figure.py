@@ -14,6 +14,7 @@ def draw(out: Path) -> None:
     """Draws ``births.png`` from ``results.json``: a panel for each task, middle budget.
 
     Bars are births a run at each tick, by blueprint; the second layer's are hatched.
+    Ticks after the last birth of any task are left out.
     """
     import matplotlib
 
@@ -22,15 +23,16 @@ def draw(out: Path) -> None:
 
     told = json.loads((out / "results.json").read_text())
     rows = [row for row in told["cells"] if row["budget"] == 0.5]
-    columns = 3
+    last = max(np.flatnonzero(np.sum(r["births"], axis=(1, 2)))[-1] for r in rows)
+    columns = 5
     height = -(-len(rows) // columns)
     figure, axes = plt.subplots(
-        height, columns, figsize=(13, 2.3 * height), squeeze=False, sharey=True
+        height, columns, figsize=(13, 2.0 * height), squeeze=False, sharey=True
     )
     for axis in axes.flat[len(rows) :]:
         axis.axis("off")
     for axis, row in zip(axes.flat, rows, strict=False):
-        births = np.asarray(row["births"])
+        births = np.asarray(row["births"])[: last + 2]
         base = np.zeros(len(births))
         for layer in range(births.shape[1]):
             for kind, name in enumerate(KINDS):
@@ -47,7 +49,8 @@ def draw(out: Path) -> None:
                 base += births[:, layer, kind]
         cell = row["cell"]
         axis.set_title(f"{cell['name']} ({cell['host']})", fontsize=9)
-    axes[0, 0].legend(fontsize=6)
+    named = axes[0, 0].get_legend_handles_labels()
+    figure.legend(*named, loc="lower right", fontsize=9)
     axes[0, 0].set_ylabel("births a run")
     axes[-1, 0].set_xlabel("tick")
     figure.tight_layout()

@@ -125,6 +125,6 @@ class Sets:
         def draw(key: Any) -> Task:
             order, others = jax.random.split(key)
             some = jax.random.permutation(order, len(y))[: sum(sizes_of(family))]
-            return task_of(others, family, x[some], y[some])
+            return task_of(jax.random.split(others, 6), family, x[some], y[some])
 
         return jax.vmap(draw)(jax.random.split(key, runs))

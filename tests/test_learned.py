@@ -33,7 +33,13 @@ from esper_jax.policy import (
     network,
 )
 from esper_jax.policy.interface import LayerShape, Setting
-from esper_jax.policy.learned_file import NUM_FEATURES, read_policy, write_policy
+from esper_jax.policy.learned_file import (
+    NUM_FEATURES,
+    SHIPPED,
+    digest,
+    read_policy,
+    write_policy,
+)
 from esper_jax.policy.sight import FEATURES, SIGNALS
 from esper_jax.train import scan_fit
 from esper_jax.train.mesh import over_mesh
@@ -182,17 +188,19 @@ def test_a_signal_that_is_ablated_is_as_one_that_was_not_measured() -> None:
     seeds, signals = drawn(5)
     assert set(FEATURES) == set(SIGNALS)
     weights = loud(2)
-    blind = {**weights, "read": weights["read"].at[FEATURES["gain"]].set(0.0)}
-    unknown = {
-        name: dataclasses.replace(s, gain=jnp.full_like(s.gain, jnp.nan))
-        for name, s in signals.items()
-    }
-    one, first = decided(blind, seeds, signals, ticks=2)
-    two, second = decided(weights, seeds, unknown, ticks=2)
-    np.testing.assert_allclose(first.remembered, second.remembered, atol=1e-6)
-    np.testing.assert_array_equal(one["a"].target, two["a"].target)
-    _, third = decided(weights, seeds, signals, ticks=2)
-    assert np.abs(np.asarray(first.remembered - third.remembered)).max() > 1e-4
+    _, seeing = decided(weights, seeds, signals, ticks=2)
+    for signal in ("worth", "gain", "gradient_ratio", "chunk_gradient", "stability"):
+        read = weights["read"].at[FEATURES[signal]].set(0.0)
+        unknown = {
+            name: dataclasses.replace(s, **{signal: jnp.full_like(s.gain, jnp.nan)})
+            for name, s in signals.items()
+        }
+        one, first = decided({**weights, "read": read}, seeds, signals, ticks=2)
+        two, second = decided(weights, seeds, unknown, ticks=2)
+        np.testing.assert_allclose(first.remembered, second.remembered, atol=1e-6)
+        np.testing.assert_array_equal(one["a"].target, two["a"].target)
+        apart = np.abs(np.asarray(first.remembered - seeing.remembered))
+        assert apart.max() > 1e-4, signal
 
 
 def test_it_takes_as_long_as_the_heuristic_or_nearly() -> None:
@@ -364,6 +372,20 @@ def test_a_file_holds_what_was_written_and_others_are_refused(tmp_path: Any) -> 
         read_policy(tmp_path / "nothing")
 
 
+def test_the_shipped_policy_says_what_made_it() -> None:
+    found = read_policy()
+    assert SHIPPED.stat().st_size < 100_000
+    assert found.made_by["command"].startswith("esper-jax policy train configs/policy")
+    assert found.made_by["seed"] == 0
+    assert found.made_by["hash"] == digest(found.weights)
+    assert all(np.isfinite(w).all() for w in found.weights.values())
+    seeds, signals = drawn(1)
+    commands, memory = decided(found.weights, seeds, signals)
+    assert not bool(memory.broken)
+    asked = np.concatenate([c.target for c in commands.values()])
+    assert (asked == Stage.GERMINATED).any()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [({"budget": -2}, "budget must be an int"), ({"ticks": 1.5}, "ticks must be an")],
@@ -399,6 +421,15 @@ def test_a_run_of_a_config(
     assert [e["tick"] for e in told] == [1]
     assert "not finite" in told[0]["text"]
     assert "seed: 7" in esper("policy", "show", path)
+    # It goes on with the weights that the checkpoint holds.
+    write_policy(path, loud(1))
+    esper("train", config, "--out", out, "--resume", "--set", "train.ticks=3")
+    lines = (out / "events.jsonl").read_text().splitlines()
+    assert sum(json.loads(line)["to"] == "the heuristic" for line in lines) == 1
+    ticks = (out / "ticks.jsonl").read_text().splitlines()
+    assert json.loads(ticks[-1])["tick"] == 3
+    change = ("train", config, "--out", out, "--resume", "--allow-change", "learned")
+    assert "the saved state has the form that this key gave it" in esper(*change)
     path.write_bytes(b"nothing")
     for words in (("train", config, "--out", tmp_path / "b"), ("policy", "show", path)):
         assert f"{path}: expected safetensors" in esper(*words)

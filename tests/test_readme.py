@@ -178,6 +178,7 @@ def test_the_benchmarks_of_results_exist():
             "lifecycle",
             "model",
             "monitor",
+            "policy",
             "scaling",
             "worth",
         )

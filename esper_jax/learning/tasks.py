@@ -89,9 +89,9 @@ def draw_tasks(
     """
 
     def draw(key: Key[Array, ""]) -> Task:
-        rows, others = jax.random.split(key)
-        x, y = _drawn_rows(rows, sum(sizes_of(family)), digits, kind)
-        return task_of(others, family, x, y)
+        keys = jax.random.split(key, 10)
+        x, y = _drawn_rows(keys[:4], sum(sizes_of(family)), digits, kind)
+        return task_of(keys[4:], family, x, y)
 
     return jax.vmap(draw)(jax.random.split(key, count))
 
@@ -102,7 +102,7 @@ def sizes_of(family: Family) -> tuple[int, int, int]:
 
 
 def task_of(
-    key: Key[Array, ""],
+    keys: Key[Array, " 6"],
     family: Family,
     x: Float[Array, "R 64"],
     y: Int[Array, " R"],
@@ -110,12 +110,11 @@ def task_of(
     """A task of given rows, whose change, rates and budget are drawn.
 
     Args:
-      key: draws them.
+      keys: draw them.
       family: says how the rows are divided, and how long a run is.
       x: as many rows as `sizes_of` says.
       y: their labels.
     """
-    keys = jax.random.split(key, 6)
     ends = np.cumsum(sizes_of(family))[:-1]
     xs, ys = jnp.split(x, ends), jnp.split(y, ends)
     low, high = np.log(4e-3), np.log(3e-2)
@@ -138,9 +137,8 @@ def task_of(
 
 
 def _drawn_rows(
-    key: Key[Array, ""], rows: int, digits: Any, kind: int | None
+    keys: Key[Array, " 4"], rows: int, digits: Any, kind: int | None
 ) -> tuple[Array, Array]:
-    keys = jax.random.split(key, 4)
     kinds = [
         _digits(keys[0], rows, digits),
         _teacher(keys[1], rows),

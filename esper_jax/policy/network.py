@@ -93,7 +93,6 @@ def init_weights(key: Key[Array, ""], features: int) -> dict[str, Float[Array, "
     bias = np.zeros(weights["say_bias"].shape, np.float32)
     bias[:NUM_STAGES] = 0.3
     bias[ends] = -0.3
-    bias[-OF_BLUEPRINTS] = 0.5  # the dearest that the budget covers
     weights["say_bias"] = jnp.asarray(bias)
     return weights
 
