@@ -18,6 +18,7 @@ ROOMS = (
     "lifecycle",
     "blueprints",
     "policy",
+    "learning",
     "train",
     "monitor",
     "rollout",

@@ -102,6 +102,7 @@ def _in_words(error: Exception) -> tuple[str, int]:
     import jax
 
     from esper_jax.checkpoint import CheckpointError
+    from esper_jax.policy.learned_file import PolicyFileError
     from esper_jax.rollout.canary.plan import CanaryError
     from esper_jax.rollout.flags import FlagError
     from esper_jax.run.config import ConfigError
@@ -114,6 +115,7 @@ def _in_words(error: Exception) -> tuple[str, int]:
         | ConfigError
         | DataError
         | FlagError
+        | PolicyFileError
         | RunError
         | OSError
     )

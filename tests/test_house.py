@@ -31,6 +31,7 @@ FLOORS = (
     ("monitor",),
     ("bus",),
     ("run",),
+    ("learning",),
     ("rollout",),
     ("commands", "cli"),
     # The package's own names, its command, and the import paths of version 0.1.

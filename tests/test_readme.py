@@ -25,6 +25,7 @@ SUBJECTS = (
     "design",
     "devices",
     "flags",
+    "learned",
     "lifecycle",
     "monitoring",
     "policies",
@@ -177,6 +178,7 @@ def test_the_benchmarks_of_results_exist():
             "lifecycle",
             "model",
             "monitor",
+            "policy",
             "scaling",
             "worth",
         )

@@ -5,6 +5,7 @@ from esper_jax.commands.bus import Bus
 from esper_jax.commands.canary import Canary
 from esper_jax.commands.checkpoints import Checkpoint
 from esper_jax.commands.comparing import Ab, Bench
+from esper_jax.commands.policy import LearnedPolicy
 from esper_jax.commands.reading import Evaluate, Export, Report
 from esper_jax.commands.rollout import Flags
 from esper_jax.commands.training import Train
@@ -20,6 +21,7 @@ __all__ = [
     "Evaluate",
     "Export",
     "Flags",
+    "LearnedPolicy",
     "Report",
     "Train",
 ]
@@ -35,5 +37,6 @@ COMMANDS: dict[str, type[Command]] = {
     "flags": Flags,
     "canary": Canary,
     "bus": Bus,
+    "policy": LearnedPolicy,
 }
 """By the word that calls them."""

@@ -34,6 +34,7 @@ from esper_jax.lifecycle.stages import Stage
 from esper_jax.lifecycle.state import SeedState, slot_coefficients
 from esper_jax.optim import PerSlot, per_slot
 from esper_jax.policy.interface import Policy, PolicyFactory
+from esper_jax.policy.memory import warn_of_fallback
 
 __all__ = [
     "MEASURE_EVERY",
@@ -289,6 +290,7 @@ def _tick(
         recipe, remembered.growth, before, host, seen, outside
     )
     after, report = jax.device_get((after, report))
+    warn_of_fallback(report.reason, report.tick)
     new, moments = parts.put_beds("seeds", groups.part(after)), remembered.moments
     if _changes_banks(recipe, before, after):
         banks = groups.join(jax.device_get(parts.take_beds(values, "bank")))

@@ -73,6 +73,11 @@ def why(reason: int) -> str:
                 "nothing germinates any more: what slots are free can be given back "
                 "(growth.shrink(model); a run does so by itself)"
             )
+        case Reason.FELL_BACK:
+            return (
+                "the learned policy said something that is not finite: from now on the "
+                "heuristic decides"
+            )
         case other:
             assert_never(other)  # the type checker finds a reason without words
 

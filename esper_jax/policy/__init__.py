@@ -3,6 +3,14 @@
 from esper_jax.policy.config import ControllerConfig
 from esper_jax.policy.heuristic import Decide, decide, heuristic
 from esper_jax.policy.interface import LayerShape, Policy, PolicyFactory, Setting
+from esper_jax.policy.learned import (
+    LearnedConfig,
+    LearnedMemory,
+    learned,
+    learned_lives,
+    load,
+)
+from esper_jax.policy.learned_file import PolicyFileError
 from esper_jax.policy.memory import ControllerMemory, Reason, init_memory
 from esper_jax.policy.trial import TrialConfig, TrialMemory, trial, trial_lives
 
@@ -11,8 +19,11 @@ __all__ = [
     "ControllerMemory",
     "Decide",
     "LayerShape",
+    "LearnedConfig",
+    "LearnedMemory",
     "Policy",
     "PolicyFactory",
+    "PolicyFileError",
     "Reason",
     "Setting",
     "TrialConfig",
@@ -20,6 +31,9 @@ __all__ = [
     "decide",
     "heuristic",
     "init_memory",
+    "learned",
+    "learned_lives",
+    "load",
     "trial",
     "trial_lives",
 ]

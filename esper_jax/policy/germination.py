@@ -64,7 +64,7 @@ def germinate(
         Limits(
             births=config.births,
             at_once=config.max_training - waiting,
-            room=jnp.inf if config.budget < 0 else config.budget - _spent(seen),
+            room=config.budget - _spent(seen) if _limited(config) else jnp.inf,
         ),
     )
     reason = _first_reason(
@@ -93,6 +93,11 @@ def germinate(
         tried=memory.tried.at[kind].add(sum(jnp.sum(b) for b in born.values())),
     )
     return kind, born, memory
+
+
+def _limited(config: ControllerConfig) -> bool:
+    """Whether there is a budget. One that is traced, as when it is tuned, is one."""
+    return not isinstance(config.budget, int) or config.budget >= 0
 
 
 def _spent(seen: Seen) -> Int[Array, ""]:

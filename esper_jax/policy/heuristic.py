@@ -254,8 +254,9 @@ def _watch(
     A loss that is not finite counts as no improvement and as no change. When the data
     have changed, both the best loss and the mean start afresh.
     """
-    if config.shift_tolerance >= 0:
-        usual = memory.loss_mean + config.shift_tolerance * jnp.abs(memory.loss_mean)
+    tolerance = config.shift_tolerance
+    if not isinstance(tolerance, int | float) or tolerance >= 0:  # or is traced
+        usual = memory.loss_mean + tolerance * jnp.abs(memory.loss_mean)
         shifted = jnp.isfinite(loss) & (loss > usual)
         memory = dataclasses.replace(
             memory,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import enum
+import logging
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -10,7 +11,23 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Key
 
-__all__ = ["ControllerMemory", "Reason", "init_memory", "not_heard"]
+__all__ = [
+    "FELL_BACK",
+    "ControllerMemory",
+    "Reason",
+    "init_memory",
+    "not_heard",
+    "warn_of_fallback",
+]
+
+_log = logging.getLogger(__name__)
+
+FELL_BACK = (
+    "the learned policy",
+    "the heuristic",
+    "the network said something that is not finite",
+)
+"""What has decided until a fallback, what decides from then on, and why."""
 
 
 class Reason(enum.IntEnum):
@@ -38,6 +55,9 @@ class Reason(enum.IntEnum):
     """The budget of parameters does not cover another seed."""
     SETTLED = 10
     """Nothing will be born any more: free slots can be given back."""
+    FELL_BACK = 11
+    """A learned policy said something that is not finite: from now on the heuristic
+    decides."""
 
 
 @struct.dataclass
@@ -127,3 +147,17 @@ def not_heard(unheard: Bool[Array, ""], new: Any, old: Any) -> Any:
     }
     reason = jnp.where(unheard, jnp.int8(Reason.DISABLED), new.reason)
     return dataclasses.replace(new, **kept, reason=reason)
+
+
+def warn_of_fallback(reason: Any, tick: Any) -> None:
+    """Logs a warning if the reason of a tick is that another policy has taken over."""
+    if int(reason) == Reason.FELL_BACK:
+        before, after, why = FELL_BACK
+        _log.warning(
+            "tick %d: %s decides no longer, since %s; %s does from now on. Check the "
+            "policy's file, and that losses and weights are finite",
+            int(tick),
+            before,
+            why,
+            after,
+        )

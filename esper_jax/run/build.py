@@ -17,6 +17,8 @@ from esper_jax.growth.parts import values_of
 from esper_jax.hosts import MLP
 from esper_jax.lifecycle.grafting import Strategy
 from esper_jax.policy.interface import PolicyFactory, barren, idle
+from esper_jax.policy.learned import learned
+from esper_jax.policy.learned_file import read_policy
 from esper_jax.policy.trial import trial
 from esper_jax.run.config import ConfigError, GrowthConfig, ModelConfig, RunConfig
 from esper_jax.run.features import apply_features, policy_under
@@ -138,12 +140,23 @@ def _program(config: RunConfig, model: nnx.Module, axis_name: str | None) -> Pro
 
 def _policy(config: RunConfig) -> PolicyFactory:
     features = config.features
-    if config.policy != "trial":
+    if config.policy == "heuristic":
         return policy_under(features, config.controller)
-    policy = trial(config.trial)
+    policy = trial(config.trial) if config.policy == "trial" else _learned(config)
     if not features.growth:  # its memory all the same, which a resumed run needs
         policy = barren(policy)
     return policy if features.chunked_layers else idle(policy)
+
+
+def _learned(config: RunConfig) -> PolicyFactory:
+    """The network of a config, told how long the run is and whether the host trains."""
+    told = config.learned
+    told = dataclasses.replace(
+        told,
+        ticks=told.ticks or config.train.ticks,
+        gradients=told.gradients and not config.train.frozen,
+    )
+    return learned(read_policy(told.path).weights, told, config.controller)
 
 
 def _perceptron(config: RunConfig, data: Dataset) -> MLP:

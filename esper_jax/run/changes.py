@@ -48,7 +48,7 @@ def check_resumable(
         if (
             _within(name, "model")
             or (_within(name, "growth") and name != "growth.capacity")
-            or name in ("policy", "train.frozen")
+            or name in ("policy", "train.frozen", "learned", "learned.path")
             or name in ("features", "features.grafting_strategies")
         ):
             raise ConfigError(

@@ -16,6 +16,7 @@ from esper_jax.lifecycle.rules import LifecycleConfig
 from esper_jax.lifecycle.stages import Incubation, Stage
 from esper_jax.monitor.config import MonitorConfig
 from esper_jax.policy.config import ControllerConfig
+from esper_jax.policy.learned import LearnedConfig, learned_lives
 from esper_jax.policy.trial import TrialConfig, trial_lives
 from esper_jax.run.building import built
 from esper_jax.run.features import Features
@@ -226,9 +227,10 @@ class RunConfig:
 
     Args:
       seed: draws the parameters and the order of the rows.
-      policy: what decides: ``"heuristic"``, by the table ``controller``, or
-        ``"trial"``, by the table ``trial``. Keys of ``lifecycle`` that are not given
-        are those of `policy.trial_lives` then.
+      policy: what decides: ``"heuristic"``, by the table ``controller``; ``"trial"``,
+        by the table ``trial``; or ``"learned"``, a network, by the table ``learned``.
+        Keys of ``lifecycle`` that are not given are those of `policy.trial_lives` or
+        `policy.learned_lives` then.
     """
 
     seed: int = 0
@@ -240,6 +242,7 @@ class RunConfig:
     lifecycle: LifecycleConfig = dataclasses.field(default_factory=LifecycleConfig)
     controller: ControllerConfig = dataclasses.field(default_factory=ControllerConfig)
     trial: TrialConfig = dataclasses.field(default_factory=TrialConfig)
+    learned: LearnedConfig = dataclasses.field(default_factory=LearnedConfig)
     governor: GovernorConfig = dataclasses.field(default_factory=GovernorConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     compare: CompareConfig = dataclasses.field(default_factory=CompareConfig)
@@ -251,7 +254,7 @@ class RunConfig:
             raise ValueError(
                 f"seed must be at least 0 and below 2**32, got {self.seed}"
             )
-        _one_of("policy", self.policy, ("heuristic", "trial"))
+        _one_of("policy", self.policy, ("heuristic", "trial", "learned"))
         if self.compare.static and self.train.frozen:
             raise ValueError(
                 "compare.static trains a host, so train.frozen must be false; got true"
@@ -311,12 +314,16 @@ def parse_config(table: Mapping[str, Any]) -> RunConfig:
     return built(RunConfig, _with_lives(table), "")
 
 
+_LIVES = {"trial": trial_lives, "learned": learned_lives}
+"""Lifecycles of the policies that need another one than the default."""
+
+
 def _with_lives(table: Any) -> Any:
-    """The tables with a trial's lifecycle, in which they may have other numbers."""
+    """The tables with the lifecycle of their policy, of which they may change keys."""
     own = table.get("lifecycle", {}) if isinstance(table, Mapping) else None
-    if not isinstance(own, Mapping) or table.get("policy") != "trial":
+    if not isinstance(own, Mapping) or table.get("policy") not in tuple(_LIVES):
         return table
-    lives = _written_lifecycle(trial_lives())
+    lives = _written_lifecycle(_LIVES[table["policy"]]())
     for name in ("min_epochs", "grafting"):
         if isinstance(own.get(name, {}), Mapping):
             own = {**own, name: {**lives[name], **own.get(name, {})}}

@@ -370,25 +370,27 @@ class EventLog:
         self._append(new)
         return [f"tick {e['tick']}: {e['text']}" for e in new]
 
-    def add_policy(self, tick: int, remote: bool) -> list[str]:
+    def add_policy(
+        self, tick: int, before: str, after: str, since: str = ""
+    ) -> list[str]:
         """Writes that another policy decides from a tick on; returns a line of it.
 
         Args:
           tick: the first.
-          remote: whether it is the remote policy, or the run's own again.
+          before: what has decided so far.
+          after: what decides now.
+          since: why, if there is more to say.
         """
-        names = "its own policy", "the remote policy"
-        silence = "" if remote else ", since no decision of the remote one came in time"
         event = {
             "tick": tick,
             "layer": "",
             "seed": -1,
             "slot": -1,
-            "from": names[not remote],
-            "to": names[remote],
+            "from": before,
+            "to": after,
             "outcome": Outcome.OK.name,
             "measured": {},
-            "text": f"{names[remote]} decides{silence}",
+            "text": f"{after} decides{since and f', since {since}'}",
         }
         self._append([event])
         return [f"tick {tick}: {event['text']}"]

@@ -24,7 +24,7 @@ from esper_jax.monitor.live import LiveView
 from esper_jax.monitor.monitor import Monitor
 from esper_jax.monitor.words import why
 from esper_jax.parallel.processes import together
-from esper_jax.policy.memory import Reason
+from esper_jax.policy.memory import FELL_BACK, Reason
 from esper_jax.run.build import Build, build_run, load_data
 from esper_jax.run.config import ConfigError, RunConfig
 from esper_jax.run.devices import AXIS, mesh_of, over
@@ -328,7 +328,8 @@ class _Reporter:
         self._slots = slots
         together(lambda: self._write(report, fewer, state), RunError)
         reason = Reason(int(report.reason))
-        if reason not in (self._shown, Reason.NOT_YET, Reason.GERMINATED):
+        quiet = Reason.NOT_YET, Reason.GERMINATED, Reason.FELL_BACK  # or told elsewhere
+        if reason not in (self._shown, *quiet):
             self._view.note(f"tick {int(report.tick)}: {why(reason)}")
             self._shown = reason
         config = self._session.config
@@ -389,6 +390,9 @@ class _Reporter:
         self._view.update(report, events)
         if steering is not None:
             for line in steering.ticked(report, events, state):
+                self._view.note(line)
+        if int(report.reason) == Reason.FELL_BACK:
+            for line in log.add_policy(int(report.tick), *FELL_BACK):
                 self._view.note(line)
         self._session.metrics.add(report)
         self._monitor.write(report, events)

@@ -109,7 +109,11 @@ class Steering:
         told = self._written(answer)
         if silent != self._was_silent:
             self._was_silent = silent
-            told += self._session.log.add_policy(tick, remote=silent)
+            names = "its own policy", "the remote policy"
+            since = "" if silent else "no decision of the remote one came in time"
+            told += self._session.log.add_policy(
+                tick, names[not silent], names[silent], since
+            )
         return told
 
     def undone(self, rollback: Rollback) -> list[str]:

@@ -14,6 +14,7 @@ from esper_jax.growth.outside import Outside
 from esper_jax.growth.reports import TickReport
 from esper_jax.growth.state import TrainState
 from esper_jax.parallel.replicas import check_replicas
+from esper_jax.policy.memory import warn_of_fallback
 from esper_jax.train.batches import DataError, Feed, is_iterable, stack
 from esper_jax.train.checks import Checks
 from esper_jax.train.diagnosis import explain_loss
@@ -114,6 +115,7 @@ def fit(
             outside = () if commands is None else (commands(state),)
             state, report = program.tick(state, held_out, *outside)
             _check_agreement(state, report)
+            warn_of_fallback(report.reason, report.tick)
             state, changed = program.shrink(state)
             if governor is not None:
                 state, rollback = governor.review(state, report, seen, held_out)
