@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from esper_jax.bus import (
     Batch,
+    CapacityChanged,
     Enable,
     Germinate,
     LayerHealth,
@@ -26,7 +27,7 @@ from esper_jax.bus import (
 )
 from esper_jax.bus.envelope import MOST_BYTES, decode_command
 from esper_jax.bus.messages import COMMANDS, MESSAGES
-from esper_jax.bus.telling import moves_told
+from esper_jax.bus.telling import events_told
 
 ROOT = pathlib.Path(__file__).parents[1]
 MOVE = Move(layer="layers/0", seed=3, stage="CULLED")
@@ -206,9 +207,14 @@ def test_each_message_has_words() -> None:
         assert inspect.getdoc(message)
 
 
-def test_what_is_no_seed_s_is_no_move() -> None:
+def test_events_of_seeds_and_slots_are_told_and_no_others() -> None:
     seed = {"tick": 7, "layer": "a", "seed": 0, "outcome": "OK"}
     moved = {**seed, "from": "DORMANT", "to": "GERMINATED"}
     slots = {**seed, "seed": -1, "from": "3", "to": "1", "slots": [3, 1]}
     change = {**seed, "layer": "", "seed": -1, "from": "1", "to": "2", "change": 1}
-    assert [m.to for m in moves_told([slots, moved, change])] == ["GERMINATED"]
+    slots["text"] = "gives back 2"
+    given_back, move = events_told([slots, moved, change])
+    assert (move.to, move.seed) == ("GERMINATED", 0)
+    assert given_back == CapacityChanged(
+        tick=7, layer="a", before=3, after=1, text="gives back 2"
+    )

@@ -1,5 +1,6 @@
 """Redis Streams under faults, on a real server: all arrives once and in order."""
 
+import dataclasses
 import itertools
 import json
 import logging
@@ -8,15 +9,21 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 import redis
 from redis_server import Proxy, Server, needs_redis
 from reports import report
+from reports import seeds as a_layer
 
+from esper_jax import LifecycleConfig, Stage
 from esper_jax.bus import (
     Acknowledged,
     Enable,
+    LayerSeen,
     Record,
+    RemotePolicy,
     Service,
     StopAndSave,
     decode,
@@ -25,10 +32,16 @@ from esper_jax.bus import (
 )
 from esper_jax.bus import redis_streams as streams
 from esper_jax.bus.connect import check_url, client, connect, shown
+from esper_jax.bus.envelope import MOST_BYTES
 from esper_jax.bus.messages import Layer
 from esper_jax.bus.outbox import Letter, Outbox
 from esper_jax.bus.redis_streams import RedisClient, RedisStreams
+from esper_jax.bus.seen import Lent, seen_told
 from esper_jax.bus.transport import TransportError
+from esper_jax.lifecycle.commands import commands_for
+from esper_jax.lifecycle.signals import Signals
+from esper_jax.lifecycle.state import init_seeds
+from esper_jax.policy import Policy
 
 pytestmark = needs_redis
 
@@ -339,6 +352,82 @@ def test_a_report_that_is_too_long_is_kept_beside_the_stream(server: Server) -> 
     assert 3500 < admin.ttl(stub["dataref"]) <= 3600
     [found] = RedisClient(server.url, run, last=None).receive(1)
     assert json.loads(found) == envelope
+    outbox.close(1)
+
+
+def looking() -> Policy:
+    """Asks for the seed whose number is the tick's, by its worth."""
+
+    def decide(seeds: Any, signals: Any, memory: Any) -> Any:
+        wants = signals["big"].worth == 7
+        target = jnp.where(wants, jnp.int8(Stage.GERMINATED), jnp.int8(-1))
+        asked = commands_for(len(target), {0: Stage.GERMINATED})
+        return {"big": dataclasses.replace(asked, target=target)}, memory
+
+    return Policy(lambda shapes, key: 0, decide, reads=frozenset())
+
+
+def test_a_remote_policy_reads_layers_that_are_too_long_for_the_stream(
+    server: Server, caplog: Any
+) -> None:
+    """Where the server has forgotten one, that tick is passed over."""
+    seeds, run = 12_000, next(RUNS)
+    of = Lent(
+        3,
+        {"big": Layer(seeds, ("residual_mlp",))},
+        {"big": np.ones((1, seeds), np.int32)},
+        {"big": [False]},
+        LifecycleConfig(),
+        frozenset(),
+    )
+    outbox = Outbox(RedisStreams(server.url, run))
+    outbox.post(*events([0]))
+    assert outbox.flush(10)
+    reader = RedisClient(server.url, run)
+    remote = RemotePolicy(looking(), reader)
+    admin = streams._redis(server.url)
+
+    def large() -> list[bytes]:
+        return admin.keys(f"esper:{{{run}}}:large:*")
+
+    for tick, forgotten in ((1, False), (2, True), (3, False)):
+        worth = np.zeros(seeds, np.float32)
+        worth[seeds - tick] = 7
+        layer = a_layer([0] * seeds, signals=Signals.unmeasured(worth=worth))
+        told = seen_told(
+            of, report(tick, {"big": layer}), {"big": init_seeds(seeds, 16)}, 0
+        )
+        for n, message in enumerate(told):
+            data = encode(message, "test", f"{tick}-{n}")
+            assert (len(data) > MOST_BYTES) == isinstance(message, LayerSeen)
+            outbox.post(Letter("telemetry", data))
+        assert outbox.flush(10)
+        if forgotten:
+            assert admin.delete(*large()) == 2
+        assert remote.step(1) == (None if forgotten else tick)
+    sent = admin.xrange(f"esper:{{{run}}}:commands")
+    asked = [decode(fields[b"m"]).message for _, fields in sent]
+    assert [(d.seen, [c.seed for c in d.commands]) for d in asked] == [
+        (1, [seeds - 1]),
+        (3, [seeds - 3]),
+    ]
+    assert not [r for r in caplog.records if r.name.startswith("esper_jax")]
+    outbox.close(1)
+    reader.close()
+
+
+def test_a_reader_that_is_far_behind_takes_some_at_once(
+    server: Server, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(streams, "_MOST_AT_ONCE", 10_000)
+    run = next(RUNS)
+    outbox = Outbox(RedisStreams(server.url, run))
+    outbox.post(*(Letter("events", b"%04d" % n + b"x" * 3000) for n in range(20)))
+    assert outbox.flush(10)
+    reader = RedisClient(server.url, run, last=None)
+    found = [reader.receive(1) for _ in range(5)]
+    assert [len(part) for part in found] == [4] * 5
+    assert [int(x[:4]) for part in found for x in part] == [*range(20)]
     outbox.close(1)
 
 

@@ -15,6 +15,7 @@ from esper_jax import ControllerConfig, LifecycleConfig, Outcome, Stage, build
 from esper_jax.bus import (
     Acknowledged,
     Batch,
+    CapacityChanged,
     Enable,
     Germinate,
     LayerHealth,
@@ -398,3 +399,18 @@ def test_the_outcomes_are_the_lifecycle_s() -> None:
     source = pathlib.Path(__file__).parents[1] / "esper_jax" / "bus" / "messages.py"
     text = source.read_text() + doc
     assert all(o.name in text for o in Outcome if o > Outcome.NONE)
+
+
+def test_slots_that_a_loop_gives_back_are_told_of() -> None:
+    bus = Local()
+    with Service({A: Layer(4, ("a",)), B: Layer(4, ("a",))}, bus) as service:
+        service.ticked(a_report(7, {A: [0] * 4, B: [0] * 4}), events=[])
+        service.shrunk({A: (4, 1), B: (3, 0)})
+        assert service.outbox.flush(10)
+    told = bus.messages(CapacityChanged)
+    assert [(e.id, e.message.tick, e.message.layer) for e in told] == [
+        ("slots-0-7-0", 7, A),
+        ("slots-0-7-1", 7, B),
+    ]
+    assert [(e.message.before, e.message.after) for e in told] == [(4, 1), (3, 0)]
+    assert told[0].message.text.startswith("gives back 3 of 4 slots, since nothing")

@@ -101,17 +101,13 @@ def encode(message: Message, source: str, id: str | None = None) -> bytes:
 
 
 def decode(data: bytes) -> Envelope:
-    """Reads a message. Fields that are not known are passed over.
+    """Reads a message, however long. Fields that are not known are passed over.
 
     Raises:
       MessageError: if it is none, or of another version; with its id, if it has one.
     """
     id, what = None, "not a message"
     try:
-        if len(data) > MOST_BYTES:
-            raise MessageError(
-                f"a message of {len(data)} bytes: expected at most {MOST_BYTES}"
-            )
         wire = _wire.decode(data)
         id = _field("id", wire.id)
         if not 1 <= len(id) <= 200:
@@ -132,11 +128,15 @@ def decode(data: bytes) -> Envelope:
 
 
 def decode_command(data: bytes) -> Envelope:
-    """The same for what must be a command.
+    """The same for what must be a command, of at most `MOST_BYTES`.
 
     Raises:
       MessageError: if it is none.
     """
+    if len(data) > MOST_BYTES:
+        raise MessageError(
+            f"a message of {len(data)} bytes: expected at most {MOST_BYTES}"
+        )
     envelope = decode(data)
     if type(envelope.message).__name__ not in COMMANDS:
         raise MessageError(

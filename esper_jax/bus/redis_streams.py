@@ -47,6 +47,9 @@ _MOST_COMMANDS = 100_000
 _MOST_HELD = 10_000
 """Commands without an answer, beyond which no more are read."""
 
+_MOST_AT_ONCE = 1 << 26
+"""Bytes beyond which a reader takes no more messages at once."""
+
 _BLOCK = 500
 """Milliseconds of one wait for commands."""
 
@@ -318,11 +321,16 @@ class RedisClient:
         wait = max(1, int(1000 * min(patience, 2.0)))
         with self._connection.failing():
             found = self._connection.redis.xread(self._after, count=1000, block=wait)
-        said = []
+        said: list[bytes] = []
+        size = 0
         for key, entries in _streams(found):
             for id, fields in entries:
+                if size > _MOST_AT_ONCE:  # the rest comes the next time
+                    return said
+                whole = self._whole(fields.get(b"m", b""))
                 self._after[key] = id
-                said.append(self._whole(fields.get(b"m", b"")))
+                said += [] if whole is None else [whole]
+                size += len(whole or b"")
         return said
 
     def close(self) -> None:
@@ -342,14 +350,14 @@ class RedisClient:
             f"expected one run whose id begins with {run!r}; there are {some}"
         )
 
-    def _whole(self, data: bytes) -> bytes:
-        """A message, also one that is too long for the stream."""
+    def _whole(self, data: bytes) -> bytes | None:
+        """A message, also one that is too long for the stream; None if it is gone."""
         if b'"dataref"' not in data:
             return data
         with contextlib.suppress(ValueError, TypeError, KeyError):
             key = json.loads(data)["dataref"]
             if key.startswith(_key(self.run, "large:")):
-                return self._connection.call("GET", key) or data
+                return self._connection.call("GET", key)
         return data
 
 

@@ -43,13 +43,13 @@ from esper_jax.bus.messages import (
 from esper_jax.bus.outbox import Letter, Outbox
 from esper_jax.bus.record import Done, Record
 from esper_jax.bus.seen import Lent, layers_of, lent, seen_told
-from esper_jax.bus.telling import moves_told, rollback_told, tick_told
+from esper_jax.bus.telling import events_told, rollback_told, tick_told
 from esper_jax.bus.transport import Delivery, Transport, buried
 from esper_jax.growth.outside import Outside
 from esper_jax.growth.reports import TickReport
 from esper_jax.lifecycle.rules import LifecycleConfig
 from esper_jax.lifecycle.state import SeedState
-from esper_jax.monitor.news import News, rollback_entry
+from esper_jax.monitor.news import News, rollback_entry, slot_entries
 from esper_jax.train.retreat import Rollback
 
 __all__ = ["Service", "layers_of"]
@@ -221,7 +221,7 @@ class Service:
         place = self._place()
         if self._outbox is not None:
             self._outbox.tell(lambda: self._telemetry(report, place, read))
-        self._post(*moves_told(events), name=f"moved-{place}")
+        self._post(*events_told(events), name=f"moved-{place}")
         admitted, self._admitted = self._admitted, None
         if admitted is None:
             return []
@@ -231,6 +231,15 @@ class Service:
         now = [one for one in admitted.now if one not in stops]
         answers = verdicts(admitted._replace(now=now), report, self._config)
         return self._answered(now, answers)
+
+    def shrunk(self, changed: Mapping[str, tuple[int, int]]) -> None:
+        """Tells that layers gave slots back, after the tick that was told last.
+
+        Args:
+          changed: slots before and after, by layer, as `growth.shrink` returns them.
+        """
+        told = events_told(slot_entries(self._at[1], changed))
+        self._post(*told, name=f"slots-{self._place()}")
 
     def undone(self, rollback: Rollback) -> list[Done]:
         """Tells that the governor undid the tick, and refuses what joined it.
@@ -245,7 +254,7 @@ class Service:
           OSError: if the record cannot be written.
         """
         told = rollback_told(rollback_entry(rollback))
-        moves = list(moves_told(self._news.rollback(rollback)))
+        moves = list(events_told(self._news.rollback(rollback)))
         self._post(told, *moves, name=f"rollback-{rollback.number}")
         admitted, self._admitted = self._admitted, None
         joined = [] if admitted is None else admitted.now

@@ -12,6 +12,7 @@ from esper_jax.bus.connect import Client
 from esper_jax.bus.envelope import MessageError, decode
 from esper_jax.bus.messages import (
     Acknowledged,
+    CapacityChanged,
     LayerHealth,
     Message,
     RolledBack,
@@ -153,7 +154,7 @@ class _View:
             case LayerHealth():
                 self._health[message.layer] = message
                 return ""
-            case SeedMoved():
+            case SeedMoved() | CapacityChanged():
                 return self.note(f"tick {message.tick}: {message.layer} {message.text}")
             case RolledBack():
                 return self.note(message.text)
