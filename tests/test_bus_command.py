@@ -120,7 +120,7 @@ def test_what_cannot_be_sent_is_one_line(tmp_path: pathlib.Path, capsys: Any) ->
     sent = (nobody / "in.jsonl").read_bytes().splitlines()
     assert [decode(line).id for line in sent] == ["a1", "a2"]
     for words, error, said in [
-        (["watch", "http://u:secret@h"], ConfigError, "expected redis://HOST"),
+        (["watch", "http://u:secret@h"], ConfigError, "--serve, redis://HOST"),
         (["watch", f"file:{nobody}x"], RunError, "the bus: there is no folder"),
         (["send", "redis://:secret@127.0.0.1:1", "stop"], RunError, "Error 111 conn"),
         (["replay", f"{nobody}"], RunError, "holds no run"),

@@ -1,8 +1,12 @@
 """Runs on disk that are steered from outside: record, replay, resume, files."""
 
+import contextlib
 import json
 import pathlib
 import shutil
+import socket
+import threading
+import time
 from typing import Any
 
 import pytest
@@ -26,6 +30,8 @@ from esper_jax.bus import (
     encode,
     read_record,
 )
+from esper_jax.bus.sockets import SOCKET, ServedClient
+from esper_jax.bus.transport import TransportError
 from esper_jax.run import run
 from esper_jax.run.config import ConfigError, load_config
 from esper_jax.run.folder import RunError, RunFolder, read_lines
@@ -208,6 +214,48 @@ def test_a_command_stops_the_run_saved_and_it_goes_on(plain: Any, folder: Any) -
     assert ticks == [*range(1, 13)]
 
 
+def test_a_run_serves_who_comes_over_a_socket(plain: Any, folder: Any) -> None:
+    out, said = folder / "served", []
+
+    def guest() -> None:
+        until = time.monotonic() + 60
+        while not (out / SOCKET).exists():
+            assert time.monotonic() < until
+            time.sleep(0.001)
+        reader = ServedClient(out, last=None)
+        reader.send(encode(StopAndSave(), "test", "stop"))
+        with contextlib.suppress(TransportError):
+            while True:
+                said.extend(reader.receive(30))
+
+    for again in (False, True):
+        if again:
+            said.clear()
+            left = socket.socket(socket.AF_UNIX)  # as a run that was killed leaves it
+            left.bind(str(out / SOCKET))
+            left.close()
+            assert (
+                trained(out, resume=True, serve=True)["state_hash"]
+                == (plain["state_hash"])
+            )
+        else:
+            thread = threading.Thread(target=guest)
+            thread.start()
+            with pytest.raises(StoppedByCommand):
+                trained(out, serve=True)
+            thread.join()
+            kinds = [type(decode(line).message) for line in said]
+            assert (kinds[0], kinds[-1]) == (RunStarted, RunEnded)
+            [answer] = [
+                m
+                for m in (decode(line).message for line in said)
+                if isinstance(m, Acknowledged)
+            ]
+            assert (answer.command, answer.outcome) == ("stop", "OK")
+        assert not (out / SOCKET).exists()
+        assert not RunFolder(out).spill.exists()
+
+
 def test_what_cannot_be_replayed_is_refused_before_anything_is_written(
     folder: Any, script: Any
 ) -> None:
@@ -266,7 +314,9 @@ def test_a_run_says_which_policy_decides_and_replays(plain: Any, folder: Any) ->
     asks = Decided(seen=0, ticks=9, commands=[Germinate(layer=L, seed=2)])
     (bus / "in.jsonl").write_bytes(encode(asks, "test", "first") + b"\n")
     url = f"file:{bus}"
-    with pytest.raises(ConfigError, match="--remote: expected --bus URL with it"):
+    with pytest.raises(
+        ConfigError, match="--remote: expected --bus URL or --serve with"
+    ):
         trained(out, remote=3)
     with pytest.raises(ConfigError, match="--remote: expected at least 1 tick, got 0"):
         trained(out, bus=url, remote=0)

@@ -9,15 +9,16 @@ import itertools
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from esper_jax.bus.envelope import new_id
+from esper_jax.bus.envelope import encode, new_id
+from esper_jax.bus.messages import Message
 from esper_jax.bus.spill import Spill
 from esper_jax.bus.transport import Outgoing, Topic, Transport, TransportError
 
-__all__ = ["Letter", "Outbox"]
+__all__ = ["Letter", "Outbox", "letters"]
 
 _log = logging.getLogger(__name__)
 
@@ -34,6 +35,22 @@ class Letter(NamedTuple):
     topic: Topic
     data: bytes
     settles: tuple[str, ...] = ()
+
+
+def letters(
+    topic: Topic, messages: Iterable[Message], source: str, name: str = ""
+) -> Iterator[Letter]:
+    """Messages as letters.
+
+    Args:
+      topic: where they go.
+      messages: to send.
+      source: who sends them.
+      name: what their ids begin with; by default they are new.
+    """
+    for number, message in enumerate(messages):
+        id = f"{name}-{number}" if name else None
+        yield Letter(topic, encode(message, source, id))
 
 
 Make = Callable[[], Iterable[Letter]]

@@ -10,8 +10,7 @@ It is called between steps, from one thread, and waits for no transport.
 
 import atexit
 import itertools
-import queue
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -28,7 +27,8 @@ from esper_jax.bus.admission import (
     wrong,
 )
 from esper_jax.bus.decisions import not_wanted, sifted, silenced
-from esper_jax.bus.envelope import MessageError, decode_command, encode
+from esper_jax.bus.envelope import MessageError, encode
+from esper_jax.bus.inbox import Inbox
 from esper_jax.bus.messages import (
     Acknowledged,
     Command,
@@ -40,7 +40,7 @@ from esper_jax.bus.messages import (
     RunStarted,
     StopAndSave,
 )
-from esper_jax.bus.outbox import Letter, Outbox
+from esper_jax.bus.outbox import Letter, Outbox, letters
 from esper_jax.bus.record import Done, Record
 from esper_jax.bus.seen import Lent, layers_of, lent, seen_told
 from esper_jax.bus.telling import events_told, rollback_told, tick_told
@@ -103,7 +103,7 @@ class Service:
         # Of the deliveries of each command that is not answered yet.
         self._tokens: dict[str, tuple[str, ...]] = {}
         self._at = self._record.at  # rollbacks and tick
-        self._inbox: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
+        self._inbox = Inbox()
         self._outbox = None if transport is None else Outbox(transport, spill)
         if transport is not None:
             transport.listen(self._inbox.put)
@@ -142,6 +142,14 @@ class Service:
           ValueError: if they are fewer than one.
         """
         self._lent = lent(model, ticks)
+
+    def share(self) -> None:
+        """Lets all processes of a program hear what comes to process 0.
+
+        Each has a service then and calls all of its methods alike; that of process 0
+        alone has a transport. Call it before the first `asked`.
+        """
+        self._inbox.shared = True
 
     @property
     def silent(self) -> bool:
@@ -220,7 +228,10 @@ class Service:
         self._at = (self._at[0], int(report.tick))
         place = self._place()
         if self._outbox is not None:
-            self._outbox.tell(lambda: self._telemetry(report, place, read))
+            told = itertools.chain(tick_told(report), read)
+            name = f"tick-{place}"
+            # Made in the thread that sends.
+            self._outbox.tell(lambda: letters("telemetry", told, self._source, name))
         self._post(*events_told(events), name=f"moved-{place}")
         admitted, self._admitted = self._admitted, None
         if admitted is None:
@@ -302,14 +313,11 @@ class Service:
 
     def _take(self) -> None:
         """Reads the commands that have come."""
-        while not self._inbox.empty():
-            delivery = self._inbox.get()
+        came = self._inbox.take()
+        for delivery, error in came.unreadable:
+            self._bury(delivery, error)
+        for delivery, envelope in came.commands:
             tokens = (delivery.token,) if delivery.token else ()
-            try:
-                envelope = decode_command(delivery.data)
-            except MessageError as error:
-                self._bury(delivery, tokens, error)
-                continue
             command, known = envelope.message, self._record.answers.get(envelope.id)
             assert isinstance(command, Command)
             if envelope.id in self._tokens:  # came twice: answered once
@@ -340,10 +348,9 @@ class Service:
         self._waiting = [one for one in self._waiting if one.id not in late]
         self._controls = [one for one in self._controls if one.id not in late]
 
-    def _bury(
-        self, delivery: Delivery, tokens: tuple[str, ...], error: MessageError
-    ) -> None:
+    def _bury(self, delivery: Delivery, error: MessageError) -> None:
         """Puts aside what cannot be read, and answers it if it has an id."""
+        tokens = (delivery.token,) if delivery.token else ()
         self._send(Letter("dead", buried(delivery, str(error)), tokens))
         if error.id is not None and error.id not in self._tokens:
             answer = self._answer(error.id, "INVALID", str(error), joined=False)
@@ -388,15 +395,7 @@ class Service:
           *messages: to send.
           name: what their ids begin with; by default they are new.
         """
-        self._send(
-            *(
-                Letter(
-                    "events",
-                    encode(message, self._source, f"{name}-{n}" if name else None),
-                )
-                for n, message in enumerate(messages)
-            )
-        )
+        self._send(*letters("events", messages, self._source, name))
 
     def _send(self, *letters: Letter) -> None:
         if self._outbox is not None:
@@ -415,11 +414,3 @@ class Service:
             )
         # Copied now: the next step may reuse their memory.
         return seen_told(self._lent, report, jax.device_get(dict(seeds)), self._at[0])
-
-    def _telemetry(
-        self, report: TickReport, place: str, read: Iterable[Message]
-    ) -> Iterator[Letter]:
-        """What a tick measured; called in the thread that sends."""
-        for number, message in enumerate(itertools.chain(tick_told(report), read)):
-            id = f"tick-{place}-{number}"
-            yield Letter("telemetry", encode(message, self._source, id))

@@ -26,7 +26,7 @@ class Watch:
     """
 
     url: _Url
-    """What the run was given as --bus."""
+    """What the run was given as --bus; or its folder, if it trains with --serve."""
     of: _Run = None
     """How the id of the run begins. Default: the run that started last."""
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -52,7 +52,7 @@ class Send:
     """
 
     url: _Url
-    """What the run was given as --bus."""
+    """What the run was given as --bus; or its folder, if it trains with --serve."""
     order: Annotated[Order, tyro.conf.arg(name="")]
     of: _Run = None
     """How the id of the run begins. Default: the run that started last."""
@@ -130,7 +130,7 @@ class Replay:
 
 @dataclasses.dataclass(frozen=True)
 class Bus(Errand):
-    """Watch a run that trains with --bus, and steer it."""
+    """Watch a run that trains with --bus or --serve, and steer it."""
 
     do: Annotated[
         Annotated[Watch, tyro.conf.subcommand("watch", prefix_name=False)]

@@ -1,8 +1,10 @@
 """A run's commands from outside: from the bus, from its own record, or replayed."""
 
+import dataclasses
 import functools
 import importlib.util
 import logging
+import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,13 @@ from esper_jax.run.folder import RunError
 from esper_jax.run.session import Session
 from esper_jax.train.retreat import Rollback
 
-__all__ = ["Steering", "StoppedByCommand", "check_steering", "open_steering"]
+__all__ = [
+    "Channels",
+    "Steering",
+    "StoppedByCommand",
+    "check_channels",
+    "open_steering",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -29,21 +37,42 @@ class StoppedByCommand(RunError):
     """A command has ended the run, which is saved."""
 
 
-def check_steering(
-    bus: str | None, replay: Path | None, remote: int | None = None
-) -> None:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Channels:
+    """How the outside reaches a run; see `train_run`."""
+
+    bus: str | None = None
+    serve: bool = False
+    replay: Path | None = None
+    remote: int | None = None
+
+    @property
+    def open(self) -> bool:
+        """Whether something is told, and commands may come."""
+        return self.bus is not None or self.serve
+
+
+def check_channels(channels: Channels) -> None:
     """Refuses a bus or a record that cannot be used. Connects to nothing.
 
     Raises:
       ConfigError: naming the option.
     """
-    if remote is not None and bus is None:
-        raise ConfigError("--remote: expected --bus URL with it")
+    bus, replay, remote = channels.bus, channels.replay, channels.remote
+    if channels.serve and bus is not None:
+        raise ConfigError("--serve: expected without --bus, which serves others, too")
+    if channels.serve and not hasattr(socket, "AF_UNIX"):
+        raise ConfigError(
+            "--serve: expected a system with Unix domain sockets; take --bus "
+            "file:FOLDER"
+        )
+    if remote is not None and not channels.open:
+        raise ConfigError("--remote: expected --bus URL or --serve with it")
     if remote is not None and remote < 1:
         raise ConfigError(f"--remote: expected at least 1 tick, got {remote}")
-    if bus is None and replay is None:
+    if not channels.open and replay is None:
         return
-    option = "--replay" if bus is None else "--bus"
+    option = "--replay" if not channels.open else "--bus" if bus else "--serve"
     _check_installed(option)
     from esper_jax.bus import RecordError, read_record
     from esper_jax.bus.connect import check_url
@@ -53,8 +82,6 @@ def check_steering(
             check_url(bus)
         except (ValueError, ImportError) as error:
             raise ConfigError(f"--bus: {error}") from None
-        if jax.process_count() > 1:
-            raise ConfigError("--bus: expected a run of one process")
     if replay is not None:
         try:
             if not replay.is_file():
@@ -194,11 +221,7 @@ class Steering:
 
 
 def open_steering(
-    session: Session,
-    state: TrainState,
-    bus: str | None,
-    replay: Path | None,
-    remote: int | None = None,
+    session: Session, state: TrainState, channels: Channels
 ) -> Steering | None:
     """The service of a run that goes on from a state; None if nothing is asked.
 
@@ -209,8 +232,8 @@ def open_steering(
       RunError: if the record of commands is damaged, or the bus cannot be opened.
       ConfigError: if what is replayed does not fit the run.
     """
-    folder = session.folder
-    if bus is None and replay is None and not folder.commands.exists():
+    folder, replay = session.folder, channels.replay
+    if not channels.open and replay is None and not folder.commands.exists():
         return None
     _check_installed(f"{folder.commands.name} of {folder.path}")
     from esper_jax.bus import Record, RecordError, Service, layers_of, read_record
@@ -237,15 +260,18 @@ def open_steering(
         )
     service = Service(
         layers,
-        _transport(session, bus) if first and bus is not None else None,
+        _transport(session, channels) if first and channels.open else None,
         source=source,
         lifecycle_config=session.program.gates,
         record=record,
-        spill=folder.spill,
+        # What waits there is for another bus, which may be away; a socket never is.
+        spill=None if channels.serve else folder.spill,
         patience=PATIENCE,
     )
-    if remote is not None:
-        service.lend(session.program, remote)
+    if channels.open and jax.process_count() > 1:
+        service.share()
+    if channels.remote is not None:
+        service.lend(session.program, channels.remote)
     service.started(int(state.ticks), int(state.step))
     return Steering(service, session)
 
@@ -259,9 +285,19 @@ def _check_fits(replay: Path | None, replayed: Sequence[Any], layers: Any) -> No
             raise ConfigError(f"--replay {replay}, command {number}: {said}")
 
 
-def _transport(session: Session, bus: str) -> Any:
+def _transport(session: Session, channels: Channels) -> Any:
     from esper_jax.bus.connect import connect, shown
+    from esper_jax.bus.sockets import SOCKET, Served
 
+    bus, folder = channels.bus, session.folder.path
+    if bus is None:
+        try:
+            return Served(folder, session.record.id)
+        except OSError as error:
+            raise RunError(
+                f"--serve: there cannot be a socket at {folder / SOCKET}: "
+                f"{error.strerror or error}; take --bus file:FOLDER"
+            ) from None
     try:
         return connect(bus, session.record.id)
     except (ValueError, OSError) as error:
