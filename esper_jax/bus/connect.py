@@ -100,11 +100,10 @@ def client(url: str, run: str | None = None, last: int | None = 0) -> Client:
 
 def shown(url: str) -> str:
     """A URL without user, password and options."""
-    address = url.partition("?")[0]
-    if "@" not in address:
-        return address
-    scheme, _, _ = address.partition(":")
-    return f"{scheme}://{address.rpartition('@')[2]}"
+    # A password that was not quoted may hold a question mark.
+    before, at, address = url.rpartition("@")
+    address = address.partition("?")[0]
+    return f"{before.partition(':')[0]}://{address}" if at else address
 
 
 def _folder(url: str) -> Path:

@@ -10,12 +10,13 @@ stands in ``in.settled``.
 
 import contextlib
 import io
+import logging
 import os
 import stat
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from esper_jax.bus.envelope import MOST_BYTES
@@ -23,6 +24,8 @@ from esper_jax.bus.transport import Deliver, Delivery, Outgoing, TransportError
 from esper_jax.monitor.writers import append_whole, ends_within_a_line
 
 __all__ = ["Lines", "LinesClient", "Splitter", "Tail"]
+
+_log = logging.getLogger(__name__)
 
 _PAUSE = 0.05
 """Seconds between looks at a file."""
@@ -130,11 +133,13 @@ class Lines:
         self._done = self._read_settled()
         self._ahead: set[int] = set()  # settled, with others before that are not
         self._given: list[int] = []
+        self._answered: frozenset[str] = frozenset()
         self._lock = threading.Lock()
-        self._open = True
+        self._open, self._told = True, False
 
-    def listen(self, deliver: Deliver) -> None:
+    def listen(self, deliver: Deliver, answered: Iterable[str] = ()) -> None:
         """See `Transport`. What is there already is handed on before this returns."""
+        self._answered = frozenset(answered)
         tail = Tail(self._folder / "in.jsonl", self._done)
         self._hand_on(tail, deliver)
         threading.Thread(
@@ -146,18 +151,27 @@ class Lines:
 
     def publish(self, messages: Sequence[Outgoing]) -> None:
         """See `Transport`. A batch is appended whole, or not at all."""
-        for name in ("out.jsonl", "dead.jsonl"):
-            mine = [m.data for m in messages if (m.topic == "dead") == (name[0] == "d")]
-            if mine:
-                try:
-                    file = self._file(name)
-                    append_whole(file, b"".join(data + b"\n" for data in mine))
-                except OSError as error:
-                    self._let_go(name)
-                    raise TransportError(
-                        f"{self._folder / name} cannot be written: {error.strerror}"
-                    ) from None
-        self._settle([int(token) for m in messages for token in m.settles])
+        try:
+            self._append("dead.jsonl", [m.data for m in messages if m.topic == "dead"])
+        except TransportError as error:  # no answer waits for it
+            if not self._told:
+                _log.warning("%s: what cannot be read is not kept there", error)
+            self._told = True
+        self._append("out.jsonl", [m.data for m in messages if m.topic != "dead"])
+        # Another bus may have given the tokens of what a run before could not send.
+        tokens = [token for m in messages for token in m.settles]
+        self._settle([int(token) for token in tokens if token.isdecimal()])
+
+    def _append(self, name: str, lines: Sequence[bytes]) -> None:
+        if not lines:
+            return
+        try:
+            append_whole(self._file(name), b"".join(data + b"\n" for data in lines))
+        except OSError as error:
+            self._let_go(name)
+            raise TransportError(
+                f"{self._folder / name} cannot be written: {error.strerror}"
+            ) from None
 
     def close(self) -> None:
         """See `Transport`."""
@@ -195,7 +209,8 @@ class Lines:
             for line, end in tail.read():
                 with self._lock:
                     self._given.append(end)
-                deliver(Delivery(line, str(end)))
+                if str(end) not in self._answered:
+                    deliver(Delivery(line, str(end)))
 
     def _read_settled(self) -> int:
         try:

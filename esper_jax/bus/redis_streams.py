@@ -14,9 +14,9 @@ import contextlib
 import json
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from esper_jax.bus.envelope import MOST_BYTES, new_id
 from esper_jax.bus.transport import (
@@ -46,6 +46,9 @@ _MOST_COMMANDS = 100_000
 
 _MOST_HELD = 10_000
 """Commands without an answer, beyond which no more are read."""
+
+_COUNT = 1000
+"""Entries of each stream that a reader takes at once."""
 
 _MOST_AT_ONCE = 1 << 26
 """Bytes beyond which a reader takes no more messages at once."""
@@ -109,11 +112,16 @@ def _redis(url: str) -> Any:
 
 
 def _clean(url: str, text: str) -> str:
-    """A text without the URL's password."""
-    with contextlib.suppress(ValueError):
-        secret = urlsplit(url).password
-        for form in (secret, unquote(secret)) if secret else ():
-            text = text.replace(form, "***")
+    """A text without the URL's password, also where that breaks the URL."""
+    authority, _, _ = url.partition("://")[2].rpartition("@")
+    secrets = authority.partition(":")[2]
+    if authority and "Port" in text:
+        return (
+            "the address cannot be read; write #, /, ? and @ in a password as %23, "
+            "%2F, %3F and %40"
+        )
+    for form in {secrets, unquote(secrets)} - {""}:
+        text = text.replace(form, "***")
     return text
 
 
@@ -170,14 +178,18 @@ class RedisStreams:
         self._keys = [_key(run, "sent"), self._commands, *streams]
         self._open = True
         self._registered = False
-        self._held = 0
+        self._began = time.time()
+        # Tokens of what was handed on, and those of them whose answer was sent: a read
+        # that began before may still find them.
+        self._given: set[str] = set()
+        self._answered: set[str] = set()
         self._lock = threading.Lock()
 
     def publish(self, messages: Sequence[Outgoing]) -> None:
         """See `Transport`."""
         registered, self._registered = self._registered, False
         if not registered:
-            self._out.call("ZADD", _RUNS, time.time(), self._run)
+            self._out.call("ZADD", _RUNS, self._began, self._run)
         words: list[Any] = [len(messages)]
         for message in messages:
             entry, key, content = self._entry(message.data)
@@ -189,10 +201,11 @@ class RedisStreams:
         # After a failure the server may be another, which knows nothing.
         self._registered = True
         with self._lock:
-            self._held -= sum(len(m.settles) for m in messages)
+            self._answered.update(*(m.settles for m in messages))
 
-    def listen(self, deliver: Deliver) -> None:
+    def listen(self, deliver: Deliver, answered: Iterable[str] = ()) -> None:
         """See `Transport`."""
+        self._given.update(answered)
         threading.Thread(
             target=self._listen, args=(deliver,), name="esper-jax-commands", daemon=True
         ).start()
@@ -238,7 +251,9 @@ class RedisStreams:
     def _read(self, start: str, deliver: Deliver) -> str:
         """Hands on some commands; returns where to go on."""
         with self._lock:
-            full = self._held >= _MOST_HELD
+            self._given -= self._answered
+            self._answered = set()
+            full = len(self._given) >= _MOST_HELD
         if full and start == ">":
             time.sleep(_BLOCK / 1000)
             return start
@@ -255,10 +270,12 @@ class RedisStreams:
             if not fields:  # it was trimmed away before it was answered
                 self._in.call("XACK", self._commands, _GROUP, id)
                 continue
+            token, data = id.decode(), fields.get(b"m", b"")
             with self._lock:
-                self._held += 1
-            data = fields.get(b"m", b"")
-            deliver(Delivery(data, id.decode()))
+                known = token in self._given
+                self._given.add(token)
+            if not known:  # else its answer is on the way
+                deliver(Delivery(data, token))
         if start == ">" or not entries:
             return ">"
         return entries[-1][0].decode()
@@ -320,17 +337,16 @@ class RedisClient:
         """
         wait = max(1, int(1000 * min(patience, 2.0)))
         with self._connection.failing():
-            found = self._connection.redis.xread(self._after, count=1000, block=wait)
+            found = self._connection.redis.xread(self._after, count=_COUNT, block=wait)
         said: list[bytes] = []
         size = 0
-        for key, entries in _streams(found):
-            for id, fields in entries:
-                if size > _MOST_AT_ONCE:  # the rest comes the next time
-                    return said
-                whole = self._whole(fields.get(b"m", b""))
-                self._after[key] = id
-                said += [] if whole is None else [whole]
-                size += len(whole or b"")
+        for key, id, fields in _in_order(_streams(found)):
+            if size > _MOST_AT_ONCE:  # the rest comes the next time
+                break
+            whole = self._whole(fields.get(b"m", b""))
+            self._after[key] = id
+            said += [] if whole is None else [whole]
+            size += len(whole or b"")
         return said
 
     def close(self) -> None:
@@ -359,6 +375,23 @@ class RedisClient:
             if key.startswith(_key(self.run, "large:")):
                 return self._connection.call("GET", key)
         return data
+
+
+def _in_order(found: list[tuple[str, Any]]) -> list[tuple[str, bytes, Any]]:
+    """Stream, id and fields of entries in the order in which the server took them.
+
+    Behind the last of a stream that has more than was read, nothing is given: what it
+    has yet to give may come before.
+    """
+
+    def place(id: bytes) -> tuple[int, int]:
+        milliseconds, _, number = id.partition(b"-")
+        return int(milliseconds), int(number)
+
+    lasts = [place(of[-1][0]) for _, of in found if len(of) >= _COUNT]
+    merged = [(key, id, fields) for key, of in found for id, fields in of]
+    merged.sort(key=lambda entry: place(entry[1]))
+    return [e for e in merged if not lasts or place(e[1]) <= min(lasts)]
 
 
 def _streams(found: Any) -> list[tuple[str, Any]]:

@@ -105,8 +105,8 @@ class Service:
         self._at = self._record.at  # rollbacks and tick
         self._inbox = Inbox()
         self._outbox = None if transport is None else Outbox(transport, spill)
-        if transport is not None:
-            transport.listen(self._inbox.put)
+        if transport is not None and self._outbox is not None:
+            transport.listen(self._inbox.put, self._outbox.answered)
             atexit.register(self.close)  # whoever forgets it loses nothing
 
     def __enter__(self) -> "Service":

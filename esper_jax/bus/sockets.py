@@ -16,7 +16,7 @@ import stat
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from esper_jax.bus.envelope import MOST_BYTES
@@ -150,7 +150,7 @@ class Served:
         self._thread: threading.Thread | None = None
         self._until: float | None = None  # when to end, once it is closed
 
-    def listen(self, deliver: Deliver) -> None:
+    def listen(self, deliver: Deliver, answered: Iterable[str] = ()) -> None:
         """See `Transport`."""
         self._deliver = deliver
         self._selector.register(self._listener, selectors.EVENT_READ)

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, Protocol
 
 from esper_jax.bus.envelope import Envelope, decode, encode, new_id
@@ -76,8 +76,15 @@ Deliver = Callable[[Delivery], None]
 class Transport(Protocol):
     """Carries messages of one run. `publish` is called in a thread of its own."""
 
-    def listen(self, deliver: Deliver) -> None:
-        """Hands on commands from now on, in any thread, each as often as it likes."""
+    def listen(self, deliver: Deliver, answered: Iterable[str] = ()) -> None:
+        """Hands on commands from now on, in any thread.
+
+        Args:
+          deliver: takes each command. One that was taken comes again only if somebody
+            sends it again.
+          answered: tokens of commands whose answers are still to be sent, by this
+            process, which are not handed on either.
+        """
 
     def publish(self, messages: Sequence[Outgoing]) -> None:
         """Sends messages in their order; those that were sent before are passed over.
@@ -135,7 +142,7 @@ class Local:
         with self._lock:
             return [data for topic, data in self._kept if topic == "dead"]
 
-    def listen(self, deliver: Deliver) -> None:
+    def listen(self, deliver: Deliver, answered: Iterable[str] = ()) -> None:
         """See `Transport`."""
         with self._lock:
             self._deliver = deliver
