@@ -113,7 +113,9 @@ def test_send_waits_for_the_answer_and_exits_with_what_became_of_it(
 def test_what_cannot_be_sent_is_one_line(tmp_path: pathlib.Path, capsys: Any) -> None:
     nobody = tmp_path / "nobody"
     nobody.mkdir()
-    with pytest.raises(RunError, match=r"no answer within 0.05 seconds: .*--id a1 to"):
+    with pytest.raises(
+        RunError, match=r"no answer within 0.05 seconds: .*--id a1 before"
+    ):
         bus("send", f"file:{nobody}", "--wait", "0.05", "--id", "a1", "stop")
     assert bus("send", f"file:{nobody}", "--wait", "0", "--id", "a2", "stop") == 0
     assert capsys.readouterr().out == "sent: a2\n"

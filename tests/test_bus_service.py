@@ -164,7 +164,9 @@ def test_what_a_tick_measured_is_told(run: Run) -> None:
     assert tick.loss == pytest.approx(float(report.loss))
     assert tick.seeds["DORMANT"] == 8
     assert sum(tick.seeds.values()) == 8
-    assert tick.reason == "nothing germinates: the controller is not enabled"
+    assert (
+        tick.reason == "nothing germinates: the controller is not enabled, or not heard"
+    )
     health = {e.message.layer: e.message for e in run.bus.messages(LayerHealth)}
     assert list(health) == [A, B]
     assert health[A].stage == health[B].stage == [0] * 4

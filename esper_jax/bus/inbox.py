@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 
+from esper_jax.bus.admission import parts_of
 from esper_jax.bus.envelope import Envelope, MessageError, decode_command
 from esper_jax.bus.transport import Delivery
 from esper_jax.parallel.processes import exchange
@@ -36,15 +37,23 @@ class Inbox:
         """Takes a delivery in."""
         self._queue.put(delivery)
 
-    def take(self) -> Arrived:
-        """What has come; what cannot be read concerns the process that got it alone."""
+    def take(self, most: int) -> Arrived:
+        """What has come; what cannot be read concerns the process that got it alone.
+
+        Args:
+          most: requests, about; the rest waits for the next time.
+        """
         came = Arrived([], [])
-        for _ in range(self._queue.qsize()):
+        while most > 0 and not self._queue.empty():
             delivery = self._queue.get()
+            most -= 1
             try:
-                came.commands.append((delivery, decode_command(delivery.data)))
+                envelope = decode_command(delivery.data)
             except MessageError as error:
                 came.unreadable.append((delivery, error))
+            else:
+                came.commands.append((delivery, envelope))
+                most -= len(parts_of(envelope.message))
         if not self.shared:
             return came
         # Bytes that are no UTF-8 may stand in fields that nobody reads.

@@ -19,6 +19,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from esper_jax.bus.envelope import MOST_BYTES, new_id
+from esper_jax.bus.redis_entries import entries_of, in_order, streams_of
 from esper_jax.bus.transport import (
     TOPICS,
     Deliver,
@@ -42,9 +43,15 @@ _MOST: dict[Topic, int] = {
 }
 """Entries that a stream keeps, about."""
 
+_MOST_BYTES = 1 << 28
+"""Of telemetry that a stream keeps, about: fewer entries where they are long."""
+
+_LIVES, _LIVES_TELEMETRY = 3600, 60
+"""Seconds for which a message is kept that is too long for a stream."""
+
 _MOST_COMMANDS = 100_000
 
-_MOST_HELD = 10_000
+_MOST_HELD, _MOST_HELD_BYTES = 10_000, 1 << 26
 """Commands without an answer, beyond which no more are read."""
 
 _COUNT = 1000
@@ -53,32 +60,35 @@ _COUNT = 1000
 _MOST_AT_ONCE = 1 << 26
 """Bytes beyond which a reader takes no more messages at once."""
 
+_REGISTERED = 1.0
+"""Seconds until a run tells the server again that it is there."""
+
 _BLOCK = 500
 """Milliseconds of one wait for commands."""
 
 _PUBLISH = """
 local i = 2
 for _ = 1, tonumber(ARGV[1]) do
-  local epoch, number, settles = ARGV[i], tonumber(ARGV[i + 1]), tonumber(ARGV[i + 6])
+  local epoch, number, settles = ARGV[i], tonumber(ARGV[i + 1]), tonumber(ARGV[i + 7])
   if number > tonumber(redis.call('HGET', KEYS[1], epoch) or '0') then
     if ARGV[i + 5] ~= '' then
-      redis.call('SET', ARGV[i + 5], ARGV[i + 7], 'EX', 3600)
+      redis.call('SET', ARGV[i + 5], ARGV[i + 8], 'EX', ARGV[i + 6])
     end
     local stream, most = KEYS[tonumber(ARGV[i + 2])], ARGV[i + 3]
     redis.call('XADD', stream, 'MAXLEN', '~', most, '*', 'm', ARGV[i + 4])
     redis.call('HSET', KEYS[1], epoch, number)
   end
   for s = 1, settles do
-    redis.call('XACK', KEYS[2], 'run', ARGV[i + 7 + s])
+    redis.call('XACK', KEYS[2], 'run', ARGV[i + 8 + s])
   end
-  i = i + 8 + settles
+  i = i + 9 + settles
 end
 """
 """Sends messages that were not sent before, and settles what they answer.
 
 KEYS: the counts by epoch, the commands, and the streams. ARGV: how many messages; of
-each its epoch, number, stream, the stream's length, entry, key and content (kept for an
-hour) if it is too long for the stream, and tokens.
+each its epoch, number, stream, the stream's length, entry, key and seconds of what is
+too long for the stream, how many tokens, what that key holds, and the tokens.
 """
 
 
@@ -117,8 +127,8 @@ def _clean(url: str, text: str) -> str:
     secrets = authority.partition(":")[2]
     if authority and "Port" in text:
         return (
-            "the address cannot be read; write #, /, ? and @ in a password as %23, "
-            "%2F, %3F and %40"
+            "the port is no number; #, /, ? and @ in a password must be written as "
+            "%23, %2F, %3F and %40"
         )
     for form in {secrets, unquote(secrets)} - {""}:
         text = text.replace(form, "***")
@@ -177,35 +187,38 @@ class RedisStreams:
         streams = [_key(run, topic) for topic in TOPICS]
         self._keys = [_key(run, "sent"), self._commands, *streams]
         self._open = True
-        self._registered = False
+        self._registers = 0.0
         self._began = time.time()
         # Tokens of what was handed on, and those of them whose answer was sent: a read
         # that began before may still find them.
-        self._given: set[str] = set()
+        self._given: dict[str, int] = {}  # with their bytes
         self._answered: set[str] = set()
         self._lock = threading.Lock()
 
     def publish(self, messages: Sequence[Outgoing]) -> None:
         """See `Transport`."""
-        registered, self._registered = self._registered, False
-        if not registered:
+        # Again and again: the server may be another by now, which knows nothing.
+        if time.monotonic() >= self._registers:
             self._out.call("ZADD", _RUNS, self._began, self._run)
+            self._registers = time.monotonic() + _REGISTERED
         words: list[Any] = [len(messages)]
         for message in messages:
             entry, key, content = self._entry(message.data)
             stream = 3 + TOPICS.index(message.topic)
-            words += [message.epoch, message.number, stream, _MOST[message.topic]]
-            words += [entry, key, len(message.settles), content, *message.settles]
+            most, lives = _MOST[message.topic], _LIVES
+            if message.topic == "telemetry":
+                most = max(100, min(most, _MOST_BYTES // len(entry)))
+                lives = _LIVES_TELEMETRY
+            words += [message.epoch, message.number, stream, most, entry, key, lives]
+            words += [len(message.settles), content, *message.settles]
         with self._out.failing():
             self._publish(keys=self._keys, args=words)
-        # After a failure the server may be another, which knows nothing.
-        self._registered = True
         with self._lock:
             self._answered.update(*(m.settles for m in messages))
 
     def listen(self, deliver: Deliver, answered: Iterable[str] = ()) -> None:
         """See `Transport`."""
-        self._given.update(answered)
+        self._given.update(dict.fromkeys(answered, 0))
         threading.Thread(
             target=self._listen, args=(deliver,), name="esper-jax-commands", daemon=True
         ).start()
@@ -251,9 +264,11 @@ class RedisStreams:
     def _read(self, start: str, deliver: Deliver) -> str:
         """Hands on some commands; returns where to go on."""
         with self._lock:
-            self._given -= self._answered
+            for token in self._answered:
+                self._given.pop(token, None)
             self._answered = set()
-            full = len(self._given) >= _MOST_HELD
+            held = self._given.values()
+            full = len(held) >= _MOST_HELD or sum(held) >= _MOST_HELD_BYTES
         if full and start == ">":
             time.sleep(_BLOCK / 1000)
             return start
@@ -262,34 +277,25 @@ class RedisStreams:
                 _GROUP,
                 _CONSUMER,
                 {self._commands: start},
-                count=100,
+                count=16,
                 block=_BLOCK if start == ">" else None,
             )
-        entries = _entries(found)
+        entries = entries_of(found)
         for id, fields in entries:
             if not fields:  # it was trimmed away before it was answered
                 self._in.call("XACK", self._commands, _GROUP, id)
                 continue
-            token, data = id.decode(), fields.get(b"m", b"")
+            whole = fields.get(b"m", b"")
+            # What is too long is refused by its length; nobody reads the rest.
+            token, data = id.decode(), whole[: MOST_BYTES + 1]
             with self._lock:
                 known = token in self._given
-                self._given.add(token)
+                self._given[token] = len(data)
             if not known:  # else its answer is on the way
-                deliver(Delivery(data, token))
+                deliver(Delivery(data, token, len(whole)))
         if start == ">" or not entries:
             return ">"
         return entries[-1][0].decode()
-
-
-def _entries(found: Any) -> list[tuple[bytes, dict[bytes, bytes]]]:
-    """The entries of one stream, as XREADGROUP returns them in RESP 2 and 3."""
-    if not found:
-        return []
-    if isinstance(found, dict):
-        [batches] = found.values()
-        return [entry for batch in batches for entry in batch]
-    [(_, entries)] = found
-    return list(entries)
 
 
 class RedisClient:
@@ -340,7 +346,7 @@ class RedisClient:
             found = self._connection.redis.xread(self._after, count=_COUNT, block=wait)
         said: list[bytes] = []
         size = 0
-        for key, id, fields in _in_order(_streams(found)):
+        for key, id, fields in in_order(streams_of(found), _COUNT):
             if size > _MOST_AT_ONCE:  # the rest comes the next time
                 break
             whole = self._whole(fields.get(b"m", b""))
@@ -375,32 +381,3 @@ class RedisClient:
             if key.startswith(_key(self.run, "large:")):
                 return self._connection.call("GET", key)
         return data
-
-
-def _in_order(found: list[tuple[str, Any]]) -> list[tuple[str, bytes, Any]]:
-    """Stream, id and fields of entries in the order in which the server took them.
-
-    Behind the last of a stream that has more than was read, nothing is given: what it
-    has yet to give may come before.
-    """
-
-    def place(id: bytes) -> tuple[int, int]:
-        milliseconds, _, number = id.partition(b"-")
-        return int(milliseconds), int(number)
-
-    lasts = [place(of[-1][0]) for _, of in found if len(of) >= _COUNT]
-    merged = [(key, id, fields) for key, of in found for id, fields in of]
-    merged.sort(key=lambda entry: place(entry[1]))
-    return [e for e in merged if not lasts or place(e[1]) <= min(lasts)]
-
-
-def _streams(found: Any) -> list[tuple[str, Any]]:
-    """Entries by stream, as XREAD returns them in RESP 2 and 3."""
-    if not found:
-        return []
-    pairs = found.items() if isinstance(found, dict) else found
-    flat = isinstance(found, dict)
-    return [
-        (key.decode(), [e for batch in of for e in batch] if flat else of)
-        for key, of in pairs
-    ]

@@ -19,9 +19,11 @@ import jax
 import numpy as np
 
 from esper_jax.bus.admission import (
+    MOST_PARTS,
     Admitted,
     Waiting,
     admit,
+    apart,
     parts_of,
     verdicts,
     wrong,
@@ -38,7 +40,7 @@ from esper_jax.bus.messages import (
     Message,
     RunEnded,
     RunStarted,
-    StopAndSave,
+    SetStrategy,
 )
 from esper_jax.bus.outbox import Letter, Outbox, letters
 from esper_jax.bus.record import Done, Record
@@ -194,12 +196,13 @@ class Service:
         return admitted.outside
 
     def asking(self) -> dict[tuple[str, int], str]:
-        """Ids of the commands that join this tick, by layer and seed."""
+        """Ids of the commands that ask for a move at this tick, by layer and seed."""
         joined = [] if self._admitted is None else self._admitted.now
         return {
             (part.layer, part.seed): one.id
             for one in joined
             for part in parts_of(one.command)
+            if not isinstance(part, SetStrategy)
         }
 
     def ticked(
@@ -236,10 +239,9 @@ class Service:
         admitted, self._admitted = self._admitted, None
         if admitted is None:
             return []
-        stops = [one for one in admitted.now if isinstance(one.command, StopAndSave)]
+        stops, now = apart(admitted.now)
         self._stops += stops
         self.stop_asked = bool(self._stops)
-        now = [one for one in admitted.now if one not in stops]
         answers = verdicts(admitted._replace(now=now), report, self._config)
         return self._answered(now, answers)
 
@@ -268,9 +270,8 @@ class Service:
         moves = list(events_told(self._news.rollback(rollback)))
         self._post(told, *moves, name=f"rollback-{rollback.number}")
         admitted, self._admitted = self._admitted, None
-        joined = [] if admitted is None else admitted.now
-        self._requeue([w for w in joined if isinstance(w.command, StopAndSave)])
-        now = [w for w in joined if not isinstance(w.command, StopAndSave)]
+        stops, now = apart([] if admitted is None else admitted.now)
+        self._requeue(stops)
         why = f"the governor undid tick {rollback.failed_tick}: {rollback.reason}"
         return self._answered(now, {one.id: self._undone(one, why) for one in now})
 
@@ -313,7 +314,8 @@ class Service:
 
     def _take(self) -> None:
         """Reads the commands that have come."""
-        came = self._inbox.take()
+        waiting = sum(len(parts_of(one.command)) for one in self._waiting)
+        came = self._inbox.take(MOST_PARTS - waiting)
         for delivery, error in came.unreadable:
             self._bury(delivery, error)
         for delivery, envelope in came.commands:

@@ -44,13 +44,15 @@ class Delivery:
     data: bytes
     token: str = ""
     """What the transport knows it by; settled when the command's effect is there."""
+    size: int = 0
+    """Bytes that were sent, if the data are cut."""
 
 
 def buried(delivery: Delivery, why: str) -> bytes:
     """What the topic ``dead`` gets of a command that cannot be read."""
     entry = {
         "reason": why,
-        "bytes": len(delivery.data),
+        "bytes": max(delivery.size, len(delivery.data)),
         "begins": delivery.data[:_MOST_DEAD].decode(errors="replace"),
     }
     return json.dumps(entry).encode()
@@ -156,4 +158,6 @@ class Local:
             self._kept.extend((m.topic, m.data) for m in messages)
 
     def close(self) -> None:
-        """See `Transport`."""
+        """See `Transport`. What is sent from now on is for who listens next."""
+        with self._lock:
+            self._deliver = None

@@ -227,6 +227,10 @@ def _closing(steering: Steering | None) -> Iterator[dict[str, Any]]:
     lost: dict[str, Any] = {}
     try:
         yield lost
+    except BaseException as error:
+        if steering is not None:
+            steering.failed(error)
+        raise
     finally:
         if steering is not None:
             lost |= steering.close()
@@ -340,10 +344,10 @@ class _Reporter:
             self._session.save(state, float(report.loss), float(report.accuracy))
             self._saved = int(state.step)
         if self._steering is not None and self._steering.stops:
-            self._stop(self._steering, state)
+            self._stop(self._steering, state, bool(last))
 
-    def _stop(self, steering: Steering, state: TrainState) -> None:
-        """Ends the run as a command has asked.
+    def _stop(self, steering: Steering, state: TrainState, last: bool) -> None:
+        """Ends the run as a command has asked, unless it ends by itself.
 
         Raises:
           StoppedByCommand: when all is saved.
@@ -351,6 +355,8 @@ class _Reporter:
         self.save_at_once(state)
         for line in together(steering.stopped, RunError):
             self._view.note(line)
+        if last:
+            return
         steering.ended(state, "a command stopped it")
         out = self._session.folder.path
         raise StoppedByCommand(

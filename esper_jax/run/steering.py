@@ -5,6 +5,7 @@ import functools
 import importlib.util
 import logging
 import socket
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from esper_jax.growth.outside import Outside
 from esper_jax.growth.reports import TickReport
 from esper_jax.growth.state import TrainState
 from esper_jax.run.config import ConfigError
-from esper_jax.run.folder import RunError
+from esper_jax.run.folder import RunError, read_lines, write_lines
 from esper_jax.run.session import Session
 from esper_jax.train.retreat import Rollback
 
@@ -86,8 +87,15 @@ def check_channels(channels: Channels) -> None:
         try:
             if not replay.is_file():
                 raise RecordError("expected a file of commands, and it is not there")
-            if not read_record(replay):
+            ids = Counter(done.id for done in read_record(replay))
+            if not ids:
                 raise RecordError("expected a file of commands, and it holds none")
+            [(id, times)] = ids.most_common(1)
+            if times > 1:
+                raise RecordError(
+                    f"expected an id of its own for each command; {id!r} stands "
+                    f"{times} times"
+                )
         except (RecordError, OSError) as error:
             raise ConfigError(f"--replay {replay}: {error}") from None
 
@@ -106,11 +114,14 @@ class Steering:
     Args:
       service: a `bus.Service`, whose package need not be installed.
       session: of the run.
+      state: that it goes on from.
     """
 
-    def __init__(self, service: Any, session: Session) -> None:
+    def __init__(self, service: Any, session: Session, state: TrainState) -> None:
         self._service = service
         self._session = session
+        self._at = int(state.ticks), int(state.step)
+        self._over = False
         self._was_silent = service.silent
 
     def commands(self, state: TrainState) -> Outside:
@@ -132,6 +143,7 @@ class Steering:
           RunError: if that cannot be written down.
         """
         tick, silent = int(report.tick), self._service.silent
+        self._at = tick, int(report.step)
         answer = functools.partial(self._service.ticked, report, events, state.seeds)
         told = self._written(answer)
         if silent != self._was_silent:
@@ -178,7 +190,13 @@ class Steering:
                 ", ".join(left[:5]),
                 ", ..." if len(left) > 5 else "",
             )
+        self._over = True
         self._service.ended(int(state.ticks), int(state.step), reason)
+
+    def failed(self, error: BaseException) -> None:
+        """Tells that an error has ended the run, unless its end was told."""
+        if not self._over:
+            self._service.ended(*self._at, f"it failed: {type(error).__name__}")
 
     def close(self) -> dict[str, dict[str, Any]]:
         """Sends what is left, and logs what was lost.
@@ -233,6 +251,8 @@ def open_steering(
       ConfigError: if what is replayed does not fit the run.
     """
     folder, replay = session.folder, channels.replay
+    if replay is None and folder.replayed.exists():  # it was killed on the way
+        replay = folder.replayed
     if not channels.open and replay is None and not folder.commands.exists():
         return None
     _check_installed(f"{folder.commands.name} of {folder.path}")
@@ -246,6 +266,8 @@ def open_steering(
         past = read_record(folder.commands)
         replayed = [] if replay is None else read_record(replay)
         _check_fits(replay, replayed, layers)
+        if channels.replay is not None and first:
+            write_lines(folder.replayed, read_lines(channels.replay))
         record = Record(
             folder.commands if first else None, past, replayed=replayed, at=at
         )
@@ -273,7 +295,7 @@ def open_steering(
     if channels.remote is not None:
         service.lend(session.program, channels.remote)
     service.started(int(state.ticks), int(state.step))
-    return Steering(service, session)
+    return Steering(service, session, state)
 
 
 def _check_fits(replay: Path | None, replayed: Sequence[Any], layers: Any) -> None:
