@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from esper_jax.bus import (
+    Acknowledged,
     Batch,
     CapacityChanged,
     Enable,
@@ -138,6 +139,19 @@ def wire(type: Any = "esper_jax.Move.v1", **more: Any) -> bytes:
             None,
         ),
         (b" " * (MOST_BYTES + 1), "a message of 1048577 bytes: expected at most", None),
+        (
+            wire("esper_jax.StopAndSave.v1", id="x" * 201),
+            "id: expected 1 to 200 characters, got 201",
+            "x" * 201,
+        ),
+        (
+            b'{"id": "7", "data": ' + b" " * MOST_BYTES,
+            "bytes: expected at most 1048576",
+            "7",
+        ),
+        (wire(time=None), "time: expected a string, got null", "7"),
+        (wire(source=5), "source: expected a string, got 5", "7"),
+        (wire(specversion=1), "specversion: expected a string, got 1", "7"),
         (wire(id=7), "id: expected a string, got 7", None),
         (wire(id=""), "id: expected 1 to 200 characters, got 0", ""),
         (wire(specversion="2.0"), "specversion: expected 1.0 of CloudEvents", "7"),
@@ -180,7 +194,7 @@ def test_what_cannot_be_used_is_refused_in_words(
         decode_command(data)
     assert said in str(caught.value)
     assert len(str(caught.value)) < 600
-    assert caught.value.id == (id or caught.value.id)
+    assert caught.value.id == (caught.value.id if id is None else id)
 
 
 @given(
@@ -200,6 +214,11 @@ def test_what_cannot_be_used_is_refused_in_words(
 def test_whatever_comes_is_a_command_or_refused(data: bytes) -> None:
     with contextlib.suppress(MessageError):  # and nothing else
         assert type(decode_command(data).message).__name__ in COMMANDS
+
+
+def test_answers_and_reports_may_be_longer_than_commands() -> None:
+    long = Acknowledged(command="x", outcome="OK", reason="y" * MOST_BYTES, tick=1)
+    assert decode(encode(long, "test", "ack-" + 200 * "x")).message == long
 
 
 def test_each_message_has_words() -> None:

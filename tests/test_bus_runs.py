@@ -285,6 +285,66 @@ def test_what_cannot_be_replayed_is_refused_before_anything_is_written(
     assert not out.exists()
 
 
+def test_a_replay_that_was_killed_goes_on(
+    steered: Any, script: Any, folder: Any
+) -> None:
+    """Also with the commands that were still to come."""
+    out = folder / "killed"
+    stop = folder / "stop.jsonl"
+    lines = script.read_text().splitlines()
+    stop.write_text("".join(line + "\n" for line in lines if '"g"' not in line))
+    bus = folder / "killer"
+    bus.mkdir()
+    (bus / "in.jsonl").write_bytes(encode(StopAndSave(), "test", "kill") + b"\n")
+    with pytest.raises(StoppedByCommand):
+        trained(out, replay=stop, bus=f"file:{bus}")
+    stop.unlink()
+    assert trained(out, resume=True)["state_hash"] == steered[1]["state_hash"]
+    twice = folder / "twice.jsonl"
+    twice.write_text("\n".join([*lines, lines[0], ""]))
+    with pytest.raises(ConfigError, match=r"an id of its own .*'a' stands 2 times"):
+        trained(folder / "refused", replay=twice)
+    assert not (folder / "refused").exists()
+
+
+def test_the_end_is_told_whatever_it_is(folder: Any, monkeypatch: Any) -> None:
+    bus, out = folder / "fails", folder / "failed"
+
+    def full(*args: Any) -> None:
+        raise RunError("no space is left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run.Session, "save", full)
+        with pytest.raises(RunError, match="no space"):
+            trained(out, bus=f"file:{bus}")
+    said = [decode(line) for line in (bus / "out.jsonl").read_bytes().splitlines()]
+    assert said[-1].message == RunEnded(
+        tick=4, step=said[-1].message.step, reason="it failed: RunError"
+    )
+    assert said[-1].message.step == 4 * 8
+
+
+def test_a_stop_at_the_last_tick_stops_nothing(plain: Any, folder: Any) -> None:
+    bus, out = folder / "late", folder / "late_run"
+    original = run._Reporter._write
+
+    def write(self: Any, report: Any, *rest: Any) -> None:
+        original(self, report, *rest)
+        if int(report.tick) == 11:
+            data = encode(StopAndSave(), "test", "stop")
+            (bus / "in.jsonl").write_bytes(data + b"\n")
+            until = time.monotonic() + 20
+            while self._steering._service._inbox._queue.empty():
+                assert time.monotonic() < until
+                time.sleep(0.005)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run._Reporter, "_write", write)
+        assert trained(out, bus=f"file:{bus}")["state_hash"] == plain["state_hash"]
+    [answer] = answers(bus)
+    assert (answer.command, answer.tick, answer.outcome) == ("stop", 12, "OK")
+
+
 def test_commands_whose_ticks_do_not_come_are_told_of(folder: Any, caplog: Any) -> None:
     path = folder / "never.jsonl"
     command = {"kind": "Enable", "on": False}

@@ -259,7 +259,8 @@ class Outbox:
             if messages:
                 self._transport.publish(messages)
         except Exception as error:
-            self._failed(error)
+            if self._sends:  # else it was let go of at the end
+                self._failed(error)
             return False
         if self.error:
             _log.warning("the bus can be reached again")

@@ -12,6 +12,7 @@ nothing is sent twice where a connection breaks in between.
 
 import contextlib
 import json
+import logging
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -32,6 +33,8 @@ from esper_jax.monitor.writers import optional
 
 __all__ = ["RedisClient", "RedisStreams", "check_options"]
 
+_log = logging.getLogger(__name__)
+
 _RUNS = "esper:runs"
 _GROUP = _CONSUMER = "run"
 
@@ -50,6 +53,7 @@ _LIVES, _LIVES_TELEMETRY = 3600, 60
 """Seconds for which a message is kept that is too long for a stream."""
 
 _MOST_COMMANDS = 100_000
+"""That may wait. Those that are answered are taken out."""
 
 _MOST_HELD, _MOST_HELD_BYTES = 10_000, 1 << 26
 """Commands without an answer, beyond which no more are read."""
@@ -80,6 +84,7 @@ for _ = 1, tonumber(ARGV[1]) do
   end
   for s = 1, settles do
     redis.call('XACK', KEYS[2], 'run', ARGV[i + 8 + s])
+    redis.call('XDEL', KEYS[2], ARGV[i + 8 + s])
   end
   i = i + 9 + settles
 end
@@ -113,12 +118,14 @@ def _redis(url: str) -> Any:
     retry = optional("redis.retry", "a bus at redis://", "esper-jax[redis]")
     backoff = optional("redis.backoff", "a bus at redis://", "esper-jax[redis]")
     # Whoever calls tries again, and knows what may have arrived.
-    return redis.Redis.from_url(
+    made = redis.Redis.from_url(
         url,
         socket_timeout=5.0,
         socket_connect_timeout=2.0,
         retry=retry.Retry(backoff.NoBackoff(), 0),
     )
+    made.connection_pool.connection_kwargs["decode_responses"] = False  # all is bytes
+    return made
 
 
 def _clean(url: str, text: str) -> str:
@@ -194,13 +201,15 @@ class RedisStreams:
         self._given: dict[str, int] = {}  # with their bytes
         self._answered: set[str] = set()
         self._lock = threading.Lock()
+        self._listener: threading.Thread | None = None
 
     def publish(self, messages: Sequence[Outgoing]) -> None:
         """See `Transport`."""
         # Again and again: the server may be another by now, which knows nothing.
-        if time.monotonic() >= self._registers:
+        next_time, self._registers = self._registers, 0.0
+        if time.monotonic() >= next_time:
             self._out.call("ZADD", _RUNS, self._began, self._run)
-            self._registers = time.monotonic() + _REGISTERED
+            next_time = time.monotonic() + _REGISTERED
         words: list[Any] = [len(messages)]
         for message in messages:
             entry, key, content = self._entry(message.data)
@@ -213,20 +222,24 @@ class RedisStreams:
             words += [len(message.settles), content, *message.settles]
         with self._out.failing():
             self._publish(keys=self._keys, args=words)
+        self._registers = next_time
         with self._lock:
             self._answered.update(*(m.settles for m in messages))
 
     def listen(self, deliver: Deliver, answered: Iterable[str] = ()) -> None:
         """See `Transport`."""
         self._given.update(dict.fromkeys(answered, 0))
-        threading.Thread(
+        self._listener = threading.Thread(
             target=self._listen, args=(deliver,), name="esper-jax-commands", daemon=True
-        ).start()
+        )
+        self._listener.start()
 
     def close(self) -> None:
         """See `Transport`."""
         self._open = False  # the thread that listens closes its own connection
         self._out.close()
+        if self._listener is not None:  # what it reads now, nobody else would get
+            self._listener.join(2 * _BLOCK / 1000)
 
     def _entry(self, data: bytes) -> tuple[bytes, str, bytes]:
         """What stands in the stream; and key and content of what is too long for it."""
@@ -246,8 +259,10 @@ class RedisStreams:
                     start = "0"  # what was read before, and has no answer yet
                 start = self._read(start, deliver)
                 pause = 0.05
-            except TransportError:
+            except Exception as error:
                 # Also where the group is gone, as after a restart without a file.
+                if not isinstance(error, TransportError):
+                    _log.warning("the bus: commands cannot be read now (%r)", error)
                 start = ""
                 time.sleep(pause)
                 pause = min(2 * pause, 5.0)
@@ -282,7 +297,7 @@ class RedisStreams:
             )
         entries = entries_of(found)
         for id, fields in entries:
-            if not fields:  # it was trimmed away before it was answered
+            if not fields:  # somebody has taken it out
                 self._in.call("XACK", self._commands, _GROUP, id)
                 continue
             whole = fields.get(b"m", b"")
@@ -330,10 +345,12 @@ class RedisClient:
         """Sends a command.
 
         Raises:
-          TransportError: if it cannot be sent.
+          TransportError: if it cannot be sent, or too many wait for the run.
         """
-        most = ("MAXLEN", "~", _MOST_COMMANDS)
-        self._connection.call("XADD", _key(self.run, "commands"), *most, "*", "m", data)
+        stream = _key(self.run, "commands")
+        if self._connection.call("XLEN", stream) >= _MOST_COMMANDS:
+            raise TransportError(f"{_MOST_COMMANDS} commands wait for the run already")
+        self._connection.call("XADD", stream, "*", "m", data)
 
     def receive(self, patience: float) -> list[bytes]:
         """What the run has said since the last time; waits for it some seconds.

@@ -81,6 +81,7 @@ class RemotePolicy:
         self.ended = False
         self.decided: int | None = None
         self._given, self._client = policy, client
+        self._unsent: Decided | None = None
         self._key = jax.random.key(seed)
         self._layers: dict[str, LayerSeen] = {}
         self._fixed: Any = None  # what the policy was made for
@@ -119,7 +120,7 @@ class RemotePolicy:
           ValueError: if the policy reads what the run does not measure.
           TransportError: if the bus cannot be reached.
         """
-        newest: Decided | None = None
+        newest = self._unsent
         for data in self._client.receive(patience):
             try:
                 newest = self._see(decode(data).message) or newest
@@ -127,7 +128,9 @@ class RemotePolicy:
                 _log.warning("a message cannot be used: %s", error)
         if newest is None:
             return None
+        self._unsent = newest  # its memory has gone on
         self._client.send(encode(newest, "esper_jax/remote", new_id()))
+        self._unsent = None
         self.decided = newest.seen
         return newest.seen
 

@@ -96,8 +96,7 @@ class Service:
         self._germination = self._record.germination
         self._silent_until = self._record.silent_until
         self._lent: Lent | None = None
-        due = (done.id for of in self._record.due.values() for done in of)
-        self._replayed = set(due) - self._record.answers.keys()
+        self._replayed = set(self.left) - self._record.answers.keys()
         self._waiting: list[Waiting] = []
         self._controls: list[Waiting] = []  # what asks nothing of seeds
         self._admitted: Admitted | None = None
@@ -164,7 +163,7 @@ class Service:
         self._at = (self._at[0], tick)
         self._post(RunStarted(tick=tick, step=step, layers=self._layers))
 
-    def asked(self, tick: int | None = None, rollbacks: int = 0) -> Outside:
+    def asked(self, tick: int | None = None, rollbacks: int | None = None) -> Outside:
         """What is asked from outside at the next tick, of all layers.
 
         If neither `ticked` nor `undone` was called since the last time, that tick did
@@ -172,9 +171,10 @@ class Service:
 
         Args:
           tick: its number; by default one more than that of the last.
-          rollbacks: of the governor so far.
+          rollbacks: of the governor so far; by default those that `undone` told.
         """
         tick = self._at[1] + 1 if tick is None else tick
+        rollbacks = self._at[0] if rollbacks is None else rollbacks
         self._at = rollbacks, tick
         if self._admitted is not None:
             self._requeue(self._admitted.now)
@@ -273,7 +273,9 @@ class Service:
         stops, now = apart([] if admitted is None else admitted.now)
         self._requeue(stops)
         why = f"the governor undid tick {rollback.failed_tick}: {rollback.reason}"
-        return self._answered(now, {one.id: self._undone(one, why) for one in now})
+        done = self._answered(now, {one.id: self._undone(one, why) for one in now})
+        self._at = rollback.number, rollback.tick
+        return done
 
     def stopped(self) -> list[Done]:
         """Answers `StopAndSave`: what was asked for is saved.
@@ -319,7 +321,7 @@ class Service:
         for delivery, error in came.unreadable:
             self._bury(delivery, error)
         for delivery, envelope in came.commands:
-            tokens = (delivery.token,) if delivery.token else ()
+            tokens = delivery.tokens
             command, known = envelope.message, self._record.answers.get(envelope.id)
             assert isinstance(command, Command)
             if envelope.id in self._tokens:  # came twice: answered once
@@ -352,9 +354,9 @@ class Service:
 
     def _bury(self, delivery: Delivery, error: MessageError) -> None:
         """Puts aside what cannot be read, and answers it if it has an id."""
-        tokens = (delivery.token,) if delivery.token else ()
-        self._send(Letter("dead", buried(delivery, str(error)), tokens))
-        if error.id is not None and error.id not in self._tokens:
+        self._send(Letter("dead", buried(delivery, str(error)), delivery.tokens))
+        known = {*self._tokens, *self._record.answers, *self._replayed}
+        if error.id is not None and error.id not in known:
             answer = self._answer(error.id, "INVALID", str(error), joined=False)
             self._acknowledge(answer)
 

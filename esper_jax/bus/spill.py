@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
@@ -114,7 +115,10 @@ class Spill:
         scratch = self._path.with_name(self._path.name + ".tmp")
         try:
             left = self.peek(self._in_file)[: self._in_file]
-            scratch.write_bytes(b"".join(map(_line, [*first, *left, *self._tail])))
+            with scratch.open("wb") as file:
+                file.writelines(map(_line, [*first, *left, *self._tail]))
+                file.flush()
+                os.fsync(file.fileno())
             scratch.replace(self._path)
         except OSError:
             with contextlib.suppress(OSError):

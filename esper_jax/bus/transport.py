@@ -47,6 +47,11 @@ class Delivery:
     size: int = 0
     """Bytes that were sent, if the data are cut."""
 
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        """The token, if there is one."""
+        return (self.token,) if self.token else ()
+
 
 def buried(delivery: Delivery, why: str) -> bytes:
     """What the topic ``dead`` gets of a command that cannot be read."""
