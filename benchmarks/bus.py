@@ -29,6 +29,7 @@ import jax
 import numpy as np
 import optax
 import redis
+from bus_faults import table
 from flax import nnx
 from monitor import BATCH, CLASSES, FEATURES, rows, spread
 
@@ -280,11 +281,15 @@ def main() -> None:
     parser.add_argument("--ticks", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--steps-only", action="store_true")
+    parser.add_argument("--faults", action="store_true", help="see bus_faults.py")
     args = parser.parse_args()
     print(
         f"{platform.machine()}, Python {platform.python_version()}, jax "
         f"{jax.__version__}, redis-py {redis.__version__}; {args.ticks} ticks\n"
     )
+    if args.faults:
+        table()
+        return
     if args.steps_only:
         with server() as url:
             steps(url, args.rounds)

@@ -247,7 +247,7 @@ def test_a_run_serves_until_it_ends_however_it_ends(tmp_path: pathlib.Path) -> N
         def served() -> bool:
             try:
                 client(str(out)).close()
-            except TransportError:
+            except (TransportError, ValueError):  # ValueError: there is no folder yet
                 return False
             return True
 
