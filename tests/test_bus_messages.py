@@ -8,9 +8,11 @@ import re
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reports import report, seeds
 
 from esper_jax.bus import (
     Acknowledged,
@@ -28,7 +30,7 @@ from esper_jax.bus import (
 )
 from esper_jax.bus.envelope import MOST_BYTES, decode_command
 from esper_jax.bus.messages import COMMANDS, MESSAGES
-from esper_jax.bus.telling import events_told
+from esper_jax.bus.telling import events_told, tick_told
 
 ROOT = pathlib.Path(__file__).parents[1]
 MOVE = Move(layer="layers/0", seed=3, stage="CULLED")
@@ -115,6 +117,20 @@ def test_what_is_not_finite_is_null_on_the_wire() -> None:
     )
     found = decode(encode(health, "test")).message
     assert (found.health, found.alpha, found.worth) == ([None], [None], [None])
+
+
+def test_numbers_are_short_on_the_wire_and_lose_nothing() -> None:
+    random = np.random.default_rng(0)
+    some = random.normal(size=5000) * 10.0 ** random.integers(-45, 38, 5000)
+    values = np.array([*some, 0.0, np.nan, np.inf, 0.1, 1 / 3], np.float32)
+    layer = seeds([0] * len(values), alpha=values)
+    [_, health] = tick_told(report(1, {"a": layer}))
+    back = decode(encode(health, "test")).message.alpha
+    found = np.array([np.nan if x is None else x for x in back])
+    finite = np.isfinite(values)
+    np.testing.assert_array_equal(found[finite].astype(np.float32), values[finite])
+    assert np.isnan(found[~finite]).all()
+    assert back[-2:] == [0.100000001, 0.333333343]
 
 
 def test_unknown_fields_are_passed_over_and_few_are_needed() -> None:

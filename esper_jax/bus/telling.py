@@ -99,4 +99,14 @@ def _number(value: Any) -> float | None:
 
 def _column(values: Any, shape: tuple[int, ...]) -> list[float | None]:
     """One number a seed. JSON gets null for what is not finite."""
-    return np.broadcast_to(np.asarray(values), shape).tolist()
+    return _short(np.broadcast_to(np.asarray(values), shape)).tolist()
+
+
+def _short(values: np.ndarray) -> np.ndarray:
+    """float32 values as doubles that JSON writes in nine digits, and none is lost."""
+    exact = values.astype(np.float64)
+    with np.errstate(all="ignore"):
+        power = 10.0 ** np.clip(8 - np.floor(np.log10(np.abs(exact))), 0, 22)
+        rounded = np.round(exact * power) / power
+        same = rounded.astype(np.float32) == exact
+    return np.where(same, rounded, exact)
