@@ -142,6 +142,7 @@ class Lines:
         self._answered = frozenset(answered)
         tail = Tail(self._folder / "in.jsonl", self._done)
         self._hand_on(tail, deliver)
+        self._settle([])  # what was sent meanwhile
         threading.Thread(
             target=self._run,
             args=(tail, deliver),
@@ -220,8 +221,6 @@ class Lines:
 
     def _settle(self, ends: Sequence[int]) -> None:
         """Moves the mark to where everything before is answered."""
-        if not ends:
-            return
         with self._lock:
             self._ahead.update(ends)
             before = self._done
