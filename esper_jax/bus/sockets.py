@@ -8,6 +8,7 @@ in either direction.
 """
 
 import contextlib
+import errno
 import json
 import os
 import selectors
@@ -68,15 +69,18 @@ def _listening(path: Path) -> socket.socket:
       OSError: if there cannot be one, or something else is there.
     """
     with contextlib.suppress(FileNotFoundError):
-        if stat.S_ISSOCK(path.lstat().st_mode):
-            path.unlink()
+        if not stat.S_ISSOCK(path.lstat().st_mode):
+            raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+    scratch = path.with_name(path.name + ".tmp")
+    scratch.unlink(missing_ok=True)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        with _address(path) as address:
+        with _address(scratch) as address:
             listener.bind(address)
-        path.chmod(0o600)
-        listener.listen(_MOST_GUESTS)  # from here on it can be connected to
+        scratch.chmod(0o600)
+        listener.listen(_MOST_GUESTS)
         listener.setblocking(False)
+        scratch.replace(path)  # whoever finds it can connect
     except OSError:
         listener.close()
         raise
@@ -407,11 +411,9 @@ class ServedClient:
 
 def _nobody(path: Path, error: OSError) -> str:
     """Why nobody can be connected to."""
-    if isinstance(error, FileNotFoundError | NotADirectoryError):
-        return (
-            f"no run serves in {path.parent}: there is no {path.name}. Train with "
-            "--serve, or give the URL of its --bus"
-        )
+    if isinstance(error, FileNotFoundError):
+        said = f"no run serves in {path.parent}: there is no {path.name}. Train with "
+        return said + "--serve, or give the URL of its --bus"
     if isinstance(error, ConnectionRefusedError):
         return f"nobody listens at {path}: the run was killed; --resume it with --serve"
     return f"{path}: {error.strerror or error}"
