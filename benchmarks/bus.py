@@ -29,6 +29,7 @@ import jax
 import numpy as np
 import optax
 import redis
+from bus_faults import table
 from flax import nnx
 from monitor import BATCH, CLASSES, FEATURES, rows, spread
 
@@ -163,15 +164,21 @@ def told(service: Service, shown: TickReport, ticks: int) -> float:
 class Timed(Local):
     """`Local`, and when each tick was in it."""
 
-    def __init__(self) -> None:
+    def __init__(self, layers: int) -> None:
         super().__init__()
+        self.layers, self.seen, self.began = layers, 0, 0.0
         self.found: list[float] = []
 
     def publish(self, messages: Any) -> None:
         super().publish(messages)
-        if len(messages) > 1 and len(self.found) < 1_000_000:
-            began = json.loads(messages[0].data)["data"]["train_loss"]
-            self.found.append(time.monotonic() - began)
+        for message in messages:
+            if b"TickReported" in message.data[:300]:
+                self.began = json.loads(message.data)["data"]["train_loss"]
+                self.seen = 0
+            elif b"LayerHealth" in message.data[:300]:
+                self.seen += 1
+                if self.seen == self.layers:
+                    self.found.append(time.monotonic() - self.began)
 
 
 def latencies(url: str, layers: int, consumers: int, ticks: int) -> None:
@@ -180,7 +187,7 @@ def latencies(url: str, layers: int, consumers: int, ticks: int) -> None:
         report(layers),
         {f"layers/{n}": Layer(SEEDS, ()) for n in range(layers)},
     )
-    local = Timed()
+    local = Timed(layers)
     with Service(names, local) as service:
         rate = told(service, shown, ticks)
     size = sum(len(data) for _, data in list(local._kept)[: layers + 1])
@@ -280,11 +287,15 @@ def main() -> None:
     parser.add_argument("--ticks", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--steps-only", action="store_true")
+    parser.add_argument("--faults", action="store_true", help="see bus_faults.py")
     args = parser.parse_args()
     print(
         f"{platform.machine()}, Python {platform.python_version()}, jax "
         f"{jax.__version__}, redis-py {redis.__version__}; {args.ticks} ticks\n"
     )
+    if args.faults:
+        table()
+        return
     if args.steps_only:
         with server() as url:
             steps(url, args.rounds)

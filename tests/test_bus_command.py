@@ -16,7 +16,7 @@ import tyro
 from redis_server import Server, needs_redis
 from reports import report, rollback, seeds
 
-from esper_jax.bus import Service, decode
+from esper_jax.bus import RunEnded, Service, TransportError, decode, encode
 from esper_jax.bus.connect import connect
 from esper_jax.bus.messages import Layer
 from esper_jax.commands import COMMANDS
@@ -113,14 +113,19 @@ def test_send_waits_for_the_answer_and_exits_with_what_became_of_it(
 def test_what_cannot_be_sent_is_one_line(tmp_path: pathlib.Path, capsys: Any) -> None:
     nobody = tmp_path / "nobody"
     nobody.mkdir()
-    with pytest.raises(RunError, match=r"no answer within 0.05 seconds: .*--id a1 to"):
+    with pytest.raises(
+        RunError, match=r"no answer within 0.05 seconds: .*--id a1 before"
+    ):
         bus("send", f"file:{nobody}", "--wait", "0.05", "--id", "a1", "stop")
     assert bus("send", f"file:{nobody}", "--wait", "0", "--id", "a2", "stop") == 0
     assert capsys.readouterr().out == "sent: a2\n"
     sent = (nobody / "in.jsonl").read_bytes().splitlines()
     assert [decode(line).id for line in sent] == ["a1", "a2"]
+    large = tmp_path / "large.json"
+    kind = {"kind": "Germinate", "layer": "l" * 200, "blueprint": "b" * 200}
+    large.write_text(json.dumps([kind | {"seed": n} for n in range(5000)]))
     for words, error, said in [
-        (["watch", "http://u:secret@h"], ConfigError, "expected redis://HOST"),
+        (["watch", "http://u:secret@h"], ConfigError, "--serve, redis://HOST"),
         (["watch", f"file:{nobody}x"], RunError, "the bus: there is no folder"),
         (["send", "redis://:secret@127.0.0.1:1", "stop"], RunError, "Error 111 conn"),
         (["replay", f"{nobody}"], RunError, "holds no run"),
@@ -134,10 +139,53 @@ def test_what_cannot_be_sent_is_one_line(tmp_path: pathlib.Path, capsys: Any) ->
             ConfigError,
             "--layer: Expected `str` of length >= 1",
         ),
+        (
+            ["send", f"file:{nobody}", "--id", "x" * 201, "stop"],
+            ConfigError,
+            "--id: expected 1 to 200 characters, got 201",
+        ),
+        (
+            ["send", f"file:{nobody}", "batch", f"{large}"],
+            ConfigError,
+            "the command has .* bytes: expected at most 1048576; send it in parts",
+        ),
     ]:
         with pytest.raises(error, match=said) as caught:
             bus(*words)
         assert "secret" not in str(caught.value)
+
+
+class Broken:
+    """A connection that breaks, or a run that ends, while an answer is waited for."""
+
+    def __init__(self, says: Any) -> None:
+        self.says = says
+
+    def send(self, data: bytes) -> None:
+        pass
+
+    def receive(self, patience: float) -> list[bytes]:
+        if isinstance(self.says, Exception):
+            raise self.says
+        return [encode(self.says, "test")]
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("says", "said"),
+    [
+        (TransportError("Connection closed by server."), "Connection closed by server"),
+        (RunEnded(tick=9, step=9, reason="done"), r"the run ended meanwhile \(done\)"),
+    ],
+)
+def test_who_does_not_know_what_became_of_a_command_is_told_its_id(
+    says: Any, said: str, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr("esper_jax.bus.connect.client", lambda *_: Broken(says))
+    with pytest.raises(RunError, match=f"{said}.*with --id a7 before its name"):
+        bus("send", "file:x", "--id", "a7", "stop")
 
 
 def test_watch_prints_lines_and_ends_with_the_run(

@@ -8,12 +8,16 @@ import re
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reports import report, seeds
 
 from esper_jax.bus import (
+    Acknowledged,
     Batch,
+    CapacityChanged,
     Enable,
     Germinate,
     LayerHealth,
@@ -26,7 +30,7 @@ from esper_jax.bus import (
 )
 from esper_jax.bus.envelope import MOST_BYTES, decode_command
 from esper_jax.bus.messages import COMMANDS, MESSAGES
-from esper_jax.bus.telling import moves_told
+from esper_jax.bus.telling import events_told, tick_told
 
 ROOT = pathlib.Path(__file__).parents[1]
 MOVE = Move(layer="layers/0", seed=3, stage="CULLED")
@@ -115,6 +119,20 @@ def test_what_is_not_finite_is_null_on_the_wire() -> None:
     assert (found.health, found.alpha, found.worth) == ([None], [None], [None])
 
 
+def test_numbers_are_short_on_the_wire_and_lose_nothing() -> None:
+    random = np.random.default_rng(0)
+    some = random.normal(size=5000) * 10.0 ** random.integers(-45, 38, 5000)
+    values = np.array([*some, 0.0, np.nan, np.inf, 0.1, 1 / 3], np.float32)
+    layer = seeds([0] * len(values), alpha=values)
+    [_, health] = tick_told(report(1, {"a": layer}))
+    back = decode(encode(health, "test")).message.alpha
+    found = np.array([np.nan if x is None else x for x in back])
+    finite = np.isfinite(values)
+    np.testing.assert_array_equal(found[finite].astype(np.float32), values[finite])
+    assert np.isnan(found[~finite]).all()
+    assert back[-2:] == [0.100000001, 0.333333343]
+
+
 def test_unknown_fields_are_passed_over_and_few_are_needed() -> None:
     data = {"layer": "layers/0", "seed": 3, "stage": "CULLED", "why": "curious"}
     wire = {"id": "7", "type": "esper_jax.Move.v1", "data": data, "traceparent": "00"}
@@ -137,6 +155,19 @@ def wire(type: Any = "esper_jax.Move.v1", **more: Any) -> bytes:
             None,
         ),
         (b" " * (MOST_BYTES + 1), "a message of 1048577 bytes: expected at most", None),
+        (
+            wire("esper_jax.StopAndSave.v1", id="x" * 201),
+            "id: expected 1 to 200 characters, got 201",
+            "x" * 201,
+        ),
+        (
+            b'{"id": "7", "data": ' + b" " * MOST_BYTES,
+            "bytes: expected at most 1048576",
+            "7",
+        ),
+        (wire(time=None), "time: expected a string, got null", "7"),
+        (wire(source=5), "source: expected a string, got 5", "7"),
+        (wire(specversion=1), "specversion: expected a string, got 1", "7"),
         (wire(id=7), "id: expected a string, got 7", None),
         (wire(id=""), "id: expected 1 to 200 characters, got 0", ""),
         (wire(specversion="2.0"), "specversion: expected 1.0 of CloudEvents", "7"),
@@ -179,7 +210,7 @@ def test_what_cannot_be_used_is_refused_in_words(
         decode_command(data)
     assert said in str(caught.value)
     assert len(str(caught.value)) < 600
-    assert caught.value.id == (id or caught.value.id)
+    assert caught.value.id == (caught.value.id if id is None else id)
 
 
 @given(
@@ -201,14 +232,24 @@ def test_whatever_comes_is_a_command_or_refused(data: bytes) -> None:
         assert type(decode_command(data).message).__name__ in COMMANDS
 
 
+def test_answers_and_reports_may_be_longer_than_commands() -> None:
+    long = Acknowledged(command="x", outcome="OK", reason="y" * MOST_BYTES, tick=1)
+    assert decode(encode(long, "test", "ack-" + 200 * "x")).message == long
+
+
 def test_each_message_has_words() -> None:
     for message in MESSAGES.values():
         assert inspect.getdoc(message)
 
 
-def test_what_is_no_seed_s_is_no_move() -> None:
+def test_events_of_seeds_and_slots_are_told_and_no_others() -> None:
     seed = {"tick": 7, "layer": "a", "seed": 0, "outcome": "OK"}
     moved = {**seed, "from": "DORMANT", "to": "GERMINATED"}
     slots = {**seed, "seed": -1, "from": "3", "to": "1", "slots": [3, 1]}
     change = {**seed, "layer": "", "seed": -1, "from": "1", "to": "2", "change": 1}
-    assert [m.to for m in moves_told([slots, moved, change])] == ["GERMINATED"]
+    slots["text"] = "gives back 2"
+    given_back, move = events_told([slots, moved, change])
+    assert (move.to, move.seed) == ("GERMINATED", 0)
+    assert given_back == CapacityChanged(
+        tick=7, layer="a", before=3, after=1, text="gives back 2"
+    )

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import resource
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -221,3 +222,172 @@ def test_answered_lines_are_settled_in_their_order(tmp_path: pathlib.Path) -> No
     following.listen(again.append)
     assert [d.data for d in again] == [b"c"]
     following.close()
+
+
+class Narrow(Gate):
+    """A transport that takes little at once."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.most, self.sizes = most, []
+        self.open.set()
+
+    def publish(self, messages: Sequence[Outgoing]) -> None:
+        self.sizes.append(sum(len(m.data) for m in messages))
+        if self.sizes[-1] > self.most:
+            raise TransportError("it takes too long")
+        super().publish(messages)
+
+
+def numbered(topic: Any, number: int, size: int) -> Letter:
+    return Letter(topic, b" " * size + b"%d" % number)
+
+
+def test_much_is_sent_in_portions() -> None:
+    narrow = Narrow(300_000)
+    outbox = Outbox(narrow)
+    outbox.tell(lambda: [numbered("telemetry", n, 60_000) for n in range(20)])
+    outbox.post(*(numbered("events", 100 + n, 60_000) for n in range(20)))
+    assert outbox.flush(20)
+    assert narrow.numbers() == [*range(20), *range(100, 120)]
+    assert outbox.outages == 0
+    outbox.close(1)
+
+
+def test_telemetry_that_cannot_be_sent_holds_up_no_answer() -> None:
+    narrow = Narrow(300_000)
+    outbox = Outbox(narrow)
+    outbox.tell(lambda: [numbered("telemetry", 1, 400_000)])
+    wait(lambda: outbox.error)
+    outbox.post(*events([2, 3]))
+    outbox.tell(lambda: events([4]))
+    assert outbox.flush(20)
+    assert narrow.numbers() == [2, 3, 4]
+    assert (outbox.dropped, outbox.close(1)) == (1, 0)
+
+
+def test_a_file_that_cannot_be_read_for_a_while_stops_nothing(
+    tmp_path: pathlib.Path, monkeypatch: Any
+) -> None:
+    gate, spill = Gate(), tmp_path / "spill"
+    outbox = Outbox(gate, spill, room=4)
+    outbox.post(*events(range(12)))
+    assert gate.tried.wait(20)
+    opened, fails = pathlib.Path.open, threading.Event()
+    fails.set()
+
+    def fail(path: pathlib.Path, mode: str = "r", *words: Any, **more: Any) -> Any:
+        if path == spill and mode == "rb" and fails.is_set():
+            raise OSError(24, "Too many open files")
+        return opened(path, mode, *words, **more)
+
+    monkeypatch.setattr(pathlib.Path, "open", fail)
+    gate.open.set()
+    wait(lambda: "Too many open files" in outbox.error)
+    outbox.post(*events([12]))
+    fails.clear()
+    assert outbox.flush(20)
+    assert gate.numbers() == [*range(13)]
+    gate.open.clear()
+    outbox.post(*events(range(20, 32)))
+    fails.set()
+    assert outbox.close(0) == 4  # what the file holds is there for the next process
+    fails.clear()
+    left = [json.loads(x)["data"] for x in spill.read_bytes().splitlines()]
+    assert left == [f"{n}" for n in range(24, 32)]
+    gate.open.set()
+
+
+def test_what_others_take_out_of_the_file_is_counted(tmp_path: pathlib.Path) -> None:
+    gate, spill = Gate(), tmp_path / "spill"
+    outbox = Outbox(gate, spill, room=4)
+    outbox.post(*events(range(20)))
+    assert gate.tried.wait(20)
+    spill.unlink()
+    gate.open.set()
+    assert outbox.flush(20)  # it waits for nothing that is gone
+    outbox.post(*events(range(20, 23)))
+    assert outbox.flush(20)
+    assert gate.numbers() == [*range(4), *range(20, 23)]
+    assert outbox.close(1) == 16
+
+
+def test_a_full_disk_loses_nothing_while_the_process_lives_and_counts_then(
+    tmp_path: pathlib.Path,
+) -> None:
+    """A limit on the size of files ends a write in its midst, as a full disk does."""
+    gate, spill = Gate(), tmp_path / "spill"
+    outbox = Outbox(gate, spill, room=4)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        outbox.post(*(numbered("events", n, 9000) for n in range(40)))
+        assert outbox.waiting == 40
+        assert 80_000 < spill.stat().st_size <= 100_000
+        assert spill.read_bytes().endswith(b"\n")  # no half message
+        gate.open.set()
+        assert outbox.flush(20)
+        assert gate.numbers() == [*range(40)]
+        gate.open.clear()
+        gate.tried.clear()
+        outbox.post(*(numbered("events", n, 9000) for n in range(40, 80)))
+        assert gate.tried.wait(20)
+        lost = outbox.close(0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    kept = [json.loads(x)["data"].strip() for x in spill.read_bytes().splitlines()]
+    assert [int(n) for n in kept] == [*range(44, 44 + len(kept))]
+    assert lost == 40 - len(kept)
+    assert 0 < len(kept) < 36
+    gate.open.set()
+    again = Gate()
+    again.open.set()
+    following = Outbox(again, spill)
+    assert following.flush(20)
+    assert again.numbers() == [*range(44, 44 + len(kept))]
+    following.close(1)
+
+
+def test_what_cannot_be_read_holds_up_no_answer(
+    tmp_path: pathlib.Path, caplog: Any
+) -> None:
+    (tmp_path / "dead.jsonl").mkdir()
+    lines = Lines(tmp_path)
+    for number in range(3):
+        letters = [("dead", b"bad"), ("acks", b"%d" % number)]
+        lines.publish([Outgoing("e", number, t, d) for t, d in letters])
+    assert (tmp_path / "out.jsonl").read_bytes() == b"0\n1\n2\n"
+    [said] = [r.getMessage() for r in caplog.records]
+    assert "what cannot be read is not kept there" in said
+    # Tokens that a server gave, of what a run before could not send, settle nothing.
+    lines.publish([Outgoing("e", 9, "acks", b"{}", ("1690000000000-0",))])
+    lines.close()
+
+
+def test_answers_that_wait_in_the_file_are_not_given_again(
+    tmp_path: pathlib.Path,
+) -> None:
+    spill = tmp_path / "spill"
+    (tmp_path / "in.jsonl").write_bytes(b"a\nb\n")
+    gate = Gate()
+    before = Outbox(gate, spill)
+    before.post(Letter("acks", b"1", ("2",)))
+    before.close(0)
+    lines, came = Lines(tmp_path), []
+    outbox = Outbox(lines, spill)
+    assert outbox.answered == {"2"}
+    lines.listen(came.append, outbox.answered)
+    assert [d.data for d in came] == [b"b"]
+    assert outbox.flush(10)
+    assert (tmp_path / "in.settled").read_text() == "2\n"
+    outbox.close(1)
+    lines.close()
+    gate.open.set()
+
+
+def test_what_is_sent_between_two_services_waits_for_the_second() -> None:
+    bus, layers = Local(), {"a": Layer(2, ("b",))}
+    Service(layers, bus).close()
+    bus.send(Move(layer="a", seed=1, stage="TRAINING"))
+    with Service(layers, bus) as service:
+        assert [int(t) for t in service.asked(1).commands["a"].target] == [-1, 2]

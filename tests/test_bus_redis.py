@@ -1,5 +1,7 @@
 """Redis Streams under faults, on a real server: all arrives once and in order."""
 
+import dataclasses
+import io
 import itertools
 import json
 import logging
@@ -8,15 +10,23 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 import redis
 from redis_server import Proxy, Server, needs_redis
 from reports import report
+from reports import seeds as a_layer
+from rich.console import Console
 
+from esper_jax import LifecycleConfig, Stage
 from esper_jax.bus import (
     Acknowledged,
     Enable,
+    LayerSeen,
     Record,
+    RemotePolicy,
+    RunEnded,
     Service,
     StopAndSave,
     decode,
@@ -25,10 +35,18 @@ from esper_jax.bus import (
 )
 from esper_jax.bus import redis_streams as streams
 from esper_jax.bus.connect import check_url, client, connect, shown
+from esper_jax.bus.envelope import MOST_BYTES
 from esper_jax.bus.messages import Layer
 from esper_jax.bus.outbox import Letter, Outbox
+from esper_jax.bus.redis_entries import entries_of
 from esper_jax.bus.redis_streams import RedisClient, RedisStreams
+from esper_jax.bus.seen import Lent, seen_told
 from esper_jax.bus.transport import TransportError
+from esper_jax.bus.watch import print_all
+from esper_jax.lifecycle.commands import commands_for
+from esper_jax.lifecycle.signals import Signals
+from esper_jax.lifecycle.state import init_seeds
+from esper_jax.policy import Policy
 
 pytestmark = needs_redis
 
@@ -278,6 +296,202 @@ def test_a_consumer_that_dies_between_effect_and_answer_answers_later_once(
     assert len(answers(server.url, run)) == 2
 
 
+class Held(RedisStreams):
+    """Sends nothing until it may, and says how often what is pending was read again."""
+
+    def __init__(self, url: str, run: str) -> None:
+        super().__init__(url, run)
+        self.may, self.again = True, 0
+
+    def publish(self, messages: Any) -> None:
+        if not self.may:
+            raise TransportError("not now")
+        super().publish(messages)
+
+    def _read(self, start: str, deliver: Any) -> str:
+        found = super()._read(start, deliver)
+        self.again += start != ">"
+        return found
+
+
+def test_a_listener_that_connects_anew_doubles_no_answer(
+    server: Server, tmp_path: pathlib.Path
+) -> None:
+    """The answers wait in the outbox; after a resume, in its file."""
+    run, record = next(RUNS), tmp_path / "commands.jsonl"
+    held, admin = Held(server.url, run), streams._redis(server.url)
+    kept = Record(record, at=(0, 0))
+    one = Service(LAYERS, held, record=kept, spill=tmp_path / "spill", patience=0)
+    one.started(0, 0)
+    assert one.outbox.flush(10)
+    sender = RedisClient(server.url, run)
+    names = [f"c{n}" for n in range(5)]
+    sender.send(b"garbage")
+    for name in names:
+        sender.send(encode(Enable(on=False), "test", name))
+    held.may = False
+    joined(one, 5)
+    one.ticked(REPORT, events=[])
+    assert one.outbox.waiting == 6
+    for tick in (2, 3):
+        before = held.again
+        admin.client_kill_filter(_type="normal", skipme=True)
+        wait(lambda before=before: held.again > before)
+        one.asked(tick)
+        one.ticked(report(tick, {}), events=[])
+    held.may = True
+    assert one.outbox.flush(10)
+    assert answers(server.url, run) == [(name, "OK") for name in names]
+    assert admin.xlen(f"esper:{{{run}}}:dead") == 1
+    # They wait for the next process.
+    held.may = False
+    sender.send(encode(Enable(on=True), "test", "last"))
+
+    def last() -> bool:
+        one.asked(4)
+        return bool(one._admitted.now)
+
+    wait(last)
+    one.ticked(report(4, {}), events=[])
+    one.close()
+    assert (tmp_path / "spill").exists()
+    again = Held(server.url, run)
+    kept = Record(record, read_record(record), at=(0, 4))
+    two = Service(LAYERS, again, record=kept, spill=tmp_path / "spill")
+    wait(lambda: again.again)
+    two.asked(5)
+    two.ticked(report(5, {}), events=[])
+    assert two.outbox.flush(10)
+    assert answers(server.url, run) == [(n, "OK") for n in (*names, "last")]
+    # Whoever sends it again is answered again.
+    RedisClient(server.url, run).send(encode(Enable(on=True), "test", "last"))
+
+    def twice() -> bool:
+        two.asked(6)
+        return len(answers(server.url, run)) == 7
+
+    wait(twice)
+    two.close()
+    sender.close()
+
+
+def test_a_listener_outlives_what_nobody_foresaw(
+    server: Server, tmp_path: pathlib.Path, monkeypatch: Any, caplog: Any
+) -> None:
+    run, failed = next(RUNS), []
+
+    def broken(found: Any) -> Any:
+        if len(failed) < 2:
+            failed.append(found)
+            raise AttributeError("decode")
+        return entries_of(found)
+
+    monkeypatch.setattr(streams, "entries_of", broken)
+    url = f"{server.url}?decode_responses=true"
+    one = service(RedisStreams(url, run), tmp_path / "commands.jsonl")
+    one.started(0, 0)
+    assert one.outbox.flush(10)
+    RedisClient(url, run).send(encode(Enable(on=False), "test", "off"))
+    joined(one, 1)
+    one.close()
+    assert "commands cannot be read now (AttributeError" in caplog.text
+
+
+def test_commands_that_are_answered_go_and_others_are_not_trimmed(
+    server: Server, tmp_path: pathlib.Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(streams, "_MOST_COMMANDS", 3)
+    run, admin = next(RUNS), streams._redis(server.url)
+    one = service(RedisStreams(server.url, run), tmp_path / "commands.jsonl")
+    one.started(0, 0)
+    assert one.outbox.flush(10)
+    sender = RedisClient(server.url, run)
+    joined(one, 0)
+    one._transport._open = False
+    for number in range(3):
+        sender.send(encode(Enable(on=False), "test", f"c{number}"))
+    with pytest.raises(TransportError, match="3 commands wait for the run already"):
+        sender.send(encode(Enable(on=False), "test", "more"))
+    one.close()
+    two = service(RedisStreams(server.url, run), tmp_path / "commands.jsonl")
+    joined(two, 3)
+    two.ticked(REPORT, events=[])
+    assert two.outbox.flush(10)
+    assert admin.xlen(f"esper:{{{run}}}:commands") == 0
+    sender.send(encode(Enable(on=True), "test", "more"))
+    joined(two, 1)
+    two.close()
+
+
+def test_a_run_that_went_on_is_not_the_one_that_started_last(
+    server: Server, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(streams, "_REGISTERED", 0)
+    names = sorted(next(RUNS) for _ in range(2))
+    first, last = (RedisStreams(server.url, name) for name in names)
+    for one in (last, first, first):
+        one._began += one is last
+        one.publish([])
+    assert RedisClient(server.url).run == names[1]
+    streams._redis(server.url).delete("esper:runs")  # as a server that keeps nothing
+    for one in (last, first):
+        one.publish([])
+    assert RedisClient(server.url).run == names[1]
+    for one in (last, first):
+        one.close()
+
+
+def test_telemetry_is_bounded_by_its_bytes(server: Server, monkeypatch: Any) -> None:
+    monkeypatch.setattr(streams, "_MOST_BYTES", 100_000)
+    run = next(RUNS)
+    outbox = Outbox(RedisStreams(server.url, run), room=10_000)
+    for topic in ("telemetry", "events"):
+        outbox.post(*(Letter(topic, b"x" * 1000) for _ in range(1000)))
+    assert outbox.flush(10)
+    admin = streams._redis(server.url)
+    assert 100 <= admin.xlen(f"esper:{{{run}}}:telemetry") <= 300
+    assert admin.xlen(f"esper:{{{run}}}:events") == 1000
+    large = json.dumps({"id": "a", "data": "x" * MOST_BYTES}).encode()
+    outbox.post(Letter("telemetry", large))
+    assert outbox.flush(10)
+    [key] = admin.keys(f"esper:{{{run}}}:large:*")
+    assert 50 < admin.ttl(key) <= 60
+    outbox.close(1)
+
+
+def test_all_that_a_run_said_is_printed_in_its_order(
+    server: Server, monkeypatch: Any, caplog: Any
+) -> None:
+    """However many entries of each stream come at once, and where a read fails."""
+    monkeypatch.setattr(streams, "_COUNT", 7)
+    run = next(RUNS)
+    outbox = Outbox(RedisStreams(server.url, run))
+    for n in range(60):
+        topic = "events" if n % 20 == 3 else "telemetry"
+        outbox.post(Letter(topic, b'{"n": %d}' % n))
+        assert outbox.flush(10)
+        time.sleep(0.002)  # within a millisecond, nobody knows
+    end = RunEnded(tick=1, step=1, reason="done")
+    outbox.post(Letter("events", encode(end, "test")))
+    outbox.post(Letter("telemetry", b'{"n": 60}'))
+    assert outbox.flush(10)
+    reader, reads = RedisClient(server.url, run, last=None), itertools.count()
+    receive = reader.receive
+
+    def failing(patience: float) -> list[bytes]:
+        if next(reads) == 1:
+            raise TransportError("it is away")
+        return receive(patience)
+
+    monkeypatch.setattr(reader, "receive", failing)
+    printed = io.StringIO()
+    assert print_all(reader, Console(file=printed)) == 0
+    numbers = [json.loads(line).get("n") for line in printed.getvalue().splitlines()]
+    assert [n for n in numbers if n is not None] == [*range(61)]
+    assert "the connection is lost (it is away); trying again" in caplog.text
+    outbox.close(1)
+
+
 def test_garbage_and_what_is_too_long_stop_nothing(
     server: Server, tmp_path: pathlib.Path, monkeypatch: Any
 ) -> None:
@@ -342,6 +556,82 @@ def test_a_report_that_is_too_long_is_kept_beside_the_stream(server: Server) -> 
     outbox.close(1)
 
 
+def looking() -> Policy:
+    """Asks for the seed whose number is the tick's, by its worth."""
+
+    def decide(seeds: Any, signals: Any, memory: Any) -> Any:
+        wants = signals["big"].worth == 7
+        target = jnp.where(wants, jnp.int8(Stage.GERMINATED), jnp.int8(-1))
+        asked = commands_for(len(target), {0: Stage.GERMINATED})
+        return {"big": dataclasses.replace(asked, target=target)}, memory
+
+    return Policy(lambda shapes, key: 0, decide, reads=frozenset())
+
+
+def test_a_remote_policy_reads_layers_that_are_too_long_for_the_stream(
+    server: Server, caplog: Any
+) -> None:
+    """Where the server has forgotten one, that tick is passed over."""
+    seeds, run = 12_000, next(RUNS)
+    of = Lent(
+        3,
+        {"big": Layer(seeds, ("residual_mlp",))},
+        {"big": np.ones((1, seeds), np.int32)},
+        {"big": [False]},
+        LifecycleConfig(),
+        frozenset(),
+    )
+    outbox = Outbox(RedisStreams(server.url, run))
+    outbox.post(*events([0]))
+    assert outbox.flush(10)
+    reader = RedisClient(server.url, run)
+    remote = RemotePolicy(looking(), reader)
+    admin = streams._redis(server.url)
+
+    def large() -> list[bytes]:
+        return admin.keys(f"esper:{{{run}}}:large:*")
+
+    for tick, forgotten in ((1, False), (2, True), (3, False)):
+        worth = np.zeros(seeds, np.float32)
+        worth[seeds - tick] = 7
+        layer = a_layer([0] * seeds, signals=Signals.unmeasured(worth=worth))
+        told = seen_told(
+            of, report(tick, {"big": layer}), {"big": init_seeds(seeds, 16)}, 0
+        )
+        for n, message in enumerate(told):
+            data = encode(message, "test", f"{tick}-{n}")
+            assert (len(data) > MOST_BYTES) == isinstance(message, LayerSeen)
+            outbox.post(Letter("telemetry", data))
+        assert outbox.flush(10)
+        if forgotten:
+            assert admin.delete(*large()) == 2
+        assert remote.step(1) == (None if forgotten else tick)
+    sent = admin.xrange(f"esper:{{{run}}}:commands")
+    asked = [decode(fields[b"m"]).message for _, fields in sent]
+    assert [(d.seen, [c.seed for c in d.commands]) for d in asked] == [
+        (1, [seeds - 1]),
+        (3, [seeds - 3]),
+    ]
+    assert not [r for r in caplog.records if r.name.startswith("esper_jax")]
+    outbox.close(1)
+    reader.close()
+
+
+def test_a_reader_that_is_far_behind_takes_some_at_once(
+    server: Server, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(streams, "_MOST_AT_ONCE", 10_000)
+    run = next(RUNS)
+    outbox = Outbox(RedisStreams(server.url, run))
+    outbox.post(*(Letter("events", b"%04d" % n + b"x" * 3000) for n in range(20)))
+    assert outbox.flush(10)
+    reader = RedisClient(server.url, run, last=None)
+    found = [reader.receive(1) for _ in range(5)]
+    assert [len(part) for part in found] == [4] * 5
+    assert [int(x[:4]) for part in found for x in part] == [*range(20)]
+    outbox.close(1)
+
+
 def test_streams_are_bounded(server: Server, monkeypatch: Any) -> None:
     monkeypatch.setitem(streams._MOST, "events", 100)
     run = next(RUNS)
@@ -377,7 +667,8 @@ def test_a_password_is_asked_for_and_never_said(tmp_path: pathlib.Path) -> None:
         with pytest.raises(TransportError) as caught:
             client(wrong)
         assert "hunter2" not in str(caught.value)
-    for wrong in (url + "?timeout=3", url.replace(":", ":x", 2), url + "?db=x"):
+    unquoted = [f"redis://:hunter2{c}x@{address}" for c in "#/?"]
+    for wrong in (url + "?timeout=3", url.replace(":", ":x", 2), *unquoted):
         with pytest.raises(ValueError, match="expected redis://") as bad:
             check_url(wrong)
         assert "hunter2" not in str(bad.value)

@@ -33,13 +33,16 @@ from esper_jax.bus import (
     Service,
     SetStrategy,
     TickSeen,
+    TransportError,
+    decode,
     encode,
     layers_of,
     read_record,
 )
 from esper_jax.bus.admission import Waiting
 from esper_jax.bus.decisions import sifted, silenced
-from esper_jax.bus.remote import requests_of
+from esper_jax.bus.envelope import MOST_BYTES
+from esper_jax.bus.remote import _first, requests_of
 from esper_jax.bus.seen import gates_in, sight_of
 from esper_jax.hosts import MLP
 from esper_jax.lifecycle.commands import commands_for
@@ -343,6 +346,38 @@ def test_a_rollback_ends_the_silence_and_the_policys_memory_goes_back(
     assert steered.service.outbox.flush(10)
     remote.run()
     assert remote.ended
+
+
+def test_a_decision_that_cannot_be_sent_is_sent_later(story: Any) -> None:
+    bus, told = Local(), story[0].bus
+    bus._kept.extend(told._kept)
+    client = Client(bus)
+    sent, fails = [], [True, True]
+
+    def send(data: bytes) -> None:
+        if fails and fails.pop():
+            raise TransportError("it is away")
+        sent.append(decode(data).message.seen)
+
+    client.send = send  # type: ignore[method-assign]
+    remote = RemotePolicy(last_first(), client)
+    for _ in range(2):
+        with pytest.raises(TransportError):
+            remote.step(0)
+    assert remote.step(0) == 10
+    assert remote.step(0) is None
+    assert sent == [10]
+
+
+def test_requests_are_no_more_than_a_run_reads() -> None:
+    asked = [
+        Germinate(layer="l" * 300, seed=n, blueprint="b" * 50) for n in range(5000)
+    ]
+    some = _first(asked)
+    data = encode(decided(1, commands=some), "esper_jax/remote")
+    assert 0.99 * MOST_BYTES < len(data) <= MOST_BYTES
+    assert some == asked[: len(some)]
+    assert _first(asked[:3]) == asked[:3]
 
 
 def test_requests_of_a_policy_as_commands() -> None:

@@ -1,8 +1,12 @@
 """Runs on disk that are steered from outside: record, replay, resume, files."""
 
+import contextlib
 import json
 import pathlib
 import shutil
+import socket
+import threading
+import time
 from typing import Any
 
 import pytest
@@ -26,6 +30,8 @@ from esper_jax.bus import (
     encode,
     read_record,
 )
+from esper_jax.bus.sockets import SOCKET, ServedClient
+from esper_jax.bus.transport import TransportError
 from esper_jax.run import run
 from esper_jax.run.config import ConfigError, load_config
 from esper_jax.run.folder import RunError, RunFolder, read_lines
@@ -208,6 +214,48 @@ def test_a_command_stops_the_run_saved_and_it_goes_on(plain: Any, folder: Any) -
     assert ticks == [*range(1, 13)]
 
 
+def test_a_run_serves_who_comes_over_a_socket(plain: Any, folder: Any) -> None:
+    out, said = folder / "served", []
+
+    def guest() -> None:
+        until = time.monotonic() + 60
+        while not (out / SOCKET).exists():
+            assert time.monotonic() < until
+            time.sleep(0.001)
+        reader = ServedClient(out, last=None)
+        reader.send(encode(StopAndSave(), "test", "stop"))
+        with contextlib.suppress(TransportError):
+            while True:
+                said.extend(reader.receive(30))
+
+    for again in (False, True):
+        if again:
+            said.clear()
+            left = socket.socket(socket.AF_UNIX)  # as a run that was killed leaves it
+            left.bind(str(out / SOCKET))
+            left.close()
+            assert (
+                trained(out, resume=True, serve=True)["state_hash"]
+                == (plain["state_hash"])
+            )
+        else:
+            thread = threading.Thread(target=guest)
+            thread.start()
+            with pytest.raises(StoppedByCommand):
+                trained(out, serve=True)
+            thread.join()
+            kinds = [type(decode(line).message) for line in said]
+            assert (kinds[0], kinds[-1]) == (RunStarted, RunEnded)
+            [answer] = [
+                m
+                for m in (decode(line).message for line in said)
+                if isinstance(m, Acknowledged)
+            ]
+            assert (answer.command, answer.outcome) == ("stop", "OK")
+        assert not (out / SOCKET).exists()
+        assert not RunFolder(out).spill.exists()
+
+
 def test_what_cannot_be_replayed_is_refused_before_anything_is_written(
     folder: Any, script: Any
 ) -> None:
@@ -235,6 +283,66 @@ def test_what_cannot_be_replayed_is_refused_before_anything_is_written(
         trained(out, bus="amqp://user:secret@host/0")
     assert "secret" not in str(caught.value)
     assert not out.exists()
+
+
+def test_a_replay_that_was_killed_goes_on(
+    steered: Any, script: Any, folder: Any
+) -> None:
+    """Also with the commands that were still to come."""
+    out = folder / "killed"
+    stop = folder / "stop.jsonl"
+    lines = script.read_text().splitlines()
+    stop.write_text("".join(line + "\n" for line in lines if '"g"' not in line))
+    bus = folder / "killer"
+    bus.mkdir()
+    (bus / "in.jsonl").write_bytes(encode(StopAndSave(), "test", "kill") + b"\n")
+    with pytest.raises(StoppedByCommand):
+        trained(out, replay=stop, bus=f"file:{bus}")
+    stop.unlink()
+    assert trained(out, resume=True)["state_hash"] == steered[1]["state_hash"]
+    twice = folder / "twice.jsonl"
+    twice.write_text("\n".join([*lines, lines[0], ""]))
+    with pytest.raises(ConfigError, match=r"an id of its own .*'a' stands 2 times"):
+        trained(folder / "refused", replay=twice)
+    assert not (folder / "refused").exists()
+
+
+def test_the_end_is_told_whatever_it_is(folder: Any, monkeypatch: Any) -> None:
+    bus, out = folder / "fails", folder / "failed"
+
+    def full(*args: Any) -> None:
+        raise RunError("no space is left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run.Session, "save", full)
+        with pytest.raises(RunError, match="no space"):
+            trained(out, bus=f"file:{bus}")
+    said = [decode(line) for line in (bus / "out.jsonl").read_bytes().splitlines()]
+    assert said[-1].message == RunEnded(
+        tick=4, step=said[-1].message.step, reason="it failed: RunError"
+    )
+    assert said[-1].message.step == 4 * 8
+
+
+def test_a_stop_at_the_last_tick_stops_nothing(plain: Any, folder: Any) -> None:
+    bus, out = folder / "late", folder / "late_run"
+    original = run._Reporter._write
+
+    def write(self: Any, report: Any, *rest: Any) -> None:
+        original(self, report, *rest)
+        if int(report.tick) == 11:
+            data = encode(StopAndSave(), "test", "stop")
+            (bus / "in.jsonl").write_bytes(data + b"\n")
+            until = time.monotonic() + 20
+            while self._steering._service._inbox._queue.empty():
+                assert time.monotonic() < until
+                time.sleep(0.005)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run._Reporter, "_write", write)
+        assert trained(out, bus=f"file:{bus}")["state_hash"] == plain["state_hash"]
+    [answer] = answers(bus)
+    assert (answer.command, answer.tick, answer.outcome) == ("stop", 12, "OK")
 
 
 def test_commands_whose_ticks_do_not_come_are_told_of(folder: Any, caplog: Any) -> None:
@@ -266,7 +374,9 @@ def test_a_run_says_which_policy_decides_and_replays(plain: Any, folder: Any) ->
     asks = Decided(seen=0, ticks=9, commands=[Germinate(layer=L, seed=2)])
     (bus / "in.jsonl").write_bytes(encode(asks, "test", "first") + b"\n")
     url = f"file:{bus}"
-    with pytest.raises(ConfigError, match="--remote: expected --bus URL with it"):
+    with pytest.raises(
+        ConfigError, match="--remote: expected --bus URL or --serve with"
+    ):
         trained(out, remote=3)
     with pytest.raises(ConfigError, match="--remote: expected at least 1 tick, got 0"):
         trained(out, bus=url, remote=0)

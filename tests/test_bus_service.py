@@ -10,11 +10,13 @@ import optax
 import pytest
 from flax import nnx
 from reports import report as a_report
+from reports import seeds as a_layer
 
 from esper_jax import ControllerConfig, LifecycleConfig, Outcome, Stage, build
 from esper_jax.bus import (
     Acknowledged,
     Batch,
+    CapacityChanged,
     Enable,
     Germinate,
     LayerHealth,
@@ -163,7 +165,9 @@ def test_what_a_tick_measured_is_told(run: Run) -> None:
     assert tick.loss == pytest.approx(float(report.loss))
     assert tick.seeds["DORMANT"] == 8
     assert sum(tick.seeds.values()) == 8
-    assert tick.reason == "nothing germinates: the controller is not enabled"
+    assert (
+        tick.reason == "nothing germinates: the controller is not enabled, or not heard"
+    )
     health = {e.message.layer: e.message for e in run.bus.messages(LayerHealth)}
     assert list(health) == [A, B]
     assert health[A].stage == health[B].stage == [0] * 4
@@ -398,3 +402,72 @@ def test_the_outcomes_are_the_lifecycle_s() -> None:
     source = pathlib.Path(__file__).parents[1] / "esper_jax" / "bus" / "messages.py"
     text = source.read_text() + doc
     assert all(o.name in text for o in Outcome if o > Outcome.NONE)
+
+
+def test_slots_that_a_loop_gives_back_are_told_of() -> None:
+    bus = Local()
+    with Service({A: Layer(4, ("a",)), B: Layer(4, ("a",))}, bus) as service:
+        service.ticked(a_report(7, {A: [0] * 4, B: [0] * 4}), events=[])
+        service.shrunk({A: (4, 1), B: (3, 0)})
+        assert service.outbox.flush(10)
+    told = bus.messages(CapacityChanged)
+    assert [(e.id, e.message.tick, e.message.layer) for e in told] == [
+        ("slots-0-7-0", 7, A),
+        ("slots-0-7-1", 7, B),
+    ]
+    assert [(e.message.before, e.message.after) for e in told] == [(4, 1), (3, 0)]
+    assert told[0].message.text.startswith("gives back 3 of 4 slots, since nothing")
+
+
+def test_no_more_is_taken_in_than_can_be_decided(monkeypatch: Any) -> None:
+    monkeypatch.setattr("esper_jax.bus.service.MOST_PARTS", 10)
+    bus = Local()
+    with Service({A: Layer(4, ("a",))}, bus) as service:
+        names = [f"{n}" for n in range(8)]
+        for name in names:
+            two = [Move(layer=A, seed=n, stage="CULLED") for n in (0, 1)]
+            bus.send(Batch(commands=two), id=name)
+        taken = []
+        for tick in range(1, 9):
+            service.asked(tick)
+            taken.append(len(service._waiting) + len(service._admitted.now))
+            refused = a_layer(
+                [0] * 4, source=[0] * 4, target=[8, 8, -1, -1], outcome=[1, 1, 0, 0]
+            )
+            service.ticked(a_report(tick, {A: refused}))
+        assert service.outbox.flush(10)
+    assert taken[0] == 4  # of three requests' worth each: the batch and its two
+    assert [e.message.command for e in bus.messages(Acknowledged)] == names
+
+
+def test_a_strategy_is_not_what_moves_a_seed() -> None:
+    bus = Local()
+    with Service({A: Layer(4, ("a",))}, bus) as service:
+        bus.send(SetStrategy(layer=A, seed=0, strategy="momentum"), id="style")
+        bus.send(Move(layer=A, seed=1, stage="CULLED"), id="move")
+        service.asked(1)
+        assert service.asking() == {(A, 1): "move"}
+
+
+def test_a_rollback_counts_where_nobody_says_so() -> None:
+    bus, record = Local(), Record()
+    with Service({A: Layer(1, ("a",))}, bus, record=record) as service:
+        service.asked()
+        service.undone(Rollback(1, 1, 0, Fault.JUMP, "the loss is nan", layers={}))
+        bus.send(Enable(on=False), id="off")
+        service.asked()
+        [done] = service.ticked(a_report(1, {A: [0]}))
+    assert done.at == (1, 1)
+
+
+def test_a_damaged_message_contradicts_no_answer() -> None:
+    bus = Local()
+    with Service({A: Layer(4, ("a",))}, bus) as service:
+        bus.send(Enable(on=False), id="x")
+        service.asked()
+        service.ticked(a_report(1, {A: [0] * 4}))
+        bus.put(json.dumps({"id": "x", "type": "esper_jax.Enable.v9"}).encode())
+        service.asked()
+        assert service.outbox.flush(10)
+    assert [e.message.outcome for e in bus.messages(Acknowledged)] == ["OK"]
+    assert len(bus.dead()) == 1

@@ -163,6 +163,14 @@ def test_a_strategy_may_be_asked_for_alone_and_leaves_the_policy_s_move(
     state, report = ticked(eager, state, asked(a=(None, style)))
     assert state.seeds[A].strategy[0] == Strategy.MOMENTUM
     assert report.layers[A].by.tolist()[0] == By.OUTSIDE
+    # Where the policy moves the seed at that tick, the move is its own.
+    state, _ = ticked(eager, eager.init(jax.random.key(0)), asked(germination=True))
+    state, report = ticked(eager, state, asked(a=(None, style)))
+    assert state.seeds[A].strategy[0] == Strategy.MOMENTUM
+    assert stages(state)[0][0] == T
+    assert report.layers[A].by.tolist()[0] == By.POLICY
+    [told] = [e for e in News(RULES).tick(report) if e["seed"] == 0]
+    assert told["text"] == "seed 0: GERMINATED -> TRAINING"
 
 
 def test_nothing_germinates_by_the_policy_while_the_outside_forbids_it(

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from esper_jax import ChunkedLayer, Growth, Stage, make_growable
 from esper_jax.blueprints import lora
+from esper_jax.bus import CapacityChanged, decode
 from esper_jax.checkpoint import Checkpointer
 from esper_jax.policy import Reason, TrialConfig, heuristic, trial, trial_lives
 from esper_jax.run import run
@@ -157,7 +158,11 @@ def test_a_run_shrinks_by_itself_and_goes_on_across_it(
     program = run.build_run(config, run.load_data(config))
     monkeypatch.setattr(run, "build_run", lambda *_: program)  # compiled once
     quiet = Console(quiet=True)
-    ended = train_run(config, tmp_path / "a", console=quiet)
+    # All with a bus: a tick that takes commands is a program of its own, which XLA may
+    # round otherwise.
+    bus = tmp_path / "bus"
+    told_on: Any = {"bus": f"file:{bus}", "console": quiet}
+    ended = train_run(config, tmp_path / "a", **told_on)
     assert ended["recompiles"] == 2  # step and tick, once each
     assert ended["host_params"] == (2 + 1) * 6 + (6 + 1) * 2  # all of them frozen
     events = read_lines(tmp_path / "a" / "events.jsonl")
@@ -165,6 +170,12 @@ def test_a_run_shrinks_by_itself_and_goes_on_across_it(
     assert {e["tick"] for e in told} == {7}
     assert sum(e["slots"][0] - e["slots"][1] for e in told) > 0
     assert "gives back 2 of 3 slots" in told[0]["text"]
+    said = [decode(x).message for x in (bus / "out.jsonl").read_bytes().splitlines()]
+    assert [
+        {"tick": m.tick, "layer": m.layer, "slots": [m.before, m.after], "text": m.text}
+        for m in said
+        if isinstance(m, CapacityChanged)
+    ] == [{key: e[key] for key in ("tick", "layer", "slots", "text")} for e in told]
     assert [e["to"] for e in events].count("FOSSILIZED") > 0
 
     # A loss that rises because parts were taken out is no jump to a governor.
@@ -186,8 +197,8 @@ def test_a_run_shrinks_by_itself_and_goes_on_across_it(
     for stop in (2, 8):
         out = tmp_path / f"b{stop}"
         tables = {**TABLES, "train": {**TABLES["train"], "ticks": stop}}
-        train_run(parse_config(tables), out, console=quiet)
-        again = train_run(config, out, resume=True, console=quiet)
+        train_run(parse_config(tables), out, **told_on)
+        again = train_run(config, out, resume=True, **told_on)
         assert again["state_hash"] == ended["state_hash"]
         assert again["events"] == ended["events"]
 

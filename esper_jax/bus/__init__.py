@@ -12,6 +12,7 @@ from esper_jax.bus.envelope import Envelope, MessageError, decode, encode  # noq
 from esper_jax.bus.messages import (  # noqa: E402
     Acknowledged,
     Batch,
+    CapacityChanged,
     Decided,
     Enable,
     Germinate,
@@ -36,6 +37,7 @@ from esper_jax.bus.transport import Local, Transport, TransportError  # noqa: E4
 __all__ = [
     "Acknowledged",
     "Batch",
+    "CapacityChanged",
     "Decided",
     "Enable",
     "Envelope",

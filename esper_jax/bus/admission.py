@@ -17,10 +17,12 @@ from esper_jax.bus.messages import (
     Decided,
     Germinate,
     Layer,
+    Message,
     Move,
     Part,
     SeedCommand,
     SetStrategy,
+    StopAndSave,
 )
 from esper_jax.growth.outside import Outside, nothing_asked
 from esper_jax.growth.reports import TickReport
@@ -29,7 +31,19 @@ from esper_jax.lifecycle.rules import LifecycleConfig
 from esper_jax.lifecycle.stages import NO_REQUEST, Outcome, Stage
 from esper_jax.monitor.words import drain
 
-__all__ = ["Admitted", "Waiting", "admit", "parts_of", "verdicts", "wrong"]
+__all__ = [
+    "MOST_PARTS",
+    "Admitted",
+    "Waiting",
+    "admit",
+    "apart",
+    "parts_of",
+    "verdicts",
+    "wrong",
+]
+
+MOST_PARTS = 10_000
+"""Requests that wait, beyond which no more are taken in before a tick."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,11 +62,17 @@ class Admitted(NamedTuple):
     later: list[Waiting]
 
 
-def parts_of(command: Command) -> Sequence[SeedCommand]:
+def parts_of(command: Message) -> Sequence[SeedCommand]:
     """What a command asks of seeds, one by one."""
     if isinstance(command, Batch | Decided):
         return command.commands
     return [command] if isinstance(command, SeedCommand) else []
+
+
+def apart(commands: Sequence[Waiting]) -> tuple[list[Waiting], list[Waiting]]:
+    """Commands that end the run, and the others."""
+    stops = [one for one in commands if isinstance(one.command, StopAndSave)]
+    return stops, [one for one in commands if not isinstance(one.command, StopAndSave)]
 
 
 def wrong(command: Command, layers: Mapping[str, Layer]) -> str:

@@ -6,6 +6,7 @@ from urllib.parse import unquote
 
 from esper_jax.bus.lines import Lines, LinesClient
 from esper_jax.bus.redis_streams import RedisClient, RedisStreams, check_options
+from esper_jax.bus.sockets import ServedClient
 from esper_jax.bus.transport import Transport
 
 __all__ = ["Client", "check_url", "client", "connect", "shown"]
@@ -36,8 +37,12 @@ class Client(Protocol):
         """Lets go of the connection."""
 
 
-def check_url(url: str) -> None:
+def check_url(url: str, known: str = _KNOWN) -> None:
     """Refuses what is no URL of a bus. Connects to nothing.
+
+    Args:
+      url: of the bus.
+      known: what is expected, in words.
 
     Raises:
       ValueError: saying what is expected. It quotes no password.
@@ -48,9 +53,9 @@ def check_url(url: str) -> None:
         try:
             check_options(url)
         except ValueError as error:
-            raise ValueError(f"{shown(url)}: {error}; expected {_KNOWN}") from None
+            raise ValueError(f"{shown(url)}: {error}; expected {known}") from None
     elif scheme != "file" or not rest.strip("/"):
-        raise ValueError(f"expected {_KNOWN}, got {shown(url)!r}")
+        raise ValueError(f"expected {known}, got {shown(url)!r}")
 
 
 def connect(url: str, run: str) -> Transport:
@@ -74,7 +79,7 @@ def client(url: str, run: str | None = None, last: int | None = 0) -> Client:
     """Another program's end of the bus.
 
     Args:
-      url: of the bus.
+      url: of the bus; or the folder of a run that trains with ``--serve``.
       run: how the id of the run begins; by default the one that started last. A folder
         is of one run.
       last: how much to be told of what was said before, about; None for all.
@@ -83,19 +88,22 @@ def client(url: str, run: str | None = None, last: int | None = 0) -> Client:
       ValueError: if it is no URL of a bus.
       TransportError: if there is no such bus or run.
     """
-    check_url(url)
     if url.startswith("file:"):
+        check_url(url)
         return LinesClient(_folder(url), last)
+    folder = Path(url).expanduser()
+    if folder.is_dir():
+        return ServedClient(folder, last)
+    check_url(url, f"DIR of a run that trains with --serve, {_KNOWN}")
     return RedisClient(url, run, last)
 
 
 def shown(url: str) -> str:
     """A URL without user, password and options."""
-    address = url.partition("?")[0]
-    if "@" not in address:
-        return address
-    scheme, _, _ = address.partition(":")
-    return f"{scheme}://{address.rpartition('@')[2]}"
+    # A password that was not quoted may hold a question mark.
+    before, at, address = url.rpartition("@")
+    address = address.partition("?")[0]
+    return f"{before.partition(':')[0]}://{address}" if at else address
 
 
 def _folder(url: str) -> Path:

@@ -15,6 +15,7 @@ from esper_jax.bus.messages import COMMANDS, MESSAGES, VERSION, Message
 
 __all__ = [
     "MOST_BYTES",
+    "MOST_CHARACTERS",
     "Envelope",
     "MessageError",
     "decode",
@@ -26,6 +27,12 @@ __all__ = [
 
 MOST_BYTES = 1 << 20
 """A longer command is refused unread."""
+
+MOST_CHARACTERS = 200
+"""Of a command's id."""
+
+_HEAD, _ID = 4096, re.compile(rb'"id"\s*:\s*"([^"\\]{1,200})"')
+"""Where the id of a message stands that is too long to be read."""
 
 _TYPE = re.compile(r"esper_jax\.(\w+)\.v(\d+)")
 
@@ -56,9 +63,9 @@ class _Wire(msgspec.Struct):
 
     id: msgspec.Raw = msgspec.Raw(b"null")
     type: msgspec.Raw = msgspec.Raw(b"null")
-    specversion: str = "1.0"
-    source: str = ""
-    time: str = ""
+    specversion: msgspec.Raw = msgspec.Raw(b'"1.0"')
+    source: msgspec.Raw = msgspec.Raw(b'""')
+    time: msgspec.Raw = msgspec.Raw(b'""')
     data: msgspec.Raw = msgspec.Raw(b"{}")
 
 
@@ -101,25 +108,22 @@ def encode(message: Message, source: str, id: str | None = None) -> bytes:
 
 
 def decode(data: bytes) -> Envelope:
-    """Reads a message. Fields that are not known are passed over.
+    """Reads a message, however long. Fields that are not known are passed over.
 
     Raises:
       MessageError: if it is none, or of another version; with its id, if it has one.
     """
     id, what = None, "not a message"
     try:
-        if len(data) > MOST_BYTES:
-            raise MessageError(
-                f"a message of {len(data)} bytes: expected at most {MOST_BYTES}"
-            )
         wire = _wire.decode(data)
         id = _field("id", wire.id)
-        if not 1 <= len(id) <= 200:
-            raise MessageError(f"id: expected 1 to 200 characters, got {len(id)}")
-        if not wire.specversion.startswith("1."):
+        if not id:
+            raise MessageError("id: expected 1 to 200 characters, got 0")
+        version = _field("specversion", wire.specversion)
+        source, time = _field("source", wire.source), _field("time", wire.time)
+        if not version.startswith("1."):
             raise MessageError(
-                "specversion: expected 1.0 of CloudEvents, got "
-                f"{wire.specversion!r:.80}"
+                f"specversion: expected 1.0 of CloudEvents, got {version!r:.80}"
             )
         name = what = _known(_field("type", wire.type))
         message = _readers[name].decode(wire.data)
@@ -128,16 +132,27 @@ def decode(data: bytes) -> Envelope:
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         said = "too deeply nested" if isinstance(error, RecursionError) else str(error)
         raise MessageError(f"{what}: {said:.300}", id) from None
-    return Envelope(id, wire.source, wire.time, message)
+    return Envelope(id, source, time, message)
 
 
 def decode_command(data: bytes) -> Envelope:
-    """The same for what must be a command.
+    """The same for what must be a command, of at most `MOST_BYTES`.
 
     Raises:
       MessageError: if it is none.
     """
+    if len(data) > MOST_BYTES:
+        begins = _ID.search(data[:_HEAD])
+        raise MessageError(
+            f"a message of {len(data)} bytes: expected at most {MOST_BYTES}",
+            None if begins is None else begins[1].decode(errors="replace"),
+        )
     envelope = decode(data)
+    if len(envelope.id) > MOST_CHARACTERS:
+        raise MessageError(
+            f"id: expected 1 to {MOST_CHARACTERS} characters, got {len(envelope.id)}",
+            envelope.id,
+        )
     if type(envelope.message).__name__ not in COMMANDS:
         raise MessageError(
             f"type: expected a command ({', '.join(COMMANDS)}), got "

@@ -10,19 +10,22 @@ stands in ``in.settled``.
 
 import contextlib
 import io
+import logging
 import os
 import stat
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from esper_jax.bus.envelope import MOST_BYTES
 from esper_jax.bus.transport import Deliver, Delivery, Outgoing, TransportError
 from esper_jax.monitor.writers import append_whole, ends_within_a_line
 
-__all__ = ["Lines", "LinesClient", "Tail"]
+__all__ = ["Lines", "LinesClient", "Splitter", "Tail"]
+
+_log = logging.getLogger(__name__)
 
 _PAUSE = 0.05
 """Seconds between looks at a file."""
@@ -30,22 +33,51 @@ _PAUSE = 0.05
 _CHUNK = 1 << 20
 
 
+class Splitter:
+    """Bytes as lines, each with where it ends. Empty ones are passed over.
+
+    Args:
+      most: bytes of a line; one that is longer is given cut, once. None for any number.
+      offset: of the first byte.
+    """
+
+    def __init__(self, most: int | None, offset: int = 0) -> None:
+        self.offset = offset  # of what comes next
+        self._most = most
+        self._rest = b""
+        self._skips = False
+
+    def feed(self, data: bytes) -> Iterator[tuple[bytes, int]]:
+        """The lines that end in some more bytes."""
+        start = self.offset - len(self._rest)
+        self.offset += len(data)
+        whole, end, self._rest = (self._rest + data).rpartition(b"\n")
+        for line in whole.split(b"\n") if end else []:
+            start += len(line) + 1
+            if not self._skips and line.strip():
+                yield line, start
+            self._skips = False
+        if self._most is not None and len(self._rest) > self._most:
+            if not self._skips:
+                yield self._rest, self.offset
+            self._skips, self._rest = True, b""
+
+
 class Tail:
     """The lines of a file or a named pipe, as they come; each with where it ends.
-
-    A line that is too long is given cut, once.
 
     Args:
       path: of the file, which need not be there yet.
       offset: where to begin. A file that is shorter was made anew, and is read from its
         beginning.
+      most: bytes of a line, beyond which it is cut; None for any number.
     """
 
-    def __init__(self, path: Path, offset: int = 0) -> None:
-        self._path = path
-        self._offset = offset  # of what was read
-        self._rest = b""
-        self._skips = False
+    def __init__(
+        self, path: Path, offset: int = 0, most: int | None = MOST_BYTES
+    ) -> None:
+        self._path, self._most = path, most
+        self._lines = Splitter(most, offset)
         self._pipe: int | None = None
 
     def read(self) -> Iterator[tuple[bytes, int]]:
@@ -55,18 +87,7 @@ class Tail:
           OSError: if the file cannot be read.
         """
         while data := self._more():
-            start = self._offset - len(data) - len(self._rest)
-            whole, end, rest = (self._rest + data).rpartition(b"\n")
-            self._rest = rest
-            for line in whole.split(b"\n") if end else []:
-                start += len(line) + 1
-                if not self._skips and line.strip():
-                    yield line, start
-                self._skips = False
-            if len(self._rest) > MOST_BYTES:
-                if not self._skips:
-                    yield self._rest, self._offset
-                self._skips, self._rest = True, b""
+            yield from self._lines.feed(data)
 
     def close(self) -> None:
         """Lets go of the pipe."""
@@ -82,19 +103,16 @@ class Tail:
                 return b""
             if stat.S_ISFIFO(found.st_mode):
                 self._pipe = os.open(self._path, os.O_RDONLY | os.O_NONBLOCK)
-            elif found.st_size < self._offset:
-                self._offset, self._rest = 0, b""
+            elif found.st_size < self._lines.offset:
+                self._lines = Splitter(self._most)
         if self._pipe is not None:
             try:
-                data = os.read(self._pipe, _CHUNK)
+                return os.read(self._pipe, _CHUNK)
             except BlockingIOError:
                 return b""
-        else:
-            with self._path.open("rb") as file:
-                file.seek(self._offset)
-                data = file.read(_CHUNK)
-        self._offset += len(data)
-        return data
+        with self._path.open("rb") as file:
+            file.seek(self._lines.offset)
+            return file.read(_CHUNK)
 
 
 class Lines:
@@ -115,13 +133,16 @@ class Lines:
         self._done = self._read_settled()
         self._ahead: set[int] = set()  # settled, with others before that are not
         self._given: list[int] = []
+        self._answered: frozenset[str] = frozenset()
         self._lock = threading.Lock()
-        self._open = True
+        self._open, self._told = True, False
 
-    def listen(self, deliver: Deliver) -> None:
+    def listen(self, deliver: Deliver, answered: Iterable[str] = ()) -> None:
         """See `Transport`. What is there already is handed on before this returns."""
+        self._answered = frozenset(answered)
         tail = Tail(self._folder / "in.jsonl", self._done)
         self._hand_on(tail, deliver)
+        self._settle([])  # what was sent meanwhile
         threading.Thread(
             target=self._run,
             args=(tail, deliver),
@@ -131,18 +152,27 @@ class Lines:
 
     def publish(self, messages: Sequence[Outgoing]) -> None:
         """See `Transport`. A batch is appended whole, or not at all."""
-        for name in ("out.jsonl", "dead.jsonl"):
-            mine = [m.data for m in messages if (m.topic == "dead") == (name[0] == "d")]
-            if mine:
-                try:
-                    file = self._file(name)
-                    append_whole(file, b"".join(data + b"\n" for data in mine))
-                except OSError as error:
-                    self._let_go(name)
-                    raise TransportError(
-                        f"{self._folder / name} cannot be written: {error.strerror}"
-                    ) from None
-        self._settle([int(token) for m in messages for token in m.settles])
+        try:
+            self._append("dead.jsonl", [m.data for m in messages if m.topic == "dead"])
+        except TransportError as error:  # no answer waits for it
+            if not self._told:
+                _log.warning("%s: what cannot be read is not kept there", error)
+            self._told = True
+        self._append("out.jsonl", [m.data for m in messages if m.topic != "dead"])
+        # Another bus may have given the tokens of what a run before could not send.
+        tokens = [token for m in messages for token in m.settles]
+        self._settle([int(token) for token in tokens if token.isdecimal()])
+
+    def _append(self, name: str, lines: Sequence[bytes]) -> None:
+        if not lines:
+            return
+        try:
+            append_whole(self._file(name), b"".join(data + b"\n" for data in lines))
+        except OSError as error:
+            self._let_go(name)
+            raise TransportError(
+                f"{self._folder / name} cannot be written: {error.strerror}"
+            ) from None
 
     def close(self) -> None:
         """See `Transport`."""
@@ -180,7 +210,8 @@ class Lines:
             for line, end in tail.read():
                 with self._lock:
                     self._given.append(end)
-                deliver(Delivery(line, str(end)))
+                if str(end) not in self._answered:
+                    deliver(Delivery(line, str(end)))
 
     def _read_settled(self) -> int:
         try:
@@ -190,8 +221,6 @@ class Lines:
 
     def _settle(self, ends: Sequence[int]) -> None:
         """Moves the mark to where everything before is answered."""
-        if not ends:
-            return
         with self._lock:
             self._ahead.update(ends)
             before = self._done
@@ -226,7 +255,7 @@ class LinesClient:
             with out.open("rb") as file:
                 recent = deque((0, *map(len, file)), maxlen=last)
                 start = file.tell() - sum(recent)
-        self._tail = Tail(out, start)
+        self._tail = Tail(out, start, most=None)
 
     def send(self, data: bytes) -> None:
         """Sends a command.

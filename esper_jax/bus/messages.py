@@ -14,6 +14,7 @@ __all__ = [
     "VERSION",
     "Acknowledged",
     "Batch",
+    "CapacityChanged",
     "Column",
     "Command",
     "Decided",
@@ -97,6 +98,17 @@ class SeedMoved(Message, frozen=True, kw_only=True):
     """What that rule read."""
     by: str
     """POLICY, OUTSIDE, OVERRULING (the policy asked for something else) or GOVERNOR."""
+    text: str
+
+
+class CapacityChanged(Message, frozen=True, kw_only=True):
+    """A layer has another number of slots, as it gave some back."""
+
+    tick: int
+    """After which."""
+    layer: str
+    before: int
+    after: int
     text: str
 
 
@@ -284,6 +296,7 @@ MESSAGES: dict[str, type[Message]] = {
     for kind in (
         TickReported,
         SeedMoved,
+        CapacityChanged,
         LayerHealth,
         LayerSeen,
         TickSeen,

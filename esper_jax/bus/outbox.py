@@ -9,20 +9,24 @@ import itertools
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from esper_jax.bus.envelope import new_id
+from esper_jax.bus.envelope import encode, new_id
+from esper_jax.bus.messages import Message
 from esper_jax.bus.spill import Spill
 from esper_jax.bus.transport import Outgoing, Topic, Transport, TransportError
 
-__all__ = ["Letter", "Outbox"]
+__all__ = ["Letter", "Outbox", "letters"]
 
 _log = logging.getLogger(__name__)
 
 _AT_ONCE = 64
 """Messages that are handed to a transport together."""
+
+_PORTION = 1 << 18
+"""Bytes of them, unless one alone has more: a slow link takes them in time."""
 
 _FIRST_PAUSE, _LAST_PAUSE = 0.05, 5.0
 """Seconds between attempts: doubled each time, up to the last."""
@@ -34,6 +38,22 @@ class Letter(NamedTuple):
     topic: Topic
     data: bytes
     settles: tuple[str, ...] = ()
+
+
+def letters(
+    topic: Topic, messages: Iterable[Message], source: str, name: str = ""
+) -> Iterator[Letter]:
+    """Messages as letters.
+
+    Args:
+      topic: where they go.
+      messages: to send.
+      source: who sends them.
+      name: what their ids begin with; by default they are new.
+    """
+    for number, message in enumerate(messages):
+        id = f"{name}-{number}" if name else None
+        yield Letter(topic, encode(message, source, id))
 
 
 Make = Callable[[], Iterable[Letter]]
@@ -51,6 +71,10 @@ class Outbox:
       dropped: how many of `tell` were dropped.
       error: why the last attempt failed; empty while all is well.
       outages: how often sending began to fail.
+      answered: tokens that the messages settle which the file held at first.
+
+    Raises:
+      OSError: if the file cannot be read.
     """
 
     def __init__(
@@ -63,8 +87,10 @@ class Outbox:
         # With the number of the last message of `post` before each.
         self._loose: deque[tuple[int, Make]] = deque()
         self._loose_numbers, self._loose_epoch = itertools.count(1), new_id()
+        self._hand: list[Outgoing] = []  # of one `tell`; the thread's own
         self._kept: deque[Outgoing] = deque()
         self._spill = Spill(spill)
+        self.answered = self._spill.settles
         self._changed = threading.Condition()
         self._open = self._sends = True
         self._busy = False
@@ -138,11 +164,11 @@ class Outbox:
             # sent; it is kept with its numbers, so that it is not sent twice.
             self._sends = False
             self._changed.notify_all()
-            self.dropped += len(self._loose)
+            self.dropped += len(self._loose) + bool(self._hand)
             return self._spill.keep(self._kept)
 
     def _something(self) -> bool:
-        return bool(self._kept or self._loose or len(self._spill))
+        return bool(self._hand or self._kept or self._loose or len(self._spill))
 
     def _run(self) -> None:
         pause = _FIRST_PAUSE
@@ -151,22 +177,44 @@ class Outbox:
                 self._changed.wait_for(lambda: self._something() or not self._open)
                 if not (self._something() and self._sends):
                     return
-                kept, make = self._next()
                 self._busy = True
-            messages = kept or self._made(make)
-            while not self._sent(messages):
-                with self._changed:
-                    self._changed.wait_for(lambda: not self._sends, pause)
-                    if not self._sends:
-                        return
-                pause = min(2 * pause, _LAST_PAUSE)
-            pause = _FIRST_PAUSE
+            sent = self._advanced()
             with self._changed:
-                if not self._sends:
-                    return
-                self._drop(len(kept))
                 self._busy = False
                 self._changed.notify_all()
+                if not sent:
+                    self._changed.wait_for(lambda: not self._sends, pause)
+                if not self._sends:
+                    return
+            pause = _FIRST_PAUSE if sent else min(2 * pause, _LAST_PAUSE)
+
+    def _advanced(self) -> bool:
+        """Tries to send what comes first; returns whether that went well.
+
+        Telemetry that cannot be sent is dropped where events or answers wait behind it.
+        """
+        kept: list[Outgoing] = []
+        if not self._hand:
+            try:
+                with self._changed:
+                    kept, make = self._next()
+            except OSError as error:  # the file of what waits cannot be read now
+                self._failed(error)
+                return False
+            self._hand = self._made(make)
+        portion = _portion(kept or self._hand)
+        sent = self._sent(portion)
+        with self._changed:
+            if not self._sends:  # what was given up is counted, and the rest is kept
+                return sent
+            if sent and kept:
+                self._drop(len(portion))
+            elif sent:
+                del self._hand[: len(portion)]
+            elif self._hand and (self._kept or len(self._spill)):
+                self._hand.clear()
+                self.dropped += 1
+        return sent
 
     def _next(self) -> tuple[list[Outgoing], Make | None]:
         """What was taken first: some messages of `post`, or one `tell`."""
@@ -211,15 +259,29 @@ class Outbox:
             if messages:
                 self._transport.publish(messages)
         except Exception as error:
-            said = (str(error).splitlines() or [""])[0][:300]
-            if not isinstance(error, TransportError):
-                said = f"{type(error).__name__}: {said}"
-            if not self.error:
-                self.outages += 1
-                _log.warning("the bus cannot be reached (%s); the run goes on", said)
-            self.error = said
+            if self._sends:  # else it was let go of at the end
+                self._failed(error)
             return False
         if self.error:
             _log.warning("the bus can be reached again")
             self.error = ""
         return True
+
+    def _failed(self, error: Exception) -> None:
+        said = (str(error).splitlines() or [""])[0][:300]
+        if not isinstance(error, TransportError):
+            said = f"{type(error).__name__}: {said}"
+        if not self.error:
+            self.outages += 1
+            _log.warning("the bus cannot be reached (%s); the run goes on", said)
+        self.error = said
+
+
+def _portion(messages: list[Outgoing]) -> list[Outgoing]:
+    """The first of some messages, as many as are handed to a transport together."""
+    size = 0
+    for count, message in enumerate(messages[:_AT_ONCE]):
+        size += len(message.data)
+        if count and size > _PORTION:
+            return messages[:count]
+    return messages[:_AT_ONCE]

@@ -182,7 +182,19 @@ class Record:
         """
         if self._path is not None and commands:
             lines = "".join(json.dumps(_line(done)) + "\n" for done in commands)
+            made = not self._path.exists()
             with self._path.open("ab", buffering=0) as file:
                 append_whole(file, lines.encode())
                 os.fsync(file.fileno())
+            if made:
+                _sync_folder(self._path.parent)
         self.answers |= {done.id: done.answer for done in commands}
+
+
+def _sync_folder(path: Path) -> None:
+    """So that a file which was made in it outlives the power."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)

@@ -12,13 +12,15 @@ nothing is sent twice where a connection breaks in between.
 
 import contextlib
 import json
+import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from esper_jax.bus.envelope import MOST_BYTES, new_id
+from esper_jax.bus.redis_entries import entries_of, in_order, streams_of
 from esper_jax.bus.transport import (
     TOPICS,
     Deliver,
@@ -31,6 +33,8 @@ from esper_jax.monitor.writers import optional
 
 __all__ = ["RedisClient", "RedisStreams", "check_options"]
 
+_log = logging.getLogger(__name__)
+
 _RUNS = "esper:runs"
 _GROUP = _CONSUMER = "run"
 
@@ -42,10 +46,26 @@ _MOST: dict[Topic, int] = {
 }
 """Entries that a stream keeps, about."""
 
-_MOST_COMMANDS = 100_000
+_MOST_BYTES = 1 << 28
+"""Of telemetry that a stream keeps, about: fewer entries where they are long."""
 
-_MOST_HELD = 10_000
+_LIVES, _LIVES_TELEMETRY = 3600, 60
+"""Seconds for which a message is kept that is too long for a stream."""
+
+_MOST_COMMANDS = 100_000
+"""That may wait. Those that are answered are taken out."""
+
+_MOST_HELD, _MOST_HELD_BYTES = 10_000, 1 << 26
 """Commands without an answer, beyond which no more are read."""
+
+_COUNT = 1000
+"""Entries of each stream that a reader takes at once."""
+
+_MOST_AT_ONCE = 1 << 26
+"""Bytes beyond which a reader takes no more messages at once."""
+
+_REGISTERED = 1.0
+"""Seconds until a run tells the server again that it is there."""
 
 _BLOCK = 500
 """Milliseconds of one wait for commands."""
@@ -53,26 +73,27 @@ _BLOCK = 500
 _PUBLISH = """
 local i = 2
 for _ = 1, tonumber(ARGV[1]) do
-  local epoch, number, settles = ARGV[i], tonumber(ARGV[i + 1]), tonumber(ARGV[i + 6])
+  local epoch, number, settles = ARGV[i], tonumber(ARGV[i + 1]), tonumber(ARGV[i + 7])
   if number > tonumber(redis.call('HGET', KEYS[1], epoch) or '0') then
     if ARGV[i + 5] ~= '' then
-      redis.call('SET', ARGV[i + 5], ARGV[i + 7], 'EX', 3600)
+      redis.call('SET', ARGV[i + 5], ARGV[i + 8], 'EX', ARGV[i + 6])
     end
     local stream, most = KEYS[tonumber(ARGV[i + 2])], ARGV[i + 3]
     redis.call('XADD', stream, 'MAXLEN', '~', most, '*', 'm', ARGV[i + 4])
     redis.call('HSET', KEYS[1], epoch, number)
   end
   for s = 1, settles do
-    redis.call('XACK', KEYS[2], 'run', ARGV[i + 7 + s])
+    redis.call('XACK', KEYS[2], 'run', ARGV[i + 8 + s])
+    redis.call('XDEL', KEYS[2], ARGV[i + 8 + s])
   end
-  i = i + 8 + settles
+  i = i + 9 + settles
 end
 """
 """Sends messages that were not sent before, and settles what they answer.
 
 KEYS: the counts by epoch, the commands, and the streams. ARGV: how many messages; of
-each its epoch, number, stream, the stream's length, entry, key and content (kept for an
-hour) if it is too long for the stream, and tokens.
+each its epoch, number, stream, the stream's length, entry, key and seconds of what is
+too long for the stream, how many tokens, what that key holds, and the tokens.
 """
 
 
@@ -97,20 +118,27 @@ def _redis(url: str) -> Any:
     retry = optional("redis.retry", "a bus at redis://", "esper-jax[redis]")
     backoff = optional("redis.backoff", "a bus at redis://", "esper-jax[redis]")
     # Whoever calls tries again, and knows what may have arrived.
-    return redis.Redis.from_url(
+    made = redis.Redis.from_url(
         url,
         socket_timeout=5.0,
         socket_connect_timeout=2.0,
         retry=retry.Retry(backoff.NoBackoff(), 0),
     )
+    made.connection_pool.connection_kwargs["decode_responses"] = False  # all is bytes
+    return made
 
 
 def _clean(url: str, text: str) -> str:
-    """A text without the URL's password."""
-    with contextlib.suppress(ValueError):
-        secret = urlsplit(url).password
-        for form in (secret, unquote(secret)) if secret else ():
-            text = text.replace(form, "***")
+    """A text without the URL's password, also where that breaks the URL."""
+    authority, _, _ = url.partition("://")[2].rpartition("@")
+    secrets = authority.partition(":")[2]
+    if authority and "Port" in text:
+        return (
+            "the port is no number; #, /, ? and @ in a password must be written as "
+            "%23, %2F, %3F and %40"
+        )
+    for form in {secrets, unquote(secrets)} - {""}:
+        text = text.replace(form, "***")
     return text
 
 
@@ -166,38 +194,52 @@ class RedisStreams:
         streams = [_key(run, topic) for topic in TOPICS]
         self._keys = [_key(run, "sent"), self._commands, *streams]
         self._open = True
-        self._registered = False
-        self._held = 0
+        self._registers = 0.0
+        self._began = time.time()
+        # Tokens of what was handed on, and those of them whose answer was sent: a read
+        # that began before may still find them.
+        self._given: dict[str, int] = {}  # with their bytes
+        self._answered: set[str] = set()
         self._lock = threading.Lock()
+        self._listener: threading.Thread | None = None
 
     def publish(self, messages: Sequence[Outgoing]) -> None:
         """See `Transport`."""
-        registered, self._registered = self._registered, False
-        if not registered:
-            self._out.call("ZADD", _RUNS, time.time(), self._run)
+        # Again and again: the server may be another by now, which knows nothing.
+        next_time, self._registers = self._registers, 0.0
+        if time.monotonic() >= next_time:
+            self._out.call("ZADD", _RUNS, self._began, self._run)
+            next_time = time.monotonic() + _REGISTERED
         words: list[Any] = [len(messages)]
         for message in messages:
             entry, key, content = self._entry(message.data)
             stream = 3 + TOPICS.index(message.topic)
-            words += [message.epoch, message.number, stream, _MOST[message.topic]]
-            words += [entry, key, len(message.settles), content, *message.settles]
+            most, lives = _MOST[message.topic], _LIVES
+            if message.topic == "telemetry":
+                most = max(100, min(most, _MOST_BYTES // len(entry)))
+                lives = _LIVES_TELEMETRY
+            words += [message.epoch, message.number, stream, most, entry, key, lives]
+            words += [len(message.settles), content, *message.settles]
         with self._out.failing():
             self._publish(keys=self._keys, args=words)
-        # After a failure the server may be another, which knows nothing.
-        self._registered = True
+        self._registers = next_time
         with self._lock:
-            self._held -= sum(len(m.settles) for m in messages)
+            self._answered.update(*(m.settles for m in messages))
 
-    def listen(self, deliver: Deliver) -> None:
+    def listen(self, deliver: Deliver, answered: Iterable[str] = ()) -> None:
         """See `Transport`."""
-        threading.Thread(
+        self._given.update(dict.fromkeys(answered, 0))
+        self._listener = threading.Thread(
             target=self._listen, args=(deliver,), name="esper-jax-commands", daemon=True
-        ).start()
+        )
+        self._listener.start()
 
     def close(self) -> None:
         """See `Transport`."""
         self._open = False  # the thread that listens closes its own connection
         self._out.close()
+        if self._listener is not None:  # what it reads now, nobody else would get
+            self._listener.join(2 * _BLOCK / 1000)
 
     def _entry(self, data: bytes) -> tuple[bytes, str, bytes]:
         """What stands in the stream; and key and content of what is too long for it."""
@@ -217,8 +259,10 @@ class RedisStreams:
                     start = "0"  # what was read before, and has no answer yet
                 start = self._read(start, deliver)
                 pause = 0.05
-            except TransportError:
+            except Exception as error:
                 # Also where the group is gone, as after a restart without a file.
+                if not isinstance(error, TransportError):
+                    _log.warning("the bus: commands cannot be read now (%r)", error)
                 start = ""
                 time.sleep(pause)
                 pause = min(2 * pause, 5.0)
@@ -235,7 +279,11 @@ class RedisStreams:
     def _read(self, start: str, deliver: Deliver) -> str:
         """Hands on some commands; returns where to go on."""
         with self._lock:
-            full = self._held >= _MOST_HELD
+            for token in self._answered:
+                self._given.pop(token, None)
+            self._answered = set()
+            held = self._given.values()
+            full = len(held) >= _MOST_HELD or sum(held) >= _MOST_HELD_BYTES
         if full and start == ">":
             time.sleep(_BLOCK / 1000)
             return start
@@ -244,32 +292,25 @@ class RedisStreams:
                 _GROUP,
                 _CONSUMER,
                 {self._commands: start},
-                count=100,
+                count=16,
                 block=_BLOCK if start == ">" else None,
             )
-        entries = _entries(found)
+        entries = entries_of(found)
         for id, fields in entries:
-            if not fields:  # it was trimmed away before it was answered
+            if not fields:  # somebody has taken it out
                 self._in.call("XACK", self._commands, _GROUP, id)
                 continue
+            whole = fields.get(b"m", b"")
+            # What is too long is refused by its length; nobody reads the rest.
+            token, data = id.decode(), whole[: MOST_BYTES + 1]
             with self._lock:
-                self._held += 1
-            data = fields.get(b"m", b"")
-            deliver(Delivery(data, id.decode()))
+                known = token in self._given
+                self._given[token] = len(data)
+            if not known:  # else its answer is on the way
+                deliver(Delivery(data, token, len(whole)))
         if start == ">" or not entries:
             return ">"
         return entries[-1][0].decode()
-
-
-def _entries(found: Any) -> list[tuple[bytes, dict[bytes, bytes]]]:
-    """The entries of one stream, as XREADGROUP returns them in RESP 2 and 3."""
-    if not found:
-        return []
-    if isinstance(found, dict):
-        [batches] = found.values()
-        return [entry for batch in batches for entry in batch]
-    [(_, entries)] = found
-    return list(entries)
 
 
 class RedisClient:
@@ -304,10 +345,12 @@ class RedisClient:
         """Sends a command.
 
         Raises:
-          TransportError: if it cannot be sent.
+          TransportError: if it cannot be sent, or too many wait for the run.
         """
-        most = ("MAXLEN", "~", _MOST_COMMANDS)
-        self._connection.call("XADD", _key(self.run, "commands"), *most, "*", "m", data)
+        stream = _key(self.run, "commands")
+        if self._connection.call("XLEN", stream) >= _MOST_COMMANDS:
+            raise TransportError(f"{_MOST_COMMANDS} commands wait for the run already")
+        self._connection.call("XADD", stream, "*", "m", data)
 
     def receive(self, patience: float) -> list[bytes]:
         """What the run has said since the last time; waits for it some seconds.
@@ -317,12 +360,16 @@ class RedisClient:
         """
         wait = max(1, int(1000 * min(patience, 2.0)))
         with self._connection.failing():
-            found = self._connection.redis.xread(self._after, count=1000, block=wait)
-        said = []
-        for key, entries in _streams(found):
-            for id, fields in entries:
-                self._after[key] = id
-                said.append(self._whole(fields.get(b"m", b"")))
+            found = self._connection.redis.xread(self._after, count=_COUNT, block=wait)
+        said: list[bytes] = []
+        size = 0
+        for key, id, fields in in_order(streams_of(found), _COUNT):
+            if size > _MOST_AT_ONCE:  # the rest comes the next time
+                break
+            whole = self._whole(fields.get(b"m", b""))
+            self._after[key] = id
+            said += [] if whole is None else [whole]
+            size += len(whole or b"")
         return said
 
     def close(self) -> None:
@@ -342,24 +389,12 @@ class RedisClient:
             f"expected one run whose id begins with {run!r}; there are {some}"
         )
 
-    def _whole(self, data: bytes) -> bytes:
-        """A message, also one that is too long for the stream."""
+    def _whole(self, data: bytes) -> bytes | None:
+        """A message, also one that is too long for the stream; None if it is gone."""
         if b'"dataref"' not in data:
             return data
         with contextlib.suppress(ValueError, TypeError, KeyError):
             key = json.loads(data)["dataref"]
             if key.startswith(_key(self.run, "large:")):
-                return self._connection.call("GET", key) or data
+                return self._connection.call("GET", key)
         return data
-
-
-def _streams(found: Any) -> list[tuple[str, Any]]:
-    """Entries by stream, as XREAD returns them in RESP 2 and 3."""
-    if not found:
-        return []
-    pairs = found.items() if isinstance(found, dict) else found
-    flat = isinstance(found, dict)
-    return [
-        (key.decode(), [e for batch in of for e in batch] if flat else of)
-        for key, of in pairs
-    ]

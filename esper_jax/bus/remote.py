@@ -4,6 +4,8 @@ The run tells what a policy reads (`Service.lend`, ``esper-jax train --remote TI
 Its decision joins the next tick, or the next after that where it comes later.
 """
 
+import bisect
+import itertools
 import logging
 import time
 from collections import deque
@@ -11,10 +13,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import msgspec
 import numpy as np
 
 from esper_jax.bus.connect import Client
-from esper_jax.bus.envelope import MessageError, decode, encode, new_id
+from esper_jax.bus.envelope import MOST_BYTES, MessageError, decode, encode, new_id
 from esper_jax.bus.messages import (
     Decided,
     Germinate,
@@ -47,6 +50,9 @@ _log = logging.getLogger(__name__)
 _MOST = 10_000
 """Requests of a decision; what is left is asked again at the next tick."""
 
+_ENVELOPE = 4096
+"""Bytes of a command beside its requests, at most."""
+
 _REMEMBERED = 64
 """Ticks of before to which a rollback may lead."""
 
@@ -75,6 +81,7 @@ class RemotePolicy:
         self.ended = False
         self.decided: int | None = None
         self._given, self._client = policy, client
+        self._unsent: Decided | None = None
         self._key = jax.random.key(seed)
         self._layers: dict[str, LayerSeen] = {}
         self._fixed: Any = None  # what the policy was made for
@@ -113,7 +120,7 @@ class RemotePolicy:
           ValueError: if the policy reads what the run does not measure.
           TransportError: if the bus cannot be reached.
         """
-        newest: Decided | None = None
+        newest = self._unsent
         for data in self._client.receive(patience):
             try:
                 newest = self._see(decode(data).message) or newest
@@ -121,7 +128,9 @@ class RemotePolicy:
                 _log.warning("a message cannot be used: %s", error)
         if newest is None:
             return None
+        self._unsent = newest  # its memory has gone on
         self._client.send(encode(newest, "esper_jax/remote", new_id()))
+        self._unsent = None
         self.decided = newest.seen
         return newest.seen
 
@@ -170,12 +179,10 @@ class RemotePolicy:
             for name, commands in jax.device_get(asked).items()
             for request in requests_of(name, commands, layers[name].blueprints)
         ]
-        return Decided(
-            seen=tick.tick,
-            rollbacks=tick.rollbacks,
-            ticks=tick.ticks,
-            commands=requests[:_MOST],
+        decided = Decided(
+            seen=tick.tick, rollbacks=tick.rollbacks, ticks=tick.ticks, commands=[]
         )
+        return msgspec.structs.replace(decided, commands=_first(requests))
 
     def _made(self, tick: TickSeen, sights: Mapping[str, Sight]) -> Policy:
         """The policy for the run; made anew, with its memory, if a shape changes."""
@@ -197,6 +204,13 @@ class RemotePolicy:
             self._policy, self._fixed = policy, fixed
             self._decide = jax.jit(policy.decide)
         return self._policy
+
+
+def _first(requests: list[Any]) -> list[Any]:
+    """As many requests as a run reads in one command."""
+    sizes = [len(msgspec.json.encode(request)) + 1 for request in requests[:_MOST]]
+    ends = list(itertools.accumulate(sizes))
+    return requests[: bisect.bisect(ends, MOST_BYTES - _ENVELOPE)]
 
 
 def _fixed(shape: LayerShape) -> tuple[Any, ...]:

@@ -10,8 +10,7 @@ It is called between steps, from one thread, and waits for no transport.
 
 import atexit
 import itertools
-import queue
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,15 +19,18 @@ import jax
 import numpy as np
 
 from esper_jax.bus.admission import (
+    MOST_PARTS,
     Admitted,
     Waiting,
     admit,
+    apart,
     parts_of,
     verdicts,
     wrong,
 )
 from esper_jax.bus.decisions import not_wanted, sifted, silenced
-from esper_jax.bus.envelope import MessageError, decode_command, encode
+from esper_jax.bus.envelope import MessageError, encode
+from esper_jax.bus.inbox import Inbox
 from esper_jax.bus.messages import (
     Acknowledged,
     Command,
@@ -38,18 +40,18 @@ from esper_jax.bus.messages import (
     Message,
     RunEnded,
     RunStarted,
-    StopAndSave,
+    SetStrategy,
 )
-from esper_jax.bus.outbox import Letter, Outbox
+from esper_jax.bus.outbox import Letter, Outbox, letters
 from esper_jax.bus.record import Done, Record
 from esper_jax.bus.seen import Lent, layers_of, lent, seen_told
-from esper_jax.bus.telling import moves_told, rollback_told, tick_told
+from esper_jax.bus.telling import events_told, rollback_told, tick_told
 from esper_jax.bus.transport import Delivery, Transport, buried
 from esper_jax.growth.outside import Outside
 from esper_jax.growth.reports import TickReport
 from esper_jax.lifecycle.rules import LifecycleConfig
 from esper_jax.lifecycle.state import SeedState
-from esper_jax.monitor.news import News, rollback_entry
+from esper_jax.monitor.news import News, rollback_entry, slot_entries
 from esper_jax.train.retreat import Rollback
 
 __all__ = ["Service", "layers_of"]
@@ -94,8 +96,7 @@ class Service:
         self._germination = self._record.germination
         self._silent_until = self._record.silent_until
         self._lent: Lent | None = None
-        due = (done.id for of in self._record.due.values() for done in of)
-        self._replayed = set(due) - self._record.answers.keys()
+        self._replayed = set(self.left) - self._record.answers.keys()
         self._waiting: list[Waiting] = []
         self._controls: list[Waiting] = []  # what asks nothing of seeds
         self._admitted: Admitted | None = None
@@ -103,10 +104,10 @@ class Service:
         # Of the deliveries of each command that is not answered yet.
         self._tokens: dict[str, tuple[str, ...]] = {}
         self._at = self._record.at  # rollbacks and tick
-        self._inbox: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
+        self._inbox = Inbox()
         self._outbox = None if transport is None else Outbox(transport, spill)
-        if transport is not None:
-            transport.listen(self._inbox.put)
+        if transport is not None and self._outbox is not None:
+            transport.listen(self._inbox.put, self._outbox.answered)
             atexit.register(self.close)  # whoever forgets it loses nothing
 
     def __enter__(self) -> "Service":
@@ -143,6 +144,14 @@ class Service:
         """
         self._lent = lent(model, ticks)
 
+    def share(self) -> None:
+        """Lets all processes of a program hear what comes to process 0.
+
+        Each has a service then and calls all of its methods alike; that of process 0
+        alone has a transport. Call it before the first `asked`.
+        """
+        self._inbox.shared = True
+
     @property
     def silent(self) -> bool:
         """Whether the run's own policy is silent at the tick last given by `asked`."""
@@ -154,7 +163,7 @@ class Service:
         self._at = (self._at[0], tick)
         self._post(RunStarted(tick=tick, step=step, layers=self._layers))
 
-    def asked(self, tick: int | None = None, rollbacks: int = 0) -> Outside:
+    def asked(self, tick: int | None = None, rollbacks: int | None = None) -> Outside:
         """What is asked from outside at the next tick, of all layers.
 
         If neither `ticked` nor `undone` was called since the last time, that tick did
@@ -162,9 +171,10 @@ class Service:
 
         Args:
           tick: its number; by default one more than that of the last.
-          rollbacks: of the governor so far.
+          rollbacks: of the governor so far; by default those that `undone` told.
         """
         tick = self._at[1] + 1 if tick is None else tick
+        rollbacks = self._at[0] if rollbacks is None else rollbacks
         self._at = rollbacks, tick
         if self._admitted is not None:
             self._requeue(self._admitted.now)
@@ -186,12 +196,13 @@ class Service:
         return admitted.outside
 
     def asking(self) -> dict[tuple[str, int], str]:
-        """Ids of the commands that join this tick, by layer and seed."""
+        """Ids of the commands that ask for a move at this tick, by layer and seed."""
         joined = [] if self._admitted is None else self._admitted.now
         return {
             (part.layer, part.seed): one.id
             for one in joined
             for part in parts_of(one.command)
+            if not isinstance(part, SetStrategy)
         }
 
     def ticked(
@@ -220,17 +231,28 @@ class Service:
         self._at = (self._at[0], int(report.tick))
         place = self._place()
         if self._outbox is not None:
-            self._outbox.tell(lambda: self._telemetry(report, place, read))
-        self._post(*moves_told(events), name=f"moved-{place}")
+            told = itertools.chain(tick_told(report), read)
+            name = f"tick-{place}"
+            # Made in the thread that sends.
+            self._outbox.tell(lambda: letters("telemetry", told, self._source, name))
+        self._post(*events_told(events), name=f"moved-{place}")
         admitted, self._admitted = self._admitted, None
         if admitted is None:
             return []
-        stops = [one for one in admitted.now if isinstance(one.command, StopAndSave)]
+        stops, now = apart(admitted.now)
         self._stops += stops
         self.stop_asked = bool(self._stops)
-        now = [one for one in admitted.now if one not in stops]
         answers = verdicts(admitted._replace(now=now), report, self._config)
         return self._answered(now, answers)
+
+    def shrunk(self, changed: Mapping[str, tuple[int, int]]) -> None:
+        """Tells that layers gave slots back, after the tick that was told last.
+
+        Args:
+          changed: slots before and after, by layer, as `growth.shrink` returns them.
+        """
+        told = events_told(slot_entries(self._at[1], changed))
+        self._post(*told, name=f"slots-{self._place()}")
 
     def undone(self, rollback: Rollback) -> list[Done]:
         """Tells that the governor undid the tick, and refuses what joined it.
@@ -245,14 +267,15 @@ class Service:
           OSError: if the record cannot be written.
         """
         told = rollback_told(rollback_entry(rollback))
-        moves = list(moves_told(self._news.rollback(rollback)))
+        moves = list(events_told(self._news.rollback(rollback)))
         self._post(told, *moves, name=f"rollback-{rollback.number}")
         admitted, self._admitted = self._admitted, None
-        joined = [] if admitted is None else admitted.now
-        self._requeue([w for w in joined if isinstance(w.command, StopAndSave)])
-        now = [w for w in joined if not isinstance(w.command, StopAndSave)]
+        stops, now = apart([] if admitted is None else admitted.now)
+        self._requeue(stops)
         why = f"the governor undid tick {rollback.failed_tick}: {rollback.reason}"
-        return self._answered(now, {one.id: self._undone(one, why) for one in now})
+        done = self._answered(now, {one.id: self._undone(one, why) for one in now})
+        self._at = rollback.number, rollback.tick
+        return done
 
     def stopped(self) -> list[Done]:
         """Answers `StopAndSave`: what was asked for is saved.
@@ -293,14 +316,12 @@ class Service:
 
     def _take(self) -> None:
         """Reads the commands that have come."""
-        while not self._inbox.empty():
-            delivery = self._inbox.get()
-            tokens = (delivery.token,) if delivery.token else ()
-            try:
-                envelope = decode_command(delivery.data)
-            except MessageError as error:
-                self._bury(delivery, tokens, error)
-                continue
+        waiting = sum(len(parts_of(one.command)) for one in self._waiting)
+        came = self._inbox.take(MOST_PARTS - waiting)
+        for delivery, error in came.unreadable:
+            self._bury(delivery, error)
+        for delivery, envelope in came.commands:
+            tokens = delivery.tokens
             command, known = envelope.message, self._record.answers.get(envelope.id)
             assert isinstance(command, Command)
             if envelope.id in self._tokens:  # came twice: answered once
@@ -331,12 +352,11 @@ class Service:
         self._waiting = [one for one in self._waiting if one.id not in late]
         self._controls = [one for one in self._controls if one.id not in late]
 
-    def _bury(
-        self, delivery: Delivery, tokens: tuple[str, ...], error: MessageError
-    ) -> None:
+    def _bury(self, delivery: Delivery, error: MessageError) -> None:
         """Puts aside what cannot be read, and answers it if it has an id."""
-        self._send(Letter("dead", buried(delivery, str(error)), tokens))
-        if error.id is not None and error.id not in self._tokens:
+        self._send(Letter("dead", buried(delivery, str(error)), delivery.tokens))
+        known = {*self._tokens, *self._record.answers, *self._replayed}
+        if error.id is not None and error.id not in known:
             answer = self._answer(error.id, "INVALID", str(error), joined=False)
             self._acknowledge(answer)
 
@@ -379,15 +399,7 @@ class Service:
           *messages: to send.
           name: what their ids begin with; by default they are new.
         """
-        self._send(
-            *(
-                Letter(
-                    "events",
-                    encode(message, self._source, f"{name}-{n}" if name else None),
-                )
-                for n, message in enumerate(messages)
-            )
-        )
+        self._send(*letters("events", messages, self._source, name))
 
     def _send(self, *letters: Letter) -> None:
         if self._outbox is not None:
@@ -406,11 +418,3 @@ class Service:
             )
         # Copied now: the next step may reuse their memory.
         return seen_told(self._lent, report, jax.device_get(dict(seeds)), self._at[0])
-
-    def _telemetry(
-        self, report: TickReport, place: str, read: Iterable[Message]
-    ) -> Iterator[Letter]:
-        """What a tick measured; called in the thread that sends."""
-        for number, message in enumerate(itertools.chain(tick_told(report), read)):
-            id = f"tick-{place}-{number}"
-            yield Letter("telemetry", encode(message, self._source, id))

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,10 +21,17 @@ class Spill:
     Args:
       path: of the file, which is there only while something is in it; None for memory
         alone.
+
+    Attributes:
+      lost: messages that others have taken out of the file, or damaged.
+
+    Raises:
+      OSError: if the file cannot be read.
     """
 
     def __init__(self, path: Path | None) -> None:
-        self._path = path
+        self._path, self.lost = path, 0
+        self._ends: list[int] = []  # of the messages that were peeked at
         self._read = 0  # bytes of the file that are done
         self._tail: deque[Outgoing] = deque()
         self._in_file = 0
@@ -53,18 +61,40 @@ class Spill:
                 return
         self._tail.append(message)
 
+    @property
+    def settles(self) -> set[str]:
+        """Tokens that are settled when all of this is sent.
+
+        Raises:
+          OSError: if the file cannot be read.
+        """
+        messages = [*(m for m, _ in self._peek_file(None)), *self._tail]
+        return {token for message in messages for token in message.settles}
+
     def peek(self, most: int) -> list[Outgoing]:
-        """The first messages."""
-        found = [message for message, _ in self._peek_file(most)]
-        return [*found, *self._tail][:most]
+        """The first messages.
+
+        Raises:
+          OSError: if the file cannot be read.
+        """
+        lines = self._peek_file(most)
+        gone = min(most, self._in_file) - len(lines)
+        if gone > 0:  # nothing comes behind these
+            self.lost += self._in_file - len(lines)
+            self._in_file = len(lines)
+            if not lines:
+                self._clear()
+        self._ends = [end for _, end in lines]
+        return [*(message for message, _ in lines), *self._tail][:most]
 
     def drop(self, count: int) -> None:
         """Takes away the first messages, which were peeked at."""
-        lines = self._peek_file(min(count, self._in_file))
-        if lines:
-            self._read = lines[-1][1]
-            self._in_file -= len(lines)
-        for _ in range(count - len(lines)):
+        done = self._ends[:count]
+        if done:
+            self._read = done[-1]
+            self._in_file -= len(done)
+            self._ends = self._ends[len(done) :]
+        for _ in range(count - len(done)):
             self._tail.popleft()
         if not self._in_file and self._read:
             self._clear()
@@ -79,25 +109,29 @@ class Spill:
           How many messages could not be written, and are lost.
         """
         if not (first or self._tail):
-            return 0
+            return self.lost
         if self._path is None:
             return len(first) + len(self._tail)
-        left = [message for message, _ in self._peek_file(None)]
         scratch = self._path.with_name(self._path.name + ".tmp")
         try:
-            scratch.write_bytes(b"".join(map(_line, [*first, *left, *self._tail])))
+            left = self.peek(self._in_file)[: self._in_file]
+            with scratch.open("wb") as file:
+                file.writelines(map(_line, [*first, *left, *self._tail]))
+                file.flush()
+                os.fsync(file.fileno())
             scratch.replace(self._path)
         except OSError:
             with contextlib.suppress(OSError):
                 scratch.unlink(missing_ok=True)
-            return len(first) + len(self._tail)
-        return 0
+            return self.lost + len(first) + len(self._tail)
+        return self.lost
 
     def _clear(self) -> None:
         assert self._path is not None
         with contextlib.suppress(OSError):
             self._path.unlink(missing_ok=True)
             self._read = 0
+            self._ends = []
 
     def _peek_file(self, most: int | None) -> list[tuple[Outgoing, int]]:
         """Messages of the file that are not done, and where each ends.

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from esper_jax.bus.messages import (
+    CapacityChanged,
     LayerHealth,
     Message,
     RolledBack,
@@ -16,7 +17,7 @@ from esper_jax.growth.reports import TickReport
 from esper_jax.lifecycle.stages import NUM_STAGES, Stage
 from esper_jax.monitor.words import why
 
-__all__ = ["moves_told", "rollback_told", "tick_told"]
+__all__ = ["events_told", "rollback_told", "tick_told"]
 
 
 def tick_told(report: TickReport) -> Iterator[Message]:
@@ -49,13 +50,24 @@ def tick_told(report: TickReport) -> Iterator[Message]:
         )
 
 
-def moves_told(events: Sequence[Mapping[str, Any]]) -> Iterator[SeedMoved]:
-    """The events of seeds, as ``events.jsonl`` has them, as messages.
+def events_told(
+    events: Sequence[Mapping[str, Any]],
+) -> Iterator[SeedMoved | CapacityChanged]:
+    """The events of seeds and slots, as ``events.jsonl`` has them, as messages.
 
-    What is no seed's, as changes of the config and slots given back, is passed over.
+    What is of no layer, as a change of the config, is passed over.
     """
     for event in events:
-        if event["layer"] and event["seed"] >= 0:
+        if "slots" in event:
+            before, after = event["slots"]
+            yield CapacityChanged(
+                tick=event["tick"],
+                layer=event["layer"],
+                before=before,
+                after=after,
+                text=event["text"],
+            )
+        elif event["layer"] and event["seed"] >= 0:
             by = "GOVERNOR" if "rollback" in event else event.get("by", "POLICY")
             yield SeedMoved(
                 tick=event["tick"],
@@ -87,4 +99,14 @@ def _number(value: Any) -> float | None:
 
 def _column(values: Any, shape: tuple[int, ...]) -> list[float | None]:
     """One number a seed. JSON gets null for what is not finite."""
-    return np.broadcast_to(np.asarray(values), shape).tolist()
+    return _short(np.broadcast_to(np.asarray(values), shape)).tolist()
+
+
+def _short(values: np.ndarray) -> np.ndarray:
+    """float32 values as doubles that JSON writes in nine digits, and none is lost."""
+    exact = values.astype(np.float64)
+    with np.errstate(all="ignore"):
+        power = 10.0 ** np.clip(8 - np.floor(np.log10(np.abs(exact))), 0, 22)
+        rounded = np.round(exact * power) / power
+        same = rounded.astype(np.float32) == exact
+    return np.where(same, rounded, exact)

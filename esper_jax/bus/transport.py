@@ -4,7 +4,7 @@ import dataclasses
 import json
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, Protocol
 
 from esper_jax.bus.envelope import Envelope, decode, encode, new_id
@@ -44,13 +44,20 @@ class Delivery:
     data: bytes
     token: str = ""
     """What the transport knows it by; settled when the command's effect is there."""
+    size: int = 0
+    """Bytes that were sent, if the data are cut."""
+
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        """The token, if there is one."""
+        return (self.token,) if self.token else ()
 
 
 def buried(delivery: Delivery, why: str) -> bytes:
     """What the topic ``dead`` gets of a command that cannot be read."""
     entry = {
         "reason": why,
-        "bytes": len(delivery.data),
+        "bytes": max(delivery.size, len(delivery.data)),
         "begins": delivery.data[:_MOST_DEAD].decode(errors="replace"),
     }
     return json.dumps(entry).encode()
@@ -76,8 +83,15 @@ Deliver = Callable[[Delivery], None]
 class Transport(Protocol):
     """Carries messages of one run. `publish` is called in a thread of its own."""
 
-    def listen(self, deliver: Deliver) -> None:
-        """Hands on commands from now on, in any thread, each as often as it likes."""
+    def listen(self, deliver: Deliver, answered: Iterable[str] = ()) -> None:
+        """Hands on commands from now on, in any thread.
+
+        Args:
+          deliver: takes each command. One that was taken comes again only if somebody
+            sends it again.
+          answered: tokens of commands whose answers are still to be sent, by this
+            process, which are not handed on either.
+        """
 
     def publish(self, messages: Sequence[Outgoing]) -> None:
         """Sends messages in their order; those that were sent before are passed over.
@@ -135,7 +149,7 @@ class Local:
         with self._lock:
             return [data for topic, data in self._kept if topic == "dead"]
 
-    def listen(self, deliver: Deliver) -> None:
+    def listen(self, deliver: Deliver, answered: Iterable[str] = ()) -> None:
         """See `Transport`."""
         with self._lock:
             self._deliver = deliver
@@ -149,4 +163,6 @@ class Local:
             self._kept.extend((m.topic, m.data) for m in messages)
 
     def close(self) -> None:
-        """See `Transport`."""
+        """See `Transport`. What is sent from now on is for who listens next."""
+        with self._lock:
+            self._deliver = None

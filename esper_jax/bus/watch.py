@@ -1,5 +1,6 @@
 """What a run tells, shown on a terminal or in lines."""
 
+import logging
 import time
 from collections import Counter, deque
 
@@ -12,6 +13,7 @@ from esper_jax.bus.connect import Client
 from esper_jax.bus.envelope import MessageError, decode
 from esper_jax.bus.messages import (
     Acknowledged,
+    CapacityChanged,
     LayerHealth,
     Message,
     RolledBack,
@@ -24,6 +26,8 @@ from esper_jax.bus.transport import TransportError
 from esper_jax.lifecycle.stages import Stage
 
 __all__ = ["LAST", "answer_to", "print_all", "watch"]
+
+_log = logging.getLogger(__name__)
 
 LAST = 64
 """Messages of before that a view begins with."""
@@ -50,16 +54,29 @@ _SHORT = {
 
 
 def print_all(client: Client, console: Console | None = None) -> int:
-    """Prints messages as they come, until the run ends; returns the exit status."""
-    console = console or Console()
+    """Prints messages as they come, until the run ends; returns the exit status.
+
+    A connection that breaks is tried again.
+    """
+    console, ended, lost = console or Console(), False, False
     while True:
-        ended = False
-        for data in client.receive(_WAIT):
+        try:
+            came = client.receive(_WAIT)
+        except TransportError as error:
+            if ended:  # a socket goes with its run
+                return 0
+            if not lost:
+                _log.warning("the connection is lost (%s); trying again", error)
+            lost = True
+            time.sleep(_WAIT)
+            continue
+        lost = False
+        if ended and not came:
+            return 0
+        for data in came:
             console.file.write(data.decode(errors="replace") + "\n")
             ended = _ends(data, ended)
         console.file.flush()
-        if ended:
-            return 0
 
 
 def _ends(data: bytes, ended: bool) -> bool:
@@ -116,7 +133,8 @@ def answer_to(client: Client, id: str, patience: float) -> Acknowledged | None:
     """The answer to a command that was sent; None if none comes in some seconds.
 
     Raises:
-      TransportError: if the connection breaks.
+      TransportError: if the connection breaks, or the run ends; the command may have
+        arrived all the same.
     """
     until = time.monotonic() + patience
     while (left := until - time.monotonic()) > 0:
@@ -127,6 +145,8 @@ def answer_to(client: Client, id: str, patience: float) -> Acknowledged | None:
                 continue
             if isinstance(message, Acknowledged) and message.command == id:
                 return message
+            if isinstance(message, RunEnded):
+                raise TransportError(f"the run ended meanwhile ({message.reason})")
     return None
 
 
@@ -153,7 +173,7 @@ class _View:
             case LayerHealth():
                 self._health[message.layer] = message
                 return ""
-            case SeedMoved():
+            case SeedMoved() | CapacityChanged():
                 return self.note(f"tick {message.tick}: {message.layer} {message.text}")
             case RolledBack():
                 return self.note(message.text)

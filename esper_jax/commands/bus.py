@@ -26,7 +26,7 @@ class Watch:
     """
 
     url: _Url
-    """What the run was given as --bus."""
+    """What the run was given as --bus; or its folder, if it trains with --serve."""
     of: _Run = None
     """How the id of the run begins. Default: the run that started last."""
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -52,7 +52,7 @@ class Send:
     """
 
     url: _Url
-    """What the run was given as --bus."""
+    """What the run was given as --bus; or its folder, if it trains with --serve."""
     order: Annotated[Order, tyro.conf.arg(name="")]
     of: _Run = None
     """How the id of the run begins. Default: the run that started last."""
@@ -65,11 +65,13 @@ class Send:
         """Sends it; returns the exit status."""
         from esper_jax.bus.connect import client
         from esper_jax.bus.envelope import encode, new_id
+        from esper_jax.bus.transport import TransportError
         from esper_jax.bus.watch import answer_to
         from esper_jax.run.folder import RunError
 
-        id = self.id or new_id()
+        id = new_id() if self.id is None else self.id
         data = encode(_checked(self.order.command()), "esper-jax bus send", id)
+        _check_sizes(id, data)
         sender = client(self.url, self.of)
         try:
             sender.send(data)
@@ -77,19 +79,44 @@ class Send:
                 print(f"sent: {id}")
                 return 0
             answer = answer_to(sender, id, self.wait)
+        except TransportError as error:
+            raise RunError(
+                f"the bus: {error}. The command may have arrived: send it again with "
+                f"--id {id} before its name, and it is carried out once"
+            ) from None
         finally:
             sender.close()
         if answer is None:
             raise RunError(
                 f"no answer within {self.wait:g} seconds: the run may be in a long "
                 "tick, or not be there. The command waits for it; send it again with "
-                f"--id {id} to wait on"
+                f"--id {id} before its name to wait on"
             )
         tick = "" if answer.tick is None else f" (tick {answer.tick})"
         done = answer.outcome == "OK"
         said = f"{answer.outcome}: {answer.reason}{tick}"
         print(said, file=sys.stdout if done else sys.stderr)
         return 0 if done else 1
+
+
+def _check_sizes(id: str, data: bytes) -> None:
+    """Refuses what a run would not read.
+
+    Raises:
+      ConfigError: saying what is too long.
+    """
+    from esper_jax.bus.envelope import MOST_BYTES, MOST_CHARACTERS
+    from esper_jax.run.config import ConfigError
+
+    if not 1 <= len(id) <= MOST_CHARACTERS:
+        raise ConfigError(
+            f"--id: expected 1 to {MOST_CHARACTERS} characters, got {len(id)}"
+        )
+    if len(data) > MOST_BYTES:
+        raise ConfigError(
+            f"the command has {len(data)} bytes: expected at most {MOST_BYTES}; send "
+            "it in parts"
+        )
 
 
 def _checked(command: Any) -> Any:
@@ -130,7 +157,7 @@ class Replay:
 
 @dataclasses.dataclass(frozen=True)
 class Bus(Errand):
-    """Watch a run that trains with --bus, and steer it."""
+    """Watch a run that trains with --bus or --serve, and steer it."""
 
     do: Annotated[
         Annotated[Watch, tyro.conf.subcommand("watch", prefix_name=False)]

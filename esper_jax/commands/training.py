@@ -48,12 +48,15 @@ class Train(Command):
     bus: Annotated[str | None, tyro.conf.arg(metavar="URL")] = None
     """Tell what happens, and take commands: redis://HOST[:PORT][/DB] (rediss:// for
     TLS), or file:FOLDER. See docs/bus.md. Default: none."""
+    serve: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """The same over a socket in the run's folder, for esper-jax bus watch DIR. Needs no
+    server, and listens on no network."""
     replay: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Carry out the commands of another run at the same ticks: its commands.jsonl."""
     remote: Annotated[int | None, tyro.conf.arg(metavar="TICKS")] = None
-    """With --bus: let a policy in another program decide (esper_jax.bus.RemotePolicy).
-    The run's own decides again after so many ticks without it. Default: it always
-    does."""
+    """With --bus or --serve: let a policy in another program decide
+    (esper_jax.bus.RemotePolicy). The run's own decides again after so many ticks
+    without it. Default: it always does."""
     distributed: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Train as one of several processes. Slurm, Open MPI and Kubernetes tell the rest;
     elsewhere give the next three options."""
@@ -123,19 +126,12 @@ class Train(Command):
             flagged = self.features is not None or config.features != Features()
             if flagged and not jax.process_index():
                 print(f"features of {model_id}: {config.features}", flush=True)
+            if self.serve and not jax.process_index():
+                print(f"watch it: esper-jax bus watch {out}", flush=True)
+            names = "resume allow_change devices profile bus serve replay remote"
+            options = {name: getattr(self, name) for name in names.split()}
             try:
-                summary = train_run(
-                    config,
-                    out,
-                    resume=self.resume,
-                    allow_change=self.allow_change,
-                    devices=self.devices,
-                    profile=self.profile,
-                    bus=self.bus,
-                    replay=self.replay,
-                    remote=self.remote,
-                    stop=stop,
-                )
+                summary = train_run(config, out, stop=stop, **options)
             except KeyboardInterrupt:
                 raise KeyboardInterrupt(_how_to_go_on(out)) from None
             except StoppedByCommand as stopped:

@@ -233,9 +233,11 @@ def yielding(
         asked = (wish != NO_REQUEST) & (other != NO_REQUEST)
         return asked & (wish != other) & ~dropped
 
+    # A move that the policy asked for is its own, even if another strategy is set.
+    theirs = moved | (styled & (left.target == NO_REQUEST))
     overruled = against("target") | against("strategy")
     by = jnp.select(
-        [styled & overruled, styled],
+        [theirs & overruled, theirs],
         [jnp.int8(By.OVERRULING), jnp.int8(By.OUTSIDE)],
         jnp.int8(By.POLICY),
     )

@@ -12,7 +12,7 @@ from esper_jax.lifecycle.stages import Outcome, Stage
 from esper_jax.monitor.words import Event, drain, folds
 from esper_jax.train.retreat import Rollback
 
-__all__ = ["News", "rollback_entry"]
+__all__ = ["News", "rollback_entry", "slot_entries"]
 
 
 class News:
@@ -74,6 +74,33 @@ def rollback_entry(rollback: Rollback) -> dict[str, Any]:
         "text": f"rollback {rollback.number}, from tick {rollback.failed_tick} to "
         f"{rollback.tick}: {rollback.reason}",
     }
+
+
+def slot_entries(
+    tick: int, changed: Mapping[str, tuple[int, int]]
+) -> list[dict[str, Any]]:
+    """Slots that layers gave back, as JSON.
+
+    Args:
+      tick: after which.
+      changed: slots before and after, by layer, as `growth.shrink` returns them.
+    """
+    return [
+        {
+            "tick": tick,
+            "layer": layer,
+            "seed": -1,
+            "slot": -1,
+            "from": str(before),
+            "to": str(after),
+            "outcome": Outcome.OK.name,
+            "measured": {},
+            "text": f"gives back {before - after} of {before} slots, since nothing "
+            "germinates any more",
+            "slots": [before, after],
+        }
+        for layer, (before, after) in changed.items()
+    ]
 
 
 def _seed_and_move(

@@ -48,7 +48,7 @@ def why(reason: int) -> str:
         case Reason.GERMINATED:
             return "a seed germinates"
         case Reason.DISABLED:
-            return "nothing germinates: the controller is not enabled"
+            return "nothing germinates: the controller is not enabled, or not heard"
         case Reason.TARGET_MET:
             return "nothing germinates: the target accuracy is met"
         case Reason.NOT_YET:

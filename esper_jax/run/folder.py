@@ -82,6 +82,11 @@ class RunFolder:
         return self.path / "commands.jsonl"
 
     @property
+    def replayed(self) -> Path:
+        """Commands of another run that are carried out at the same ticks."""
+        return self.path / "replay.jsonl"
+
+    @property
     def spill(self) -> Path:
         """Messages of the bus that could not be sent yet."""
         return self.path / "bus.unsent.jsonl"

@@ -10,7 +10,7 @@ from typing import Any
 from esper_jax.growth.reports import TickReport
 from esper_jax.lifecycle.rules import LifecycleConfig
 from esper_jax.lifecycle.stages import Outcome
-from esper_jax.monitor.news import News, rollback_entry
+from esper_jax.monitor.news import News, rollback_entry, slot_entries
 from esper_jax.monitor.seeds_of_tick import seeds_of_tick
 from esper_jax.run.folder import (
     RunError,
@@ -315,22 +315,7 @@ class EventLog:
         Returns:
           The events.
         """
-        new = [
-            {
-                "tick": tick,
-                "layer": layer,
-                "seed": -1,
-                "slot": -1,
-                "from": str(before),
-                "to": str(after),
-                "outcome": Outcome.OK.name,
-                "measured": {},
-                "text": f"gives back {before - after} of {before} slots, since nothing "
-                "germinates any more",
-                "slots": [before, after],
-            }
-            for layer, (before, after) in changed.items()
-        ]
+        new = slot_entries(tick, changed)
         self._append(new)
         return new
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from esper_jax.bus.envelope import encode
 from esper_jax.bus.messages import Message
 from esper_jax.bus.record import RecordError, read_record
-from esper_jax.bus.telling import moves_told, rollback_told
+from esper_jax.bus.telling import events_told, rollback_told
 from esper_jax.run.folder import RunError, RunFolder, read_config
 from esper_jax.run.logs import read_logs
 from esper_jax.run.record import read_record as read_run
@@ -31,7 +31,7 @@ def messages_of(path: Path) -> Iterator[bytes]:
     except RecordError as error:
         raise RunError(str(error)) from None
     told: list[tuple[int, Message]] = [
-        *((m.tick, m) for m in moves_told(logs["events"])),
+        *((m.tick, m) for m in events_told(logs["events"])),
         *((r["tick"], rollback_told(r)) for r in logs["rollbacks"]),
         *((d.tick, d.answer) for d in done),
     ]

@@ -36,7 +36,7 @@ from esper_jax.run.own import check_one_step, has_own_loss, is_own
 from esper_jax.run.profiling import Profile
 from esper_jax.run.record import check_seal, newest_seal, read_record, seal_of
 from esper_jax.run.session import Session, Start, begin, restored
-from esper_jax.run.steering import Steering, check_steering, open_steering
+from esper_jax.run.steering import Channels, Steering, check_channels, open_steering
 from esper_jax.run.steering import StoppedByCommand as StoppedByCommand
 from esper_jax.run.summary import conclude, test_result
 from esper_jax.train.batches import is_iterable
@@ -60,6 +60,7 @@ def train_run(
     devices: int | None = None,
     profile: int = 0,
     bus: str | None = None,
+    serve: bool = False,
     replay: Path | None = None,
     remote: int | None = None,
     console: Console | None = None,
@@ -82,9 +83,12 @@ def train_run(
       devices: of each process, to train on; see `run.devices.mesh_of`.
       profile: steps to record with JAX's profiler; see `run.profiling.Profile`.
       bus: where messages go and commands come from; see `bus.connect`.
+      serve: the same over a socket in ``out``, which is on no network; see
+        `bus.sockets`.
       replay: commands of another run, to carry out at the same ticks.
-      remote: with a bus: let a remote policy decide (`bus.RemotePolicy`). The run's own
-        decides again when so many ticks were not decided.
+      remote: with ``bus`` or ``serve``: let a remote policy decide
+        (`bus.RemotePolicy`). The run's own decides again when so many ticks were not
+        decided.
       console: where the live view prints; standard output by default.
       stop: signals to end for; SIGINT by default, and only while steps are done.
       build: makes the program, by default `build_run`. A `run.build.SharedPrograms`
@@ -109,7 +113,8 @@ def train_run(
     # All processes look before one of them writes.
     together(lambda: look(warn=False), RunError)
     together(lambda: check_writers(config), ConfigError)
-    together(lambda: check_steering(bus, replay, remote), ConfigError)
+    channels = Channels(bus=bus, serve=serve, replay=replay, remote=remote)
+    together(lambda: check_channels(channels), ConfigError)
     data, program = together(
         lambda: _built(config, devices, build or build_run), ConfigError
     )
@@ -127,9 +132,7 @@ def train_run(
             state, history = restored(start, opening, state)
         check_ticks(config, state)
         session = begin(start, opening, state, history)
-        steering = together(
-            lambda: open_steering(session, state, bus, replay, remote), RunError
-        )
+        steering = together(lambda: open_steering(session, state, channels), RunError)
         recorder = Profile(_profiled(config, profile), folder.profile)
         with recorder.recording(session) as recorded, _closing(steering) as dropped:
             state, lost = _train(recorded, state, steering, console, stop)
@@ -224,6 +227,10 @@ def _closing(steering: Steering | None) -> Iterator[dict[str, Any]]:
     lost: dict[str, Any] = {}
     try:
         yield lost
+    except BaseException as error:
+        if steering is not None:
+            steering.failed(error)
+        raise
     finally:
         if steering is not None:
             lost |= steering.close()
@@ -338,10 +345,10 @@ class _Reporter:
             self._session.save(state, float(report.loss), float(report.accuracy))
             self._saved = int(state.step)
         if self._steering is not None and self._steering.stops:
-            self._stop(self._steering, state)
+            self._stop(self._steering, state, bool(last))
 
-    def _stop(self, steering: Steering, state: TrainState) -> None:
-        """Ends the run as a command has asked.
+    def _stop(self, steering: Steering, state: TrainState, last: bool) -> None:
+        """Ends the run as a command has asked, unless it ends by itself.
 
         Raises:
           StoppedByCommand: when all is saved.
@@ -349,6 +356,8 @@ class _Reporter:
         self.save_at_once(state)
         for line in together(steering.stopped, RunError):
             self._view.note(line)
+        if last:
+            return
         steering.ended(state, "a command stopped it")
         out = self._session.folder.path
         raise StoppedByCommand(

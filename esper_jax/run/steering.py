@@ -1,8 +1,11 @@
 """A run's commands from outside: from the bus, from its own record, or replayed."""
 
+import dataclasses
 import functools
 import importlib.util
 import logging
+import socket
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +16,17 @@ from esper_jax.growth.outside import Outside
 from esper_jax.growth.reports import TickReport
 from esper_jax.growth.state import TrainState
 from esper_jax.run.config import ConfigError
-from esper_jax.run.folder import RunError
+from esper_jax.run.folder import RunError, read_lines, write_lines
 from esper_jax.run.session import Session
 from esper_jax.train.retreat import Rollback
 
-__all__ = ["Steering", "StoppedByCommand", "check_steering", "open_steering"]
+__all__ = [
+    "Channels",
+    "Steering",
+    "StoppedByCommand",
+    "check_channels",
+    "open_steering",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -29,21 +38,42 @@ class StoppedByCommand(RunError):
     """A command has ended the run, which is saved."""
 
 
-def check_steering(
-    bus: str | None, replay: Path | None, remote: int | None = None
-) -> None:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Channels:
+    """How the outside reaches a run; see `train_run`."""
+
+    bus: str | None = None
+    serve: bool = False
+    replay: Path | None = None
+    remote: int | None = None
+
+    @property
+    def open(self) -> bool:
+        """Whether something is told, and commands may come."""
+        return self.bus is not None or self.serve
+
+
+def check_channels(channels: Channels) -> None:
     """Refuses a bus or a record that cannot be used. Connects to nothing.
 
     Raises:
       ConfigError: naming the option.
     """
-    if remote is not None and bus is None:
-        raise ConfigError("--remote: expected --bus URL with it")
+    bus, replay, remote = channels.bus, channels.replay, channels.remote
+    if channels.serve and bus is not None:
+        raise ConfigError("--serve: expected without --bus, which serves others, too")
+    if channels.serve and not hasattr(socket, "AF_UNIX"):
+        raise ConfigError(
+            "--serve: expected a system with Unix domain sockets; take --bus "
+            "file:FOLDER"
+        )
+    if remote is not None and not channels.open:
+        raise ConfigError("--remote: expected --bus URL or --serve with it")
     if remote is not None and remote < 1:
         raise ConfigError(f"--remote: expected at least 1 tick, got {remote}")
-    if bus is None and replay is None:
+    if not channels.open and replay is None:
         return
-    option = "--replay" if bus is None else "--bus"
+    option = "--replay" if not channels.open else "--bus" if bus else "--serve"
     _check_installed(option)
     from esper_jax.bus import RecordError, read_record
     from esper_jax.bus.connect import check_url
@@ -53,14 +83,19 @@ def check_steering(
             check_url(bus)
         except (ValueError, ImportError) as error:
             raise ConfigError(f"--bus: {error}") from None
-        if jax.process_count() > 1:
-            raise ConfigError("--bus: expected a run of one process")
     if replay is not None:
         try:
             if not replay.is_file():
                 raise RecordError("expected a file of commands, and it is not there")
-            if not read_record(replay):
+            ids = Counter(done.id for done in read_record(replay))
+            if not ids:
                 raise RecordError("expected a file of commands, and it holds none")
+            [(id, times)] = ids.most_common(1)
+            if times > 1:
+                raise RecordError(
+                    f"expected an id of its own for each command; {id!r} stands "
+                    f"{times} times"
+                )
         except (RecordError, OSError) as error:
             raise ConfigError(f"--replay {replay}: {error}") from None
 
@@ -79,11 +114,14 @@ class Steering:
     Args:
       service: a `bus.Service`, whose package need not be installed.
       session: of the run.
+      state: that it goes on from.
     """
 
-    def __init__(self, service: Any, session: Session) -> None:
+    def __init__(self, service: Any, session: Session, state: TrainState) -> None:
         self._service = service
         self._session = session
+        self._at = int(state.ticks), int(state.step)
+        self._over = False
         self._was_silent = service.silent
 
     def commands(self, state: TrainState) -> Outside:
@@ -105,6 +143,7 @@ class Steering:
           RunError: if that cannot be written down.
         """
         tick, silent = int(report.tick), self._service.silent
+        self._at = tick, int(report.step)
         answer = functools.partial(self._service.ticked, report, events, state.seeds)
         told = self._written(answer)
         if silent != self._was_silent:
@@ -155,7 +194,13 @@ class Steering:
                 ", ".join(left[:5]),
                 ", ..." if len(left) > 5 else "",
             )
+        self._over = True
         self._service.ended(int(state.ticks), int(state.step), reason)
+
+    def failed(self, error: BaseException) -> None:
+        """Tells that an error has ended the run, unless its end was told."""
+        if not self._over:
+            self._service.ended(*self._at, f"it failed: {type(error).__name__}")
 
     def close(self) -> dict[str, dict[str, Any]]:
         """Sends what is left, and logs what was lost.
@@ -198,11 +243,7 @@ class Steering:
 
 
 def open_steering(
-    session: Session,
-    state: TrainState,
-    bus: str | None,
-    replay: Path | None,
-    remote: int | None = None,
+    session: Session, state: TrainState, channels: Channels
 ) -> Steering | None:
     """The service of a run that goes on from a state; None if nothing is asked.
 
@@ -213,8 +254,10 @@ def open_steering(
       RunError: if the record of commands is damaged, or the bus cannot be opened.
       ConfigError: if what is replayed does not fit the run.
     """
-    folder = session.folder
-    if bus is None and replay is None and not folder.commands.exists():
+    folder, replay = session.folder, channels.replay
+    if replay is None and folder.replayed.exists():  # it was killed on the way
+        replay = folder.replayed
+    if not channels.open and replay is None and not folder.commands.exists():
         return None
     _check_installed(f"{folder.commands.name} of {folder.path}")
     from esper_jax.bus import Record, RecordError, Service, layers_of, read_record
@@ -227,6 +270,8 @@ def open_steering(
         past = read_record(folder.commands)
         replayed = [] if replay is None else read_record(replay)
         _check_fits(replay, replayed, layers)
+        if channels.replay is not None and first:
+            write_lines(folder.replayed, read_lines(channels.replay))
         record = Record(
             folder.commands if first else None, past, replayed=replayed, at=at
         )
@@ -241,17 +286,20 @@ def open_steering(
         )
     service = Service(
         layers,
-        _transport(session, bus) if first and bus is not None else None,
+        _transport(session, channels) if first and channels.open else None,
         source=source,
         lifecycle_config=session.program.gates,
         record=record,
-        spill=folder.spill,
+        # What waits there is for another bus, which may be away; a socket never is.
+        spill=None if channels.serve else folder.spill,
         patience=PATIENCE,
     )
-    if remote is not None:
-        service.lend(session.program, remote)
+    if channels.open and jax.process_count() > 1:
+        service.share()
+    if channels.remote is not None:
+        service.lend(session.program, channels.remote)
     service.started(int(state.ticks), int(state.step))
-    return Steering(service, session)
+    return Steering(service, session, state)
 
 
 def _check_fits(replay: Path | None, replayed: Sequence[Any], layers: Any) -> None:
@@ -263,9 +311,19 @@ def _check_fits(replay: Path | None, replayed: Sequence[Any], layers: Any) -> No
             raise ConfigError(f"--replay {replay}, command {number}: {said}")
 
 
-def _transport(session: Session, bus: str) -> Any:
+def _transport(session: Session, channels: Channels) -> Any:
     from esper_jax.bus.connect import connect, shown
+    from esper_jax.bus.sockets import SOCKET, Served
 
+    bus, folder = channels.bus, session.folder.path
+    if bus is None:
+        try:
+            return Served(folder, session.record.id)
+        except OSError as error:
+            raise RunError(
+                f"--serve: there cannot be a socket at {folder / SOCKET}: "
+                f"{error.strerror or error}; take --bus file:FOLDER"
+            ) from None
     try:
         return connect(bus, session.record.id)
     except (ValueError, OSError) as error:
