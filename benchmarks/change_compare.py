@@ -1,4 +1,4 @@
-"""Tunes the arms of `growth.py` on a task and runs each at its best grid point."""
+"""Tunes the arms of `change.py` on a task and runs each at its best grid point."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -6,10 +6,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from growth_arms import Arm, chosen, grown, renewed, replay, static
-from growth_operations import COUNTS, epoch_operations, most_grown
-from growth_runs import Runner, Runs, last
-from growth_tasks import Task, widen
+from change_arms import Arm, chosen, grown, renewed, replay, static
+from change_operations import COUNTS, epoch_operations, most_grown
+from change_runs import Runner, Runs, last
+from change_tasks import Task, widen
 
 from esper_jax.lifecycle import Stage
 
@@ -191,7 +191,7 @@ def birth_ticks(runs: Runs) -> dict[str, np.ndarray]:
 
 
 def random_plan(runs: Runs, anytime: bool) -> dict[str, np.ndarray]:
-    """A plan for `growth_arms.replay`: as many seeds as each run ended with, anywhere.
+    """A plan for `change_arms.replay`: as many seeds as each run ended with, anywhere.
 
     Args:
       runs: of the grown arm.

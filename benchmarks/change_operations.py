@@ -1,13 +1,13 @@
-"""Counts what the arms of `growth.py` spend: floating-point operations, parameters."""
+"""Counts what the arms of `change.py` spend: floating-point operations, parameters."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from change_arms import Arm, grown
+from change_tasks import Task, bare_host, host_size, layer_names
 from flax import nnx
-from growth_arms import Arm, grown
-from growth_tasks import Task, bare_host, host_size, layer_names
 
 from esper_jax.blueprints import operations, param_counts
 from esper_jax.data import Dataset

@@ -1,6 +1,6 @@
-"""The arms of `growth.py`: ways to spend parameters on one task.
+"""The arms of `change.py`: ways to spend parameters on one task.
 
-An `Arm` says how a run starts and which policy decides. `growth_runs.Runner` runs it.
+An `Arm` says how a run starts and which policy decides. `change_runs.Runner` runs it.
 """
 
 import dataclasses
@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from change_tasks import Task, layer_names
 from flax import struct
-from growth_tasks import Task, layer_names
 
 from esper_jax import policy
 from esper_jax.growth.state import TrainState
