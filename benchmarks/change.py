@@ -1,6 +1,6 @@
-"""Whether growth pays: a grown network against other ways to spend the same.
+"""Whether growth pays where the data change: against other ways to spend the same.
 
-    python benchmarks/change.py [--task digits ...] [--runs 24] [--json FILE] [--quick]
+    python benchmarks/change.py [--task digits-labels ...] [--runs 24] [--quick]
 
 Every arm trains on the same rows in the same order, from hosts drawn from the same
 keys. Arms that train for more epochs see other batches from the second phase on.
@@ -14,20 +14,15 @@ keys. Arms that train for more epochs see other batches from the second phase on
 - always on: all seeds learn and count from the first step to the last.
 - always on, ops: the same, trained until it has spent the operations of growth. Where
   always on spends those anyhow, this repeats it.
-- renewed, only where the data change: always on, but at the beginning of each phase all
-  blueprints are drawn afresh.
+- renewed: always on, but at the beginning of each phase all blueprints are drawn
+  afresh.
 - retrained: the final topology of each grown run, trained from scratch.
-- random: as many seeds as the paired grown run ended with, at random places. They
-  germinate at random ticks of the first half of the run, and none is removed. A seed
-  whose worth is not above 0 stays in the model, frozen.
-- random places: the same, but the seeds germinate at the ticks of the grown run. Where
-  the data change and seeds are renewed, those are ticks of the last phase.
 
 Data are split three ways. The model learns from the training data. The gates and the
 controller read the held-out data, and every arm is tuned on them. The test data are
 evaluated during training, and nothing reads them. `--split` draws the test data, except
 where they are published, as those of MNIST-1D. Each run draws its training and held-out
-rows from the rest; `text` does not, since its windows overlap.
+rows from the rest.
 
 Every arm is tuned by the held-out accuracy at the last tick, over one grid of learning
 rate, weight decay and the share of the rate that blueprints learn at. All arms get the
@@ -40,11 +35,11 @@ the random seeds of initialisation, order and rows. Two runs share most of their
 training rows. Intervals leave out two sources of chance: all runs share the test data,
 and all use the one grid point that tuning chose.
 
-In some tasks all three parts of the data change at the beginning of each phase, in a
-way that each run draws for itself. The optimizers and the schedule of the rate then
-start afresh in every arm. The model is evaluated on the new held-out data before it
-learns from the new training data. Accuracies are means over the phases, each at its own
-last tick (or its own tick of best held-out accuracy).
+All three parts of the data change at the beginning of each phase, in a way that each
+run draws for itself. The optimizers and the schedule of the rate then start afresh in
+every arm. The model is evaluated on the new held-out data before it learns from the new
+training data. Accuracies are means over the phases, each at its own last tick (or its
+own tick of best held-out accuracy).
 
 Operations are those of a whole run: forward and backward passes of the host and of
 living seeds, incubation included. Arms whose seeds are judged by evaluations pay for
@@ -101,13 +96,12 @@ def report(name: str, task: Task, split: int, results: dict[str, Result]) -> Non
             f"| {r.runs.parameters[:, -1].mean():.0f} "
             f"| {r.runs.operations.mean():.3g} | {r.runs.seconds:.0f} |"
         )
-    if task.phases > 1:
-        lines += ["", "Test % at the last tick of each phase:", ""]
-        for key, r in results.items():
-            by_phase = r.runs.test.reshape(count, task.phases, -1)[:, :, -1]
-            lines.append(
-                f"- {key}: " + " ".join(f"{100 * x:.1f}" for x in by_phase.mean(axis=0))
-            )
+    lines += ["", "Test % at the last tick of each phase:", ""]
+    for key, r in results.items():
+        by_phase = r.runs.test.reshape(count, task.phases, -1)[:, :, -1]
+        lines.append(
+            f"- {key}: " + " ".join(f"{100 * x:.1f}" for x in by_phase.mean(axis=0))
+        )
     lines += ["", "| grown minus | last, 95% interval | stopped, 95% interval |"]
     lines.append("|---|---|---|")
     ours = results["grown"].runs
@@ -193,9 +187,9 @@ def main() -> None:
     tasks = {name: TASKS[name] for name in options.task}
     if options.quick:
         tasks = {n: dataclasses.replace(t, epochs=6) for n, t in tasks.items()}
-    arms = {name: arms_of(task, options.arms) for name, task in tasks.items()}
+    arms = arms_of(options.arms)
     programs = {
-        name: runners(task, options.runs, arms[name], options.split)
+        name: runners(task, options.runs, arms, options.split)
         for name, task in tasks.items()
     }
     with ThreadPoolExecutor(options.threads) as pool:  # compiling is what takes time
@@ -204,7 +198,7 @@ def main() -> None:
     numbers = {}
     for name, task in tasks.items():
         results: dict[str, Result] = {}
-        for arm, result in compare(task, programs[name], arms[name], options.first):
+        for arm, result in compare(task, programs[name], arms, options.first):
             results[arm] = result
             numbers[name] = _plain(results, task)
             if options.json:

@@ -154,7 +154,7 @@ def _program(task: Task, arm: Arm, model: nnx.Module, rows: int) -> Program:
         model,
         _optimizer(steps),
         _bank_optimizer(steps),
-        lifecycle_config=arm.gates or task.gates,
+        lifecycle_config=task.gates,
         controller_config=dataclasses.replace(task.policy, budget=budget),
         decide=arm.decide,
         eval_batch=10_000,
@@ -171,7 +171,7 @@ def _one_run(recipe: _Recipe, parts: Any, seed: Any, point: Any, extra: Any) -> 
     arm, task = recipe.arm, recipe.task
     state = arm.begin(_tuned(recipe.start(jax.random.key(seed)), point), extra)
     drawn = jax.random.key(seed ^ 0x5EED)  # the data's key, apart from the model's
-    learned, held_out = _split(task, parts, drawn)
+    learned, held_out = _split(parts, drawn)
     phase = functools.partial(_phase, recipe, (learned, held_out, parts[2]), drawn)
     _, report = jax.lax.scan(phase, state, jnp.arange(task.phases))
     ticks, watched = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), report)
@@ -184,27 +184,20 @@ def _phase(
 ) -> tuple[TrainState, Any]:
     """A phase: what each of its ticks reports, and the loss and accuracy on test data.
 
-    Where the data change, the first tick looks at the new data before the model learns
-    anything from them.
+    The first tick looks at the new data before the model learns anything from them.
     """
     task, arm, program = recipe.task, recipe.arm, recipe.program
     key = jax.random.fold_in(drawn, number)
-    first = None
-    if task.change is not None:
-        parts = [task.change(key, part) for part in parts]
-        if arm.renews:
-            state = dataclasses.replace(state, banks=recipe.start(key).banks)
-        seen = jnp.stack(program.evaluate(state, parts[2])).astype(jnp.float32)
-        state, report = program.tick(_rested(state), parts[1])
-        first = (report, seen)
+    parts = [task.change(key, part) for part in parts]
+    if arm.renews:
+        state = dataclasses.replace(state, banks=recipe.start(key).banks)
+    seen = jnp.stack(program.evaluate(state, parts[2])).astype(jnp.float32)
+    state, first = program.tick(_rested(state), parts[1])
     tick = functools.partial(_tick, recipe, parts, key)
     ticks = jnp.arange(arm.epochs * task.ticks_per_epoch)
     state, reports = jax.lax.scan(tick, state, ticks)
-    if first is not None:
-        reports = jax.tree.map(
-            lambda a, b: jnp.concatenate([a[None], b]), first, reports
-        )
-    return state, reports
+    join = functools.partial(jax.tree.map, lambda a, b: jnp.concatenate([a[None], b]))
+    return state, join((first, seen), reports)
 
 
 def _tick(
@@ -230,10 +223,8 @@ def _tick(
     return state, jax.tree.map(lambda a: a[0], (report.ticks, report.watched))
 
 
-def _split(task: Task, parts: Any, key: jax.Array) -> tuple[Any, Any]:
+def _split(parts: Any, key: jax.Array) -> tuple[Any, Any]:
     """Training and held-out data of a run, drawn from both together."""
-    if not task.pooled:
-        return parts[0], parts[1]
     rows = len(parts[0][1])
     pool = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), parts[0], parts[1])
     order = jax.random.permutation(key, len(pool[1]))

@@ -15,7 +15,7 @@ from flax import nnx
 
 from esper_jax import data
 from esper_jax.data import Dataset
-from esper_jax.hosts import MLP, CharMLP, ConvNet
+from esper_jax.hosts import MLP
 from esper_jax.lifecycle import GraftConfig, LifecycleConfig, Stage
 from esper_jax.policy import ControllerConfig
 
@@ -25,52 +25,8 @@ __all__ = [
     "bare_host",
     "host_size",
     "layer_names",
-    "lifecycle",
     "widen",
 ]
-
-
-def lifecycle(
-    training: int,
-    grafting: int,
-    fine_tuning: int,
-    *,
-    evaluating: int = 3,
-    embargo: int = 3,
-    min_alpha: float = 0.0,
-) -> LifecycleConfig:
-    """Gates of short lives that judge a seed by its worth alone.
-
-    The gates on reconstruction and stability are wide open. The worth of a seed in
-    FINE_TUNING is measured only when a decision is near, since each measurement costs
-    an evaluation.
-
-    Args:
-      training: epochs a seed spends in TRAINING at least.
-      grafting: epochs in GRAFTING at least, and of the ramp.
-      fine_tuning: epochs in FINE_TUNING at least.
-      evaluating: epochs in EVALUATING at least.
-      embargo: epochs that a removed seed waits at least until it is dormant again.
-      min_alpha: of the ramp's first epoch.
-    """
-    epochs = dict.fromkeys(Stage, 0) | {
-        Stage.TRAINING: training,
-        Stage.GRAFTING: grafting,
-        Stage.STABILIZATION: 1,
-        Stage.EVALUATING: evaluating,
-        Stage.FINE_TUNING: fine_tuning,
-        Stage.CULLED: embargo,
-        Stage.ROLLED_BACK: embargo,
-    }
-    return LifecycleConfig(
-        min_epochs=tuple(epochs[s] for s in Stage),
-        reconstruction_threshold=1e9,
-        min_stability=-1e9,
-        min_improvement=0.0,
-        min_final_stability=-1e9,
-        worth_window=5,
-        grafting=GraftConfig(ramp_duration=grafting, min_alpha=min_alpha),
-    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,12 +48,9 @@ class Task:
         decay, blueprints' rate over the host's)``.
       policy: numbers of the controller; the runner fills in its ``budget``.
       gates: numbers of the lifecycle.
-      pooled: whether each run draws for itself which rows of the training and held-out
-        data it learns from and which are held out.
       ticks_per_epoch: ticks an epoch.
       phases: how many data sets a run learns one after the other.
-      change: ``change(key, rows) -> rows`` makes a phase's data; None leaves them as
-        they are.
+      change: ``change(key, rows) -> rows`` makes a phase's data.
     """
 
     data: Callable[[int], Dataset]
@@ -112,30 +65,16 @@ class Task:
     grid: tuple[tuple[float, float, float], ...]
     policy: ControllerConfig
     gates: LifecycleConfig
-    pooled: bool = True
-    ticks_per_epoch: int = 1
-    phases: int = 1
-    change: Callable[[Any, Any], Any] | None = None
+    ticks_per_epoch: int
+    phases: int
+    change: Callable[[Any, Any], Any]
 
 
-def _mlp(
-    inputs: int, outputs: int, activation: str = "relu"
-) -> Callable[..., nnx.Module]:
+def _mlp(inputs: int) -> Callable[..., nnx.Module]:
     def make(rngs: nnx.Rngs, widths: Sequence[int], **options: Any) -> nnx.Module:
-        return MLP(inputs, widths, outputs, activation=activation, rngs=rngs, **options)
+        return MLP(inputs, widths, 10, activation="gelu", rngs=rngs, **options)
 
     return make
-
-
-def _conv(strides: Sequence[int]) -> Callable[..., nnx.Module]:
-    def make(rngs: nnx.Rngs, widths: Sequence[int], **options: Any) -> nnx.Module:
-        return ConvNet(widths, 10, strides=strides, rngs=rngs, **options)
-
-    return make
-
-
-def _char(rngs: nnx.Rngs, widths: Sequence[int], **options: Any) -> nnx.Module:
-    return CharMLP(48, 16, 8, widths, rngs=rngs, **options)
 
 
 def _fresh_mnist1d(seed: int) -> Dataset:
@@ -152,26 +91,42 @@ def _fresh_mnist1d(seed: int) -> Dataset:
     return data.mnist1d(seed)._replace(test=test)
 
 
-_POLICY = ControllerConfig(
+_AT_ONCE = ControllerConfig(
     when="period",
-    period=6,
+    period=1,
     where="gradient",
-    births=2,
-    max_training=4,
+    births=16,
+    max_training=16,
     training_limit=1,
     evaluation_limit=6,
-    tuning_limit=60,
+    tuning_limit=65535,
     keep_tolerance=1.0,
-)
-_EARLY = dataclasses.replace(
-    _POLICY, period=2, births=4, max_training=8, tuning_limit=65535
-)
-"""Grows all that the budget allows within a few ticks, then lets it learn together."""
-
-_AT_ONCE = dataclasses.replace(
-    _EARLY, period=1, births=16, max_training=16, shift_tolerance=0.5
+    shift_tolerance=0.5,
 )
 """Grows every seed at the first tick, and again whenever the data have changed."""
+
+_AGES = dict.fromkeys(Stage, 0) | {
+    Stage.TRAINING: 1,
+    Stage.GRAFTING: 1,
+    Stage.STABILIZATION: 1,
+    Stage.EVALUATING: 1,
+    Stage.FINE_TUNING: 65535,
+}
+_BY_WORTH = LifecycleConfig(
+    min_epochs=tuple(_AGES[s] for s in Stage),
+    reconstruction_threshold=1e9,
+    min_stability=-1e9,
+    min_improvement=0.0,
+    min_final_stability=-1e9,
+    worth_window=5,
+    grafting=GraftConfig(ramp_duration=1, min_alpha=0.5),
+)
+"""Gates of short lives that judge a seed by its worth alone.
+
+The gates on reconstruction and stability are wide open. The worth of a seed in
+FINE_TUNING is measured only when a decision is near, since each measurement costs an
+evaluation.
+"""
 
 
 def _grid(
@@ -192,98 +147,13 @@ def _other_inputs(key: Any, rows: Any) -> Any:
     return x[:, jax.random.permutation(key, x.shape[1])], y
 
 
-TASKS: dict[str, Task] = {
-    "mnist1d-mlp": Task(
-        data=data.mnist1d,
-        make=_mlp(40, 10, "gelu"),
-        widths=(56, 56),
-        num_seeds=8,
-        blueprints=("context",),
-        positions=(1, 1, 1),
-        budget=15_210,
-        epochs=120,
-        batch=100,
-        grid=_grid((1e-2, 2e-2), (0.3, 0.6, 1.0), (0.3, 1.0)),
-        policy=_EARLY,
-        gates=lifecycle(1, 4, 90, min_alpha=0.2),
-    ),
-    "mnist1d-conv": Task(
-        data=data.mnist1d,
-        make=_conv((1, 2, 2)),
-        widths=(12, 16, 20),
-        num_seeds=4,
-        blueprints=("context",),
-        positions=(40, 20, 10, 1),
-        budget=5_210,
-        epochs=100,
-        batch=100,
-        grid=_grid((1e-2, 2e-2), (0.02, 0.05, 0.2), (0.3, 1.0)),
-        policy=_EARLY,
-        gates=lifecycle(1, 4, 75, min_alpha=0.2),
-    ),
-    "mnist5k": Task(
-        data=data.mnist5k,
-        make=_mlp(784, 10),
-        widths=(16, 16),
-        num_seeds=4,
-        blueprints=("context",),
-        positions=(1, 1, 1),
-        budget=0,
-        epochs=50,
-        batch=100,
-        grid=_grid((3e-3, 1e-2, 2e-2), (0.3, 1.0), (0.1, 1.0)),
-        policy=_POLICY,
-        gates=lifecycle(2, 4, 15),
-    ),
-    "digits": Task(
-        data=data.digits,
-        make=_mlp(64, 10),
-        widths=(16, 16),
-        num_seeds=4,
-        blueprints=("context",),
-        positions=(1, 1, 1),
-        budget=0,
-        epochs=120,
-        batch=49,
-        grid=_grid((1e-2, 2e-2, 4e-2), (0.1, 0.3), (0.1, 1.0)),
-        policy=_POLICY,
-        gates=lifecycle(3, 6, 30),
-    ),
-    "spirals": Task(
-        data=data.spirals,
-        make=_mlp(2, 2),
-        widths=(12, 12),
-        num_seeds=3,
-        blueprints=("context",),
-        positions=(1, 1, 1),
-        budget=0,
-        epochs=150,
-        batch=50,
-        grid=_grid((3e-3, 1e-2, 3e-2), (0.0, 0.03), (0.3, 1.0)),
-        policy=_EARLY,
-        gates=lifecycle(3, 6, 100),
-    ),
-    "text": Task(
-        data=data.text,
-        make=_char,
-        widths=(48, 48),
-        num_seeds=6,
-        blueprints=("context_glu",),
-        positions=(1, 1, 1),
-        budget=0,
-        epochs=30,
-        batch=200,
-        grid=_grid((1e-2, 2e-2), (0.2, 0.5, 1.0), (0.3, 1.0)),
-        pooled=False,
-        policy=_EARLY,
-        gates=lifecycle(1, 2, 20),
-    ),
-}
-
-_stream = dataclasses.replace(
-    TASKS["mnist1d-mlp"],
+_LABELS = Task(
+    data=data.mnist1d,
+    make=_mlp(40),
     widths=(32, 32),
     num_seeds=4,
+    blueprints=("context",),
+    positions=(1, 1, 1),
     budget=0,
     epochs=30,
     ticks_per_epoch=10,
@@ -291,20 +161,22 @@ _stream = dataclasses.replace(
     phases=6,
     grid=_grid((1e-2, 2e-2), (0.1, 0.3, 0.6), (0.3, 1.0)),
     policy=_AT_ONCE,
-    gates=lifecycle(1, 1, 65535, evaluating=1, embargo=0, min_alpha=0.5),
-)
-TASKS["mnist1d-labels"] = dataclasses.replace(_stream, change=_other_labels)
-TASKS["mnist1d-inputs"] = dataclasses.replace(_stream, change=_other_inputs)
-TASKS["digits-labels"] = dataclasses.replace(
-    _stream,
-    data=data.digits,
-    make=_mlp(64, 10, "gelu"),
-    widths=(16, 16),
-    ticks_per_epoch=2,
-    batch=49,
+    gates=_BY_WORTH,
     change=_other_labels,
 )
-for _name in [name for name in TASKS if name.startswith("mnist1d")]:
+TASKS = {
+    "mnist1d-labels": _LABELS,
+    "mnist1d-inputs": dataclasses.replace(_LABELS, change=_other_inputs),
+    "digits-labels": dataclasses.replace(
+        _LABELS,
+        data=data.digits,
+        make=_mlp(64),
+        widths=(16, 16),
+        ticks_per_epoch=2,
+        batch=49,
+    ),
+}
+for _name in ("mnist1d-labels", "mnist1d-inputs"):
     TASKS[f"{_name}-fresh"] = dataclasses.replace(TASKS[_name], data=_fresh_mnist1d)
 
 
@@ -325,8 +197,7 @@ def host_size(task: Task, widths: Sequence[int]) -> int:
 
 def layer_names(task: Task) -> list[str]:
     """Names of the layers that can grow, as in ``state.seeds`` of a `TrainState`."""
-    inner = "mlp/" if task.make is _char else ""
-    return [f"{inner}layers/{i}" for i in range(len(task.widths))]
+    return [f"layers/{i}" for i in range(len(task.widths))]
 
 
 def _not_blueprint(path: Any, value: Any) -> bool:

@@ -104,7 +104,7 @@ class Host:
             policy=trial(TrialConfig(ticks=1, budget=max(0, task.budget - self.size))),
             eval_batch=10_000,
         )
-        recipe = _Recipe(task, program, start_from(program, make), self.rests)
+        recipe = _Recipe(task, program, start_from(program, make), steps, self.rests)
         run = jax.vmap(functools.partial(_run, recipe), in_axes=(None, 0))
         return jax.jit(run).lower(self._rows, self._jobs([0], 1.0, 0.0, 1)).compile()
 
@@ -120,9 +120,12 @@ class Host:
 
     @property
     def rests(self) -> tuple[int, ...]:
-        """Steps before each tick of a run: parts are born, learn and count at once."""
+        """Steps before each tick of a run: parts are born, learn and count at once.
+
+        A host without parts has no ticks.
+        """
         if not self.grows:
-            return (self.steps,)
+            return ()
         tried = round(TRIAL * self.steps)
         return (0, 0, 0, tried, 0, 0, self.steps - tried)
 
@@ -211,6 +214,7 @@ class _Recipe(NamedTuple):
     program: Program
     start: Any
     """First state of a random key."""
+    steps: int
     rests: tuple[int, ...]
 
 
@@ -251,8 +255,11 @@ def _run(recipe: _Recipe, rows: Rows, job: Job) -> Any:
         state, _ = program.tick(state, judged)
         return state, 1 + sum(asked)
 
-    # The last tick comes after the last step, and removes nothing.
-    state, asked = jax.lax.scan(segment, state, jnp.asarray(recipe.rests))
+    if recipe.rests:  # the last tick comes after the last step, and removes nothing
+        state, asked = jax.lax.scan(segment, state, jnp.asarray(recipe.rests))
+    else:
+        state = jax.lax.fori_loop(0, recipe.steps, step, state)
+        asked = jnp.zeros(0, int)
     seen = (jnp.stack(program.evaluate(state, part)) for part in (held_out, rows.test))
     kept = {
         n: (s.stage >= Stage.GRAFTING) & (s.stage <= Stage.FOSSILIZED)

@@ -94,9 +94,9 @@ def rows_of(task: Task, split: int) -> Rows:
     return Rows(tuple(np.concatenate(pair) for pair in both), parts.test)
 
 
-def _mlp(inputs: int, outputs: int, activation: str) -> Callable[..., nnx.Module]:
+def _mlp(inputs: int, outputs: int) -> Callable[..., nnx.Module]:
     def make(rngs: nnx.Rngs, widths: Sequence[int], **options: Any) -> nnx.Module:
-        return MLP(inputs, widths, outputs, activation=activation, rngs=rngs, **options)
+        return MLP(inputs, widths, outputs, activation="gelu", rngs=rngs, **options)
 
     return make
 
@@ -113,7 +113,7 @@ TASKS = {
     "mnist1d-mlp": Task(
         data=data.mnist1d,
         held_out=600,
-        make=_mlp(40, 10, "gelu"),
+        make=_mlp(40, 10),
         widths=(56, 56),
         positions=(1, 1, 1),
         places=8,
@@ -153,7 +153,7 @@ TASKS = {
     "digits": Task(
         data=data.digits,
         held_out=240,
-        make=_mlp(64, 10, "gelu"),
+        make=_mlp(64, 10),
         widths=(20, 20),
         positions=(1, 1, 1),
         places=4,
@@ -166,10 +166,10 @@ TASKS = {
     "spirals": Task(
         data=data.spirals,
         held_out=200,
-        make=_mlp(2, 2, "relu"),
-        widths=(12, 12),
+        make=_mlp(2, 2),
+        widths=(20, 20),
         positions=(1, 1, 1),
-        places=6,
+        places=4,
         hidden=4,
         budget=1_060,
         epochs=150,
