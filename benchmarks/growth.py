@@ -18,12 +18,13 @@ from the same keys.
 - host: the host that growth starts from.
 
 Each arm is tuned by the accuracy on held-out rows, at the last step, of runs with other
-random seeds, over one grid of AdamW's learning rate and weight decay (cosine, ten steps
-of warm-up; a part has the rate and decay of its host). While the best point is at an
-edge of the grid, the grid is widened there, by a factor of two; "edge" marks an arm
-whose best point is at one still. A decay of 0 is none. Then each arm learns from all
-rows that are not test rows at its best point. Parts are judged by 900 of the rows that
-are learned from. Nothing reads the test data before the end.
+random seeds, over one grid of AdamW's learning rate and weight decay. The rate rises by
+a line for 8% of the steps and falls by a cosine; a part has the rate and decay of its
+host. While the best point is at an edge of the grid, the grid is widened there, by a
+factor of two; "edge" marks an arm whose best point is at one still. A decay of 0 is
+none. Then each arm learns from all rows that are not test rows at its best point. Parts
+are judged by 900 of the rows that are learned from. Nothing reads the test data before
+the end.
 
 "test" is the accuracy in percent after the last step, with half of a 95% Student-t
 interval over runs, which differ by their host and the order of the rows. All runs share
@@ -170,6 +171,7 @@ def found_of(
             "rate": rate,
             "decay": decay,
             **told,
+            "about": tuner.task.about(),
             "test": outcome.test[:, 1],
             "widths": host.widths,
             "parameters": sizes,
@@ -215,14 +217,9 @@ def gap(table: dict[str, Any], arm: str) -> tuple[float, float]:
 
 def lines_of(name: str, table: dict[str, Any]) -> Iterator[str]:
     """The table of a task."""
-    task = TASKS[name]
     runs = len(table["grown"]["test"])
     yield f"\n### {name}\n"
-    yield (
-        f"Host of widths {task.widths}, {task.places} places a layer, parts of "
-        f"{task.hidden} units, at most {task.budget} parameters; {task.epochs} epochs, "
-        f"batch {task.batch}, {runs} runs.\n"
-    )
+    yield f"{table['grown']['about']}; {runs} runs.\n"
     yield (
         "| arm | test % | grown minus it | parameters | peak | operations "
         "| rate, decay |"
@@ -280,9 +277,9 @@ def _options() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--task", nargs="*", choices=list(TASKS), default=list(TASKS))
-    parser.add_argument("--runs", type=int, default=200, help="that are reported")
+    parser.add_argument("--runs", type=int, default=96, help="that are reported")
     parser.add_argument(
-        "--tuners", type=int, default=8, help="runs with which a point is tried"
+        "--tuners", type=int, default=6, help="runs with which a point is tried"
     )
     parser.add_argument("--split", type=int, default=2, help="random seed of the data")
     parser.add_argument("--json", type=Path, help="file to write every number to")
@@ -318,7 +315,7 @@ def main() -> None:
     tasks = {name: TASKS[name] for name in options.task}
     if options.quick:
         tasks = {
-            n: dataclasses.replace(t, epochs=2, rates=t.rates[1:4], decays=t.decays[:2])
+            n: dataclasses.replace(t, epochs=2, rates=t.rates[:3], decays=t.decays[:2])
             for n, t in tasks.items()
         }
     every = {

@@ -29,8 +29,8 @@ TRIAL = 0.08
 """Share of the steps for which parts are tried."""
 JUDGED = 900
 """Rows, of those that are learned from, by which parts are judged."""
-WARM_UP = 10
-"""Steps of a host's optimizer, or of a part's since its birth."""
+WARM_UP = 0.08
+"""Share of the steps in which the learning rate rises."""
 
 
 class Job(NamedTuple):
@@ -284,35 +284,31 @@ def _begun(state: TrainState, job: Job) -> TrainState:
     return dataclasses.replace(state, seeds=seeds, memory=memory)
 
 
-def _cosine(steps: int) -> optax.Schedule:
-    """From 1 to 0."""
-    return optax.cosine_decay_schedule(1.0, steps)
+def _schedule(steps: int) -> optax.Schedule:
+    """From 0 to 1 by a line, and to 0 by a cosine."""
+    return optax.warmup_cosine_decay_schedule(0.0, 1.0, round(WARM_UP * steps), steps)
 
 
 def _adamw() -> optax.GradientTransformation:
-    """AdamW, warmed up, that holds its rate and its decay as arrays in its state."""
-    return optax.chain(
-        optax.inject_hyperparams(optax.adamw)(learning_rate=1e-3, weight_decay=0.0),
-        optax.scale_by_schedule(optax.linear_schedule(0.0, 1.0, WARM_UP)),
-    )
+    """AdamW that holds its rate and its decay as arrays in its state."""
+    return optax.inject_hyperparams(optax.adamw)(learning_rate=1e-3, weight_decay=0.0)
 
 
 def _host_optimizer(steps: int) -> optax.GradientTransformation:
-    return optax.chain(_adamw(), optax.scale_by_schedule(_cosine(steps)))
+    return optax.chain(_adamw(), optax.scale_by_schedule(_schedule(steps)))
 
 
 def _bank_optimizer(steps: int) -> PerSlot:
-    """The same in each slot, warmed up since its birth, under the host's schedule.
+    """The same in each slot, under the host's schedule.
 
     A newborn keeps its slot's rate and decay: fresh optimizer state would set them back
     to the values from before `_tuned`.
     """
-    inner = per_slot(optax.chain(_adamw(), scale_by_run_schedule(_cosine(steps))))
+    inner = per_slot(optax.chain(_adamw(), scale_by_run_schedule(_schedule(steps))))
 
     def reset(state: Any, params: Any, born: Any) -> Any:
-        (fresh, *age), *rest = inner.reset(state, params, born)
-        old = state[0][0]
-        return ((fresh._replace(hyperparams=old.hyperparams), *age), *rest)
+        injected, *rest = inner.reset(state, params, born)
+        return (injected._replace(hyperparams=state[0].hyperparams), *rest)
 
     return PerSlot(inner.init, inner.update, reset)
 
@@ -321,11 +317,11 @@ def _tuned(state: TrainState, job: Job) -> TrainState:
     """``state`` with a job's rate and decay."""
 
     def put(moments: Any) -> Any:
-        (inner, *age), *rest = moments
+        inner, *rest = moments
         old = inner.hyperparams
         new = {"learning_rate": job.rate, "weight_decay": job.decay}
         new = {k: jnp.broadcast_to(v, old[k].shape) for k, v in new.items()}
-        return ((inner._replace(hyperparams={**old, **new}), *age), *rest)
+        return (inner._replace(hyperparams={**old, **new}), *rest)
 
     return dataclasses.replace(
         state,

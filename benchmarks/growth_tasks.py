@@ -53,7 +53,7 @@ class Task:
     budget: int
     epochs: int
     batch: int
-    rates: tuple[float, ...] = (0.005, 0.01, 0.02, 0.04, 0.08)
+    rates: tuple[float, ...] = (0.01, 0.02, 0.04, 0.08)
     decays: tuple[float, ...]
 
     def options(self, grows: bool) -> dict[str, Any]:
@@ -66,6 +66,14 @@ class Task:
             "capacity": self.places,
             "blueprints": (part,),
         }
+
+    def about(self) -> str:
+        """The settings in words."""
+        return (
+            f"Host of widths {self.widths}, {self.places} places a layer, parts of "
+            f"{self.hidden} units, at most {self.budget} parameters; {self.epochs} "
+            f"epochs, batch {self.batch}"
+        )
 
     def widened(self, parameters: int) -> tuple[int, ...]:
         """Widths of the narrowest host with at least so many parameters.
@@ -121,7 +129,7 @@ TASKS = {
         budget=15_210,
         epochs=120,
         batch=100,
-        decays=(0.1, 0.2, 0.4, 0.8, 1.6),
+        decays=(0.1, 0.2, 0.4, 0.8),
     ),
     "mnist1d-conv": Task(
         data=data.mnist1d,
@@ -134,7 +142,7 @@ TASKS = {
         budget=5_210,
         epochs=100,
         batch=100,
-        decays=(0.02, 0.05, 0.1, 0.2, 0.4),
+        decays=(0.01, 0.02, 0.04, 0.08),
     ),
     "text": Task(
         data=data.text,
@@ -148,7 +156,7 @@ TASKS = {
         budget=20_000,
         epochs=30,
         batch=200,
-        decays=(0.1, 0.2, 0.4, 0.8, 1.6),
+        decays=(0.1, 0.2, 0.4, 0.8),
     ),
     "digits": Task(
         data=data.digits,
@@ -161,7 +169,7 @@ TASKS = {
         budget=2_900,
         epochs=120,
         batch=49,
-        decays=(0.02, 0.05, 0.1, 0.2, 0.4),
+        decays=(0.01, 0.02, 0.04, 0.08),
     ),
     "spirals": Task(
         data=data.spirals,
@@ -174,7 +182,7 @@ TASKS = {
         budget=1_060,
         epochs=150,
         batch=50,
-        decays=(0.0, 0.01, 0.03, 0.1, 0.3),
+        decays=(0.0, 0.01, 0.03, 0.1),
     ),
 }
 
