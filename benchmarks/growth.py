@@ -19,12 +19,11 @@ from the same keys.
 
 Each arm is tuned by the accuracy on held-out rows, at the last step, of runs with other
 random seeds, over one grid of AdamW's learning rate and weight decay. The rate rises by
-a line for 8% of the steps and falls by a cosine; a part has the rate and decay of its
-host. While the best point is at an edge of the grid, the grid is widened there, by a
-factor of two; "edge" marks an arm whose best point is at one still. A decay of 0 is
-none. Then each arm learns from all rows that are not test rows at its best point. Parts
-are judged by 900 of the rows that are learned from. Nothing reads the test data before
-the end.
+a line (``--warm-up``) and falls by a cosine; a part has the rate and decay of its host.
+While the best point is at an edge of the grid, the grid is widened there, by a factor
+of two; "edge" marks an arm whose best point is at one still. A decay of 0 is none. Then
+each arm learns at its best point from all rows that are not test rows. Parts are judged
+by 900 of the rows that are learned from. Nothing reads the test data before the end.
 
 "test" is the accuracy in percent after the last step, with half of a 95% Student-t
 interval over runs, which differ by their host and the order of the rows. All runs share
@@ -277,9 +276,15 @@ def _options() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--task", nargs="*", choices=list(TASKS), default=list(TASKS))
-    parser.add_argument("--runs", type=int, default=96, help="that are reported")
+    parser.add_argument("--runs", type=int, default=200, help="that are reported")
     parser.add_argument(
-        "--tuners", type=int, default=6, help="runs with which a point is tried"
+        "--tuners", type=int, default=8, help="runs with which a point is tried"
+    )
+    parser.add_argument(
+        "--warm-up",
+        type=float,
+        default=0.08,
+        help="steps in which the rate rises; below 1, their share of all",
     )
     parser.add_argument("--split", type=int, default=2, help="random seed of the data")
     parser.add_argument("--json", type=Path, help="file to write every number to")
@@ -292,6 +297,8 @@ def _options() -> argparse.Namespace:
             f"--runs must be from 2 to {TUNING_SEED} and --tuners at least 1; got "
             f"{options.runs} and {options.tuners}"
         )
+    if not 0 < options.warm_up < np.inf:
+        parser.error(f"--warm-up must be a number above 0, got {options.warm_up}")
     return options
 
 
@@ -312,10 +319,13 @@ def main() -> None:
     found = {}
     if options.json and options.json.exists():
         found = json.loads(options.json.read_text())
-    tasks = {name: TASKS[name] for name in options.task}
+    tasks = {
+        name: dataclasses.replace(TASKS[name], warm_up=options.warm_up)
+        for name in options.task
+    }
     if options.quick:
         tasks = {
-            n: dataclasses.replace(t, epochs=2, rates=t.rates[:3], decays=t.decays[:2])
+            n: dataclasses.replace(t, epochs=2, rates=t.rates[1:4], decays=t.decays[:2])
             for n, t in tasks.items()
         }
     every = {

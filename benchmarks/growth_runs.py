@@ -29,8 +29,6 @@ TRIAL = 0.08
 """Share of the steps for which parts are tried."""
 JUDGED = 900
 """Rows, of those that are learned from, by which parts are judged."""
-WARM_UP = 0.08
-"""Share of the steps in which the learning rate rises."""
 
 
 class Job(NamedTuple):
@@ -96,10 +94,11 @@ class Host:
             return task.make(rngs, self.widths, **task.options(self.grows))
 
         steps = self.steps
+        schedule = _schedule(steps, task.warm_up)
         program = build(
             make(nnx.Rngs(0)),
-            _host_optimizer(steps),
-            _bank_optimizer(steps),
+            _host_optimizer(schedule),
+            _bank_optimizer(schedule),
             lifecycle_config=trial_lives(),
             policy=trial(TrialConfig(ticks=1, budget=max(0, task.budget - self.size))),
             eval_batch=10_000,
@@ -284,9 +283,12 @@ def _begun(state: TrainState, job: Job) -> TrainState:
     return dataclasses.replace(state, seeds=seeds, memory=memory)
 
 
-def _schedule(steps: int) -> optax.Schedule:
-    """From 0 to 1 by a line, and to 0 by a cosine."""
-    return optax.warmup_cosine_decay_schedule(0.0, 1.0, round(WARM_UP * steps), steps)
+def _schedule(steps: int, warm_up: float) -> optax.Schedule:
+    """A line from 0 to 1 over the warm-up, times a cosine from 1 to 0 over all."""
+    rising = round(warm_up * steps) if warm_up < 1 else round(warm_up)
+    line = optax.linear_schedule(0.0, 1.0, max(1, rising))
+    cosine = optax.cosine_decay_schedule(1.0, steps)
+    return lambda step: line(step) * cosine(step)
 
 
 def _adamw() -> optax.GradientTransformation:
@@ -294,17 +296,17 @@ def _adamw() -> optax.GradientTransformation:
     return optax.inject_hyperparams(optax.adamw)(learning_rate=1e-3, weight_decay=0.0)
 
 
-def _host_optimizer(steps: int) -> optax.GradientTransformation:
-    return optax.chain(_adamw(), optax.scale_by_schedule(_schedule(steps)))
+def _host_optimizer(schedule: optax.Schedule) -> optax.GradientTransformation:
+    return optax.chain(_adamw(), optax.scale_by_schedule(schedule))
 
 
-def _bank_optimizer(steps: int) -> PerSlot:
+def _bank_optimizer(schedule: optax.Schedule) -> PerSlot:
     """The same in each slot, under the host's schedule.
 
     A newborn keeps its slot's rate and decay: fresh optimizer state would set them back
     to the values from before `_tuned`.
     """
-    inner = per_slot(optax.chain(_adamw(), scale_by_run_schedule(_schedule(steps))))
+    inner = per_slot(optax.chain(_adamw(), scale_by_run_schedule(schedule)))
 
     def reset(state: Any, params: Any, born: Any) -> Any:
         injected, *rest = inner.reset(state, params, born)

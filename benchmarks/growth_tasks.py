@@ -38,6 +38,7 @@ class Task:
       budget: most parameters of the grown model, host included.
       epochs: passes over the data.
       batch: rows a step.
+      warm_up: steps in which the learning rate rises; below 1, their share of all.
       rates: peak learning rates to begin tuning with, evenly apart in their logarithm.
       decays: the same of AdamW's weight decay.
     """
@@ -53,7 +54,8 @@ class Task:
     budget: int
     epochs: int
     batch: int
-    rates: tuple[float, ...] = (0.01, 0.02, 0.04, 0.08)
+    warm_up: float = 0.08
+    rates: tuple[float, ...] = (0.005, 0.01, 0.02, 0.04, 0.08)
     decays: tuple[float, ...]
 
     def options(self, grows: bool) -> dict[str, Any]:
@@ -72,7 +74,7 @@ class Task:
         return (
             f"Host of widths {self.widths}, {self.places} places a layer, parts of "
             f"{self.hidden} units, at most {self.budget} parameters; {self.epochs} "
-            f"epochs, batch {self.batch}"
+            f"epochs, batch {self.batch}, warm-up {self.warm_up:g}"
         )
 
     def widened(self, parameters: int) -> tuple[int, ...]:
@@ -129,20 +131,20 @@ TASKS = {
         budget=15_210,
         epochs=120,
         batch=100,
-        decays=(0.1, 0.2, 0.4, 0.8),
+        decays=(0.1, 0.2, 0.4, 0.8, 1.6),
     ),
     "mnist1d-conv": Task(
         data=data.mnist1d,
         held_out=600,
         make=_conv,
-        widths=(12, 16, 20),
+        widths=(8, 12, 16),
         positions=(40, 20, 10, 1),
-        places=4,
+        places=8,
         hidden=8,
         budget=5_210,
         epochs=100,
         batch=100,
-        decays=(0.01, 0.02, 0.04, 0.08),
+        decays=(0.02, 0.05, 0.1, 0.2, 0.4),
     ),
     "text": Task(
         data=data.text,
@@ -151,12 +153,12 @@ TASKS = {
         make=_char,
         widths=(48, 48),
         positions=(1, 1, 1),
-        places=8,
+        places=12,
         hidden=8,
-        budget=20_000,
+        budget=24_000,
         epochs=30,
         batch=200,
-        decays=(0.1, 0.2, 0.4, 0.8),
+        decays=(0.1, 0.2, 0.4, 0.8, 1.6),
     ),
     "digits": Task(
         data=data.digits,
@@ -169,7 +171,7 @@ TASKS = {
         budget=2_900,
         epochs=120,
         batch=49,
-        decays=(0.01, 0.02, 0.04, 0.08),
+        decays=(0.02, 0.05, 0.1, 0.2, 0.4),
     ),
     "spirals": Task(
         data=data.spirals,
@@ -182,7 +184,7 @@ TASKS = {
         budget=1_060,
         epochs=150,
         batch=50,
-        decays=(0.0, 0.01, 0.03, 0.1),
+        decays=(0.0, 0.01, 0.03, 0.1, 0.3),
     ),
 }
 
