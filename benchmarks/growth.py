@@ -1,215 +1,356 @@
-"""Whether growth pays: a grown network against other ways to spend the same.
+"""Whether growing from scratch pays: a grown network against other ways to spend.
 
-    python benchmarks/growth.py [--task digits ...] [--runs 24] [--json FILE] [--quick]
+    python benchmarks/growth.py [--task digits ...] [--json FILE] [--quick]
+    python benchmarks/growth.py --read FILE ...    # tables of what was found
 
-Every arm trains on the same rows in the same order, from hosts drawn from the same
-keys. Arms that train for more epochs see other batches from the second phase on.
+With ``--json`` it goes on where an earlier call with the file has ended.
 
-- grown: the controller decides when, where and what grows.
-- host: the host that growth starts from, without seeds.
-- static: a wider host of the same shape. It has at least the parameters of the largest
-  model that growth may reach.
-- static, ops: the same host, trained until it has spent the operations of growth.
-  These are counted as if all that may grow lived from the first tick to the last.
-- always on: all seeds learn and count from the first step to the last.
-- always on, ops: the same, trained until it has spent the operations of growth. Where
-  always on spends those anyhow, this repeats it.
-- renewed, only where the data change: always on, but at the beginning of each phase all
-  blueprints are drawn afresh.
-- retrained: the final topology of each grown run, trained from scratch.
-- random: as many seeds as the paired grown run ended with, at random places. They
-  germinate at random ticks of the first half of the run, and none is removed. A seed
-  whose worth is not above 0 stays in the model, frozen.
-- random places: the same, but the seeds germinate at the ticks of the grown run. Where
-  the data change and seeds are renewed, those are ticks of the last phase.
+Every arm trains in as many steps on the same rows in the same order, from hosts drawn
+from the same keys.
 
-Data are split three ways. The model learns from the training data. The gates and the
-controller read the held-out data, and every arm is tuned on them. The test data are
-evaluated during training, and nothing reads them. `--split` draws the test data, except
-where they are published, as those of MNIST-1D. Each run draws its training and held-out
-rows from the rest; `text` does not, since its windows overlap.
+- grown: in each of several places of every layer a part is born before the first step;
+  for 8% of the steps all learn together; those of the greatest worth for each parameter
+  are kept within the budget (`policy.trial`), and learn on. A part is a `group`, which
+  reads a layer's output and writes all of it.
+- static: the narrowest host of the same shape with at least the budget's parameters.
+- everything on: the same parts in all places, from the first step to the last.
+- retrained: what is in the paired grown run in the end, trained from scratch.
+- host: the host that growth starts from.
 
-Every arm is tuned by the held-out accuracy at the last tick, over one grid of learning
-rate, weight decay and the share of the rate that blueprints learn at. All arms get the
-same number of tuning runs, with random seeds of their own. Arms without seeds have
-fewer grid points, and so more runs at each.
+Each arm is tuned by the accuracy on held-out rows, at the last step, of runs with other
+random seeds, over one grid of AdamW's learning rate and weight decay. The rate rises by
+a line (``--warm-up``) and falls by a cosine; a part has the rate and decay of its host.
+While the best point is at an edge of the grid, the grid is widened there, by a factor
+of two; "edge" marks an arm whose best point is at one still. A decay of 0 is none. Then
+each arm learns at its best point from all rows that are not test rows. Parts are judged
+by 900 of the rows that are learned from. Nothing reads the test data before the end.
 
-"last" is the test accuracy at the last tick, "stopped" that at the tick of best
-held-out accuracy. Intervals are 95% Student-t intervals of the paired difference, over
-the random seeds of initialisation, order and rows. Two runs share most of their
-training rows. Intervals leave out two sources of chance: all runs share the test data,
-and all use the one grid point that tuning chose.
-
-In some tasks all three parts of the data change at the beginning of each phase, in a
-way that each run draws for itself. The optimizers and the schedule of the rate then
-start afresh in every arm. The model is evaluated on the new held-out data before it
-learns from the new training data. Accuracies are means over the phases, each at its own
-last tick (or its own tick of best held-out accuracy).
-
-Operations are those of a whole run: forward and backward passes of the host and of
-living seeds, incubation included. Arms whose seeds are judged by evaluations pay for
-those of held-out data and of counterfactuals too. Seconds are those of all final runs
-of an arm together, without compilation, beside whatever else the machine was doing.
-They include evaluations at every tick in all arms, and a dormant seed takes as long as
-a living one. Parameters are those after the last tick's transitions, accuracies those
-before them.
+"test" is the accuracy in percent after the last step, with half of a 95% Student-t
+interval over runs, which differ by their host and the order of the rows. All runs share
+the data. "grown minus it" is paired. "peak" is the most parameters that are in the
+model at a time, those on trial included. "operations" are those of a run, over those of
+static; a backward pass counts as two forward passes, and evaluations that decide
+count. The regret of an arm on a task is how far it is behind the best arm there, in
+points.
 """
 
 import argparse
 import dataclasses
+import itertools
 import json
 import platform
+import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from growth_compare import ARMS, TUNING_SEED, Result, arms_of, compare, runners
-from growth_runs import Runner, last, stopped
-from growth_tasks import TASKS, Task, host_size
+from growth_runs import Host, Outcome
+from growth_tasks import TASKS, Task, rows_of
 from scipy import stats
 
+ARMS = ("grown", "static", "everything on", "retrained", "host")
+"""Rows of the table, in order."""
+TUNING_SEED = 100_000
+"""First random seed of the runs that tune. Those that are reported are below."""
+WIDENINGS = 4
+"""How often a grid is widened at most."""
 
-def interval(differences: np.ndarray) -> tuple[float, float, float]:
-    """Mean, low and high end of a 95% Student-t interval, in percentage points."""
-    mean, n = differences.mean(), len(differences)
-    half = stats.t.ppf(0.975, n - 1) * differences.std(ddof=1) / np.sqrt(n)
-    return 100 * mean, 100 * (mean - half), 100 * (mean + half)
-
-
-def report(name: str, task: Task, split: int, results: dict[str, Result]) -> None:
-    """Prints the table of a task and the paired differences from ``grown``."""
-    count = len(results["grown"].runs.test)
-    lines = [
-        f"\n### {name}\n",
-        f"host widths {task.widths} ({host_size(task, task.widths)} parameters), "
-        f"{task.num_seeds} seeds a layer, blueprint {task.blueprints[0]}, "
-        f"{task.phases} x {task.epochs} epochs, batch {task.batch}, {count} runs, "
-        f"split {split}\n",
-        "| arm | rate, decay, share | test % last | stopped | held-out % | parameters "
-        "| operations | seconds |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for key, r in results.items():
-        mean, low, _ = interval(last(r.runs.test, task))
-        point = ", ".join(f"{x:g}" for x in r.point)
-        lines.append(
-            f"| {key} | {point} | {mean:.2f} ± {mean - low:.2f} "
-            f"| {100 * stopped(r.runs, task).mean():.2f} "
-            f"| {100 * last(r.runs.accuracy, task).mean():.2f} "
-            f"| {r.runs.parameters[:, -1].mean():.0f} "
-            f"| {r.runs.operations.mean():.3g} | {r.runs.seconds:.0f} |"
-        )
-    if task.phases > 1:
-        lines += ["", "Test % at the last tick of each phase:", ""]
-        for key, r in results.items():
-            by_phase = r.runs.test.reshape(count, task.phases, -1)[:, :, -1]
-            lines.append(
-                f"- {key}: " + " ".join(f"{100 * x:.1f}" for x in by_phase.mean(axis=0))
-            )
-    lines += ["", "| grown minus | last, 95% interval | stopped, 95% interval |"]
-    lines.append("|---|---|---|")
-    ours = results["grown"].runs
-    for key, r in results.items():
-        if key != "grown":
-            late = interval(last(ours.test, task) - last(r.runs.test, task))
-            early = interval(stopped(ours, task) - stopped(r.runs, task))
-            lines.append(f"| {key} | {_cell(late)} | {_cell(early)} |")
-    print("\n".join(lines), flush=True)
+Found = dict[str, dict[str, Any]]
+"""What became of each arm, by task and arm."""
 
 
-def _cell(values: tuple[float, float, float]) -> str:
-    mean, low, high = values
-    return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
+class Tuner:
+    """Searches the grid of a task for the point at which an arm is best.
 
+    Args:
+      task: whose grid it is.
+      runs: with which each point is tried.
+    """
 
-def _plain(results: dict[str, Result], task: Task) -> dict[str, Any]:
-    """The numbers behind the table, as JSON types."""
-    return {
-        key: {
-            "point": r.point,
-            "widths": r.arm.widths,
-            "epochs": r.arm.epochs,
-            "test": last(r.runs.test, task).tolist(),
-            "stopped": stopped(r.runs, task).tolist(),
-            "held_out": last(r.runs.accuracy, task).tolist(),
-            "parameters": r.runs.parameters[:, -1].tolist(),
-            "operations": r.runs.operations.tolist(),
-            "seconds": r.runs.seconds,
+    def __init__(self, task: Task, runs: int) -> None:
+        self.task, self.runs = task, runs
+        self.seeds = TUNING_SEED + np.arange(runs)
+
+    def best(self, host: Host, kept: Any = None) -> tuple[tuple[float, float], Any]:
+        """The best rate and decay, and what is told of the search.
+
+        Args:
+          host: of the arm.
+          kept: parts of each of ``runs`` runs; None for a trial or no parts.
+        """
+        axes = [list(self.task.rates), list(self.task.decays)]
+        tried: dict[tuple[float, float], tuple[float, float]] = {}
+        parts: dict[tuple[float, float], Any] = {}
+        for _ in range(1 + WIDENINGS):
+            points = [p for p in itertools.product(*axes) if p not in tried]
+            outcome = self._outcome(host, points, kept)
+            shape = (len(points), self.runs)
+            loss, accuracy = outcome.held_out.T.reshape(2, *shape).mean(axis=2)
+            for i, point in enumerate(points):  # what is not finite is worst
+                score = np.nan_to_num([accuracy[i], -loss[i]], nan=-1e9)
+                tried[point] = tuple(score.tolist())
+                own = slice(i * self.runs, (i + 1) * self.runs)
+                parts[point] = {n: k[own] for n, k in outcome.kept.items()}
+            best = max(tried, key=lambda p: tried[p])
+            wider = [widened(axis, at) for axis, at in zip(axes, best, strict=True)]
+            if wider == axes:
+                break
+            axes = wider
+        edge = any(at_edge(axis, at) for axis, at in zip(axes, best, strict=True))
+        told = {
+            "edge": edge,
+            "grid": [[*point, *score] for point, score in tried.items()],
+            "tuning_kept": plain(parts[best]),
         }
-        for key, r in results.items()
+        return best, told
+
+    def _outcome(self, host: Host, points: list[Any], kept: Any) -> Outcome:
+        rates, decays = np.repeat(points, self.runs, axis=0).T
+        many = len(points)
+        return host(
+            np.tile(self.seeds, many),
+            rates,
+            decays,
+            host.rows - self.task.held_out,
+            kept and {n: np.tile(k, (many, 1)) for n, k in kept.items()},
+        )
+
+
+def at_edge(axis: list[float], at: float) -> bool:
+    """Whether a point is at an end of the grid; 0 is none."""
+    return at == axis[-1] or (at == axis[0] and at > 0)
+
+
+def widened(axis: list[float], at: float) -> list[float]:
+    """The axis with another point beyond ``at``, if that is at an end of it."""
+    if at == axis[-1]:
+        return [*axis, 2 * at]
+    return [at / 2, *axis] if at_edge(axis, at) else axis
+
+
+def arm_of(name: str, hosts: dict[str, Host], known: dict[str, Any]) -> Any:
+    """Host of an arm, and its parts in runs that tune and in those that are reported.
+
+    Args:
+      name: of the arm.
+      hosts: of the task.
+      known: the arms of the task that have run.
+
+    Returns:
+      The host and two functions of a number of runs.
+    """
+    host = hosts.get(name, hosts["grown"])
+    if name == "everything on":
+        every = lambda runs: {n: ~k for n, k in host.none(runs).items()}  # noqa: E731
+        return host, every, every
+    if name == "retrained":
+        of = {
+            key: {n: np.asarray(k, bool) for n, k in known["grown"][key].items()}
+            for key in ("tuning_kept", "kept")
+        }
+        return host, lambda _: of["tuning_kept"], lambda _: of["kept"]
+    return host, lambda _: None, lambda _: None
+
+
+def found_of(
+    name: str, hosts: dict[str, Host], tuner: Tuner, runs: int, known: Any
+) -> Any:
+    """An arm's numbers, as JSON types."""
+    begin = time.perf_counter()
+    host, to_tune, to_report = arm_of(name, hosts, known)
+    (rate, decay), told = tuner.best(host, to_tune(tuner.runs))
+    outcome = host(np.arange(runs), rate, decay, host.rows, to_report(runs))
+    sizes = host.parameters(outcome.kept)
+    tries = name == "grown"
+    return plain(
+        {
+            "rate": rate,
+            "decay": decay,
+            **told,
+            "about": tuner.task.about(),
+            "test": outcome.test[:, 1],
+            "widths": host.widths,
+            "parameters": sizes,
+            "peak": host.peak if tries else sizes.max(),
+            "operations": host.spent(outcome, tries),
+            "kept": outcome.kept,
+            "seconds": time.perf_counter() - begin,
+        }
+    )
+
+
+def plain(tree: Any) -> Any:
+    """Arrays as lists; flags as 0 and 1."""
+
+    def of(x: Any) -> Any:
+        x = np.asarray(x)
+        return (x.astype(int) if x.dtype == bool and x.ndim else x).tolist()
+
+    return jax.tree.map(of, tree)
+
+
+def hosts_of(task: Task, count: int, split: int) -> dict[str, Host]:
+    """Hosts of a task; arms that are not named share that of ``grown``."""
+    rows = rows_of(task, split)
+    return {
+        "grown": Host(task, task.widths, True, rows, count),
+        "static": Host(task, task.widened(task.budget), False, rows, count),
+        "host": Host(task, task.widths, False, rows, count),
     }
 
 
+def half(values: np.ndarray) -> float:
+    """Half of a 95% Student-t interval."""
+    n = len(values)
+    return float(stats.t.ppf(0.975, n - 1) * values.std(ddof=1) / np.sqrt(n))
+
+
+def gap(table: dict[str, Any], arm: str) -> tuple[float, float]:
+    """Grown minus an arm in points, paired, and half of its interval."""
+    gaps = 100 * np.subtract(table["grown"]["test"], table[arm]["test"])
+    return float(gaps.mean()), half(gaps)
+
+
+def lines_of(name: str, table: dict[str, Any]) -> Iterator[str]:
+    """The table of a task."""
+    runs = len(table["grown"]["test"])
+    yield f"\n### {name}\n"
+    yield f"{table['grown']['about']}; {runs} runs.\n"
+    yield (
+        "| arm | test % | grown minus it | parameters | peak | operations "
+        "| rate, decay |"
+    )
+    yield "|---|---|---|---|---|---|---|"
+    base = np.mean(table.get("static", table["grown"])["operations"])
+    for arm in (a for a in ARMS if a in table):
+        row = table[arm]
+        test = 100 * np.asarray(row["test"])
+        minus = "" if arm == "grown" else "{:+.2f} ± {:.2f}".format(*gap(table, arm))
+        yield (
+            f"| {arm} | {test.mean():.2f} ± {half(test):.2f} | {minus} "
+            f"| {np.mean(row['parameters']):.0f} | {row['peak']:.0f} "
+            f"| {np.mean(row['operations']) / base:.2f} "
+            f"| {row['rate']:g}, {row['decay']:g}{' (edge)' if row['edge'] else ''} |"
+        )
+    kept = table["grown"]["kept"].values()
+    means = ", ".join(f"{np.sum(k, axis=1).mean():.1f}" for k in kept)
+    yield f"\nParts that are kept in each layer: {means}."
+
+
+def summary(found: Found) -> Iterator[str]:
+    """Regrets of all arms, and how often grown is ahead of each."""
+    whole = {n: t for n, t in found.items() if all(arm in t for arm in ARMS)}
+    if not whole:
+        return
+    means = {
+        name: {arm: 100 * float(np.mean(table[arm]["test"])) for arm in ARMS}
+        for name, table in whole.items()
+    }
+    regret = {
+        arm: {name: max(of.values()) - of[arm] for name, of in means.items()}
+        for arm in ARMS
+    }
+    yield "\n### Regret in points, and grown minus each arm\n"
+    yield "| arm | worst | where | mean | grown above it | level | below |"
+    yield "|---|---|---|---|---|---|---|"
+    for arm in sorted(ARMS, key=lambda a: max(regret[a].values())):
+        of = regret[arm]
+        where = max(of, key=lambda name: of[name])
+        counts = ["", "", ""]
+        if arm != "grown":
+            gaps = [gap(table, arm) for table in whole.values()]
+            above = sum(mean - wide > 0 for mean, wide in gaps)
+            below = sum(mean + wide < 0 for mean, wide in gaps)
+            counts = [str(above), str(len(gaps) - above - below), str(below)]
+        yield (
+            f"| {arm} | {of[where]:.2f} | {where} | {np.mean(list(of.values())):.2f} "
+            f"| {' | '.join(counts)} |"
+        )
+
+
 def _options() -> argparse.Namespace:
-    """The command line, checked."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--task", nargs="*", choices=list(TASKS), default=list(TASKS))
+    parser.add_argument("--runs", type=int, default=200, help="that are reported")
     parser.add_argument(
-        "--runs",
-        type=int,
-        default=96,
-        help="final runs, and tuning runs, of each arm; a multiple of the grid points",
+        "--tuners", type=int, default=8, help="runs with which a point is tried"
     )
     parser.add_argument(
-        "--split", type=int, default=0, help="random seed of the three-way split"
+        "--warm-up",
+        type=float,
+        default=0.08,
+        help="steps in which the rate rises; below 1, their share of all",
     )
-    parser.add_argument(
-        "--first", type=int, default=0, help="random seed of the first final run"
-    )
-    parser.add_argument(
-        "--arms", nargs="*", choices=ARMS, default=ARMS, help="grown is always run"
-    )
+    parser.add_argument("--split", type=int, default=2, help="random seed of the data")
     parser.add_argument("--json", type=Path, help="file to write every number to")
-    parser.add_argument("--quick", action="store_true", help="6 epochs a phase")
-    parser.add_argument("--threads", type=int, default=2, help="compilations at a time")
+    parser.add_argument("--quick", action="store_true", help="2 epochs, a small grid")
+    parser.add_argument("--threads", type=int, default=3, help="compilations at a time")
+    parser.add_argument("--read", nargs="+", type=Path, help="tables of those files")
     options = parser.parse_args()
-    for name in options.task:
-        points = len(TASKS[name].grid)
-        if options.runs < 2 or options.runs % points:
-            parser.error(
-                f"--runs must be a multiple of the {points} grid points of {name}, "
-                f"got {options.runs}"
-            )
-    if not 0 <= options.first <= TUNING_SEED - options.runs:
+    if not 2 <= options.runs <= TUNING_SEED or options.tuners < 1:
         parser.error(
-            f"--first must be from 0 to {TUNING_SEED - options.runs}, below the tuning "
-            f"runs' random seeds; got {options.first}"
+            f"--runs must be from 2 to {TUNING_SEED} and --tuners at least 1; got "
+            f"{options.runs} and {options.tuners}"
         )
+    if not 0 < options.warm_up < np.inf:
+        parser.error(f"--warm-up must be a number above 0, got {options.warm_up}")
     return options
 
 
 def main() -> None:
     """Runs the benchmark from the command line."""
     options = _options()
-    device = jax.devices()[0]
-    print(
-        f"device {device.device_kind} ({platform.processor() or platform.machine()}), "
-        f"jax {jax.__version__}"
-    )
-    tasks = {name: TASKS[name] for name in options.task}
+    if options.read:
+        found: Found = {}
+        for file in options.read:
+            for name, table in json.loads(file.read_text()).items():
+                found.setdefault(name, {}).update(table)
+        for name in (n for n in TASKS if "grown" in found.get(n, {})):
+            print("\n".join(lines_of(name, found[name])))
+        print("\n".join(summary(found)))
+        return
+    device = jax.devices()[0].device_kind
+    print(f"{device}, Python {platform.python_version()}, jax {jax.__version__}")
+    found = {}
+    if options.json and options.json.exists():
+        found = json.loads(options.json.read_text())
+    tasks = {
+        name: dataclasses.replace(TASKS[name], warm_up=options.warm_up)
+        for name in options.task
+    }
     if options.quick:
-        tasks = {n: dataclasses.replace(t, epochs=6) for n, t in tasks.items()}
-    arms = {name: arms_of(task, options.arms) for name, task in tasks.items()}
-    programs = {
-        name: runners(task, options.runs, arms[name], options.split)
+        tasks = {
+            n: dataclasses.replace(t, epochs=2, rates=t.rates[1:4], decays=t.decays[:2])
+            for n, t in tasks.items()
+        }
+    every = {
+        name: hosts_of(task, options.runs, options.split)
         for name, task in tasks.items()
+        if any(arm not in found.get(name, {}) for arm in ARMS)
     }
     with ThreadPoolExecutor(options.threads) as pool:  # compiling is what takes time
-        every = [runner for by_arm in programs.values() for runner in by_arm.values()]
-        list(pool.map(Runner.compile, dict.fromkeys(every)))
-    numbers = {}
-    for name, task in tasks.items():
-        results: dict[str, Result] = {}
-        for arm, result in compare(task, programs[name], arms[name], options.first):
-            results[arm] = result
-            numbers[name] = _plain(results, task)
+        hosts = [host for of in every.values() for host in of.values()]
+        list(pool.map(Host.compile, hosts))
+    for name, of in every.items():
+        table = found.setdefault(name, {})
+        tuner = Tuner(tasks[name], options.tuners)
+        for arm in (a for a in ARMS if a not in table):
+            table[arm] = found_of(arm, of, tuner, options.runs, table)
+            row = table[arm]
+            print(
+                f"{name}, {arm}: {100 * np.mean(row['test']):.2f} at {row['rate']:g}, "
+                f"{row['decay']:g} ({row['seconds']:.0f} s)",
+                flush=True,
+            )
             if options.json:
-                options.json.write_text(json.dumps(numbers) + "\n")
-        report(name, task, options.split, results)
+                options.json.write_text(json.dumps(found) + "\n")
+        print("\n".join(lines_of(name, table)), flush=True)
+    print("\n".join(summary(found)))
 
 
 if __name__ == "__main__":

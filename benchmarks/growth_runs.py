@@ -1,252 +1,294 @@
-"""Runs an arm of `growth.py`: many whole runs as one program.
+"""Whole runs of `growth.py` as one program.
 
-A training run is one scan; the program is that scan under `jax.vmap` over runs. Run
-``i`` of every arm draws its host from the same key and sees the same rows in the same
-order.
+A program is a host with parts, or without, and serves all arms with that host: what
+differs between runs is traced. Run ``i`` of every arm draws its host from the same key
+and sees the same rows in the same order.
 """
 
 import dataclasses
 import functools
-import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from growth_arms import Arm
-from growth_operations import COUNTS, bed_options, run_operations, steps_per_tick
-from growth_tasks import Task, host_size
+from growth_tasks import Rows, Task, costs, host_size, layer_names, layer_sizes
 
-from esper_jax.blueprints import param_counts
-from esper_jax.data import Dataset
+from esper_jax.blueprints import operations
 from esper_jax.growth.state import TrainState
+from esper_jax.lifecycle import Stage
 from esper_jax.optim import PerSlot, per_slot, scale_by_run_schedule
-from esper_jax.train import Program, build, scan_fit, start_from
+from esper_jax.policy import TrialConfig, trial, trial_lives
+from esper_jax.train import Program, build, start_from
 
-__all__ = ["Runner", "Runs", "last", "stopped"]
+__all__ = ["Host", "Job", "Outcome"]
+
+TRIAL = 0.08
+"""Share of the steps for which parts are tried."""
+JUDGED = 900
+"""Rows, of those that are learned from, by which parts are judged."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Runs:
-    """What an arm's ``R`` runs did at each of ``T`` ticks."""
+class Job(NamedTuple):
+    """What differs between runs. Each leaf has a leading axis of runs."""
 
-    accuracy: np.ndarray
-    """Accuracy on held-out data, (R, T)."""
-    loss: np.ndarray
-    """Loss on held-out data, (R, T)."""
+    seed: Any
+    """Random seed of the host, the parts and the order of the rows."""
+    rate: Any
+    decay: Any
+    """Of AdamW: peak learning rate and weight decay, of the host and of the parts."""
+    rows: Any
+    """How many rows are learned from; those after them are held out."""
+    tries: Any
+    """Whether a trial decides what is in the model."""
+    kept: Any
+    """Which parts are in the model from the first step on, bool[S] by layer."""
+
+
+class Outcome(NamedTuple):
+    """What became of each of ``R`` runs."""
+
+    held_out: np.ndarray
+    """Loss and accuracy on the last ``task.held_out`` rows, (R, 2)."""
     test: np.ndarray
-    """Accuracy on test data, (R, T)."""
-    parameters: np.ndarray
-    """Parameters of the host and of the blueprints that count, (R, T)."""
-    operations: np.ndarray
-    """Floating-point operations of the whole run, (R,)."""
-    stages: dict[str, np.ndarray]
-    """Stage of each seed by layer, (R, T, S)."""
-    seconds: float
-    """Wall time of all runs together, without compilation."""
+    """Loss and accuracy on test data, (R, 2)."""
+    kept: dict[str, np.ndarray]
+    """Which parts are in the model in the end: bool (R, S) by layer."""
+    asked: np.ndarray
+    """Evaluations of the judged rows at each tick, (R, T)."""
 
 
-def last(values: np.ndarray, task: Task) -> np.ndarray:
-    """``values`` (R, T) at the last tick of each phase, averaged over phases: (R,)."""
-    return values.reshape(len(values), task.phases, -1)[:, :, -1].mean(axis=1)
-
-
-def stopped(runs: Runs, task: Task) -> np.ndarray:
-    """Test accuracy at each phase's best held-out tick, averaged over phases: (R,)."""
-    by_phase = (len(runs.test), task.phases, -1)
-    best = runs.accuracy.reshape(by_phase).argmax(axis=2)[..., None]
-    picked = np.take_along_axis(runs.test.reshape(by_phase), best, axis=2)
-    return picked[..., 0].mean(axis=1)
-
-
-class Runner:
-    """The program of an arm.
+class Host:
+    """A host of the given widths, with parts or without, and its program.
 
     Args:
       task: what to learn.
-      arm: how to learn it.
-      data: the three-way split.
-      count: runs at a time.
+      widths: of the host.
+      grows: whether it has parts.
+      rows: the data.
+      count: runs that the program takes at a time.
     """
 
-    def __init__(self, task: Task, arm: Arm, data: Dataset, count: int) -> None:
-        self.task, self.arm, self.count = task, arm, count
-        self._data = data
-        self._costs: dict[str, np.ndarray] = {}
-        self._compiled: Any = None
+    def __init__(
+        self, task: Task, widths: tuple[int, ...], grows: bool, rows: Rows, count: int
+    ) -> None:
+        self.task, self.widths, self.grows, self.count = task, widths, grows, count
+        self.rows = len(rows.learned[1])
+        self.size = host_size(task, widths)
+        nothing = {name: np.zeros(1, int) for name in layer_names(task)}
+        self.costs = costs(task) if grows else nothing
+        self.peak = self.size + sum(int(np.sum(c)) for c in self.costs.values())
+        self._rows = jax.tree.map(jnp.asarray, rows)
 
-    def compile(self) -> "Runner":
-        """Compiles the program if that has not been done, and returns the runner."""
-        if self._compiled is None:
-            task, arm = self.task, self.arm
-            options = bed_options(task, arm)
+    def none(self, count: int) -> dict[str, np.ndarray]:
+        """``kept`` of so many runs in which no part is in the model."""
+        return {n: np.zeros((count, len(c)), bool) for n, c in self.costs.items()}
 
-            def make(rngs: nnx.Rngs) -> nnx.Module:
-                return task.make(rngs, arm.widths, **options)
+    @functools.cached_property
+    def _compiled(self) -> Any:
+        task = self.task
 
-            program = _program(task, arm, make(nnx.Rngs(0)), len(self._data.train[0]))
-            self._costs = {
-                name: param_counts(kinds, program.layouts[name].sizes)[0]
-                for name, kinds in program.kinds.items()
-            }
-            recipe = _Recipe(task, arm, program, start_from(program, make))
-            one = functools.partial(_one_run, recipe)
-            jitted = jax.jit(jax.vmap(one, in_axes=(None, 0, 0, 0)))
-            self._parts = jax.tree.map(jnp.asarray, tuple(self._data[:3]))
-            n = self.count
-            like = self._arguments(np.zeros(n), np.zeros(3), arm.extra(task, n))
-            self._compiled = jitted.lower(self._parts, *like).compile()
+        def make(rngs: nnx.Rngs) -> nnx.Module:
+            return task.make(rngs, self.widths, **task.options(self.grows))
+
+        steps = self.steps
+        schedule = _schedule(steps, task.warm_up)
+        program = build(
+            make(nnx.Rngs(0)),
+            _host_optimizer(schedule),
+            _bank_optimizer(schedule),
+            lifecycle_config=trial_lives(),
+            policy=trial(TrialConfig(ticks=1, budget=max(0, task.budget - self.size))),
+            eval_batch=10_000,
+        )
+        recipe = _Recipe(task, program, start_from(program, make), steps, self.rests)
+        run = jax.vmap(functools.partial(_run, recipe), in_axes=(None, 0))
+        return jax.jit(run).lower(self._rows, self._jobs([0], 1.0, 0.0, 1)).compile()
+
+    def compile(self) -> "Host":
+        """Compiles the program if that has not been done."""
+        _ = self._compiled
         return self
 
-    def _arguments(self, seeds: Any, points: Any, extra: Any) -> Any:
-        n = self.count
-        return (
-            jnp.asarray(seeds, jnp.int32),
-            jnp.broadcast_to(jnp.asarray(points, jnp.float32), (n, 3)),
-            jax.tree.map(jnp.asarray, extra),
+    @property
+    def steps(self) -> int:
+        """Of a run; as many while rows are held out, where an epoch repeats some."""
+        return self.task.epochs * (self.rows // self.task.batch)
+
+    @property
+    def rests(self) -> tuple[int, ...]:
+        """Steps before each tick of a run: parts are born, learn and count at once.
+
+        A host without parts has no ticks.
+        """
+        if not self.grows:
+            return ()
+        tried = round(TRIAL * self.steps)
+        return (0, 0, 0, tried, 0, 0, self.steps - tried)
+
+    def _jobs(
+        self, seeds: Any, rates: Any, decays: Any, rows: int, kept: Any = None
+    ) -> Job:
+        """Jobs of the program's width; those that are too few are filled up."""
+
+        def wide(values: Any, dtype: Any) -> jax.Array:
+            values = np.asarray(values, dtype)
+            values = np.broadcast_to(values, (len(seeds), *values.shape[1:]))
+            more = self.count - len(values)
+            return jnp.asarray(np.concatenate([values, values[-1:].repeat(more, 0)]))
+
+        tries = kept is None and self.grows
+        kept = self.none(len(seeds)) if kept is None else kept
+        return Job(
+            wide(seeds, np.int32),
+            wide(rates, np.float32),
+            wide(decays, np.float32),
+            wide(rows, np.int32),
+            wide(tries, bool),
+            {n: wide(flags, bool) for n, flags in kept.items()},
         )
 
     def __call__(
-        self, seeds: Sequence[int] | np.ndarray, points: Any, extra: Any = None
-    ) -> Runs:
-        """Runs the program.
+        self, seeds: Any, rates: Any, decays: Any, rows: int, kept: Any = None
+    ) -> Outcome:
+        """Any number of runs.
 
         Args:
-          seeds: the random seed of each run.
-          points: ``(rate, decay, share)`` of all runs, or one row for each run.
-          extra: what the arm's ``begin`` takes, for each run; by default what its
-            ``extra`` makes.
+          seeds: of each run.
+          rates: of all runs, or of each; so are ``decays``.
+          rows: how many rows are learned from.
+          kept: which parts are in the model from the first step on, (R, S) by layer;
+            None for a trial, or for a host without parts.
         """
-        self.compile()
-        if extra is None:
-            extra = self.arm.extra(self.task, self.count)
-        arguments = self._arguments(seeds, points, extra)
-        begin = time.perf_counter()
-        accuracy, loss, test, stages = jax.device_get(
-            self._compiled(self._parts, *arguments)
-        )
-        seconds = time.perf_counter() - begin
-        parameters = host_size(self.task, self.arm.widths) + sum(
-            COUNTS[s] @ self._costs[n] for n, s in stages.items()
-        )
-        spent = run_operations(self.task, self.arm, self._data, stages, self._costs)
-        return Runs(accuracy, loss, test, parameters, spent, stages, seconds)
+        count = len(seeds)
+        rates = np.broadcast_to(rates, count)
+        decays = np.broadcast_to(decays, count)
+        found = []
+        for at in range(0, count, self.count):
+            some = slice(at, at + self.count)
+            flags = kept and {n: f[some] for n, f in kept.items()}
+            jobs = self._jobs(seeds[some], rates[some], decays[some], rows, flags)
+            found.append(jax.device_get(self._compiled(self._rows, jobs)))
+        whole = jax.tree.map(lambda *a: np.concatenate(a)[:count], *found)
+        return Outcome(*whole)
+
+    def parameters(self, kept: dict[str, np.ndarray]) -> np.ndarray:
+        """Of the host with those parts, (R,)."""
+        return self.size + sum(kept[n] @ np.asarray(c) for n, c in self.costs.items())
+
+    def forward(self, kept: dict[str, np.ndarray]) -> np.ndarray:
+        """Operations of one row's forward pass through the host with those parts."""
+        task = self.task
+        sizes = layer_sizes(task, self.widths)
+        row = sum(operations(p) * n for p, n in zip(sizes, task.positions, strict=True))
+        for name, places in zip(layer_names(task), task.positions, strict=False):
+            row = row + operations(kept[name] @ np.asarray(self.costs[name])) * places
+        return row
+
+    def spent(self, outcome: Outcome, tries: bool) -> np.ndarray:
+        """Operations of each run, measuring and selecting included, (R,).
+
+        A backward pass counts as two forward passes.
+        """
+        after = np.broadcast_to(self.forward(outcome.kept), len(outcome.test))
+        row = 3 * self.task.batch
+        if not tries:
+            return row * self.steps * after
+        every = {n: np.ones_like(k) for n, k in outcome.kept.items()}
+        tried, whole = self.rests[3], self.forward(every)
+        judged = min(JUDGED, self.rows)
+        # Before the fourth tick nothing counts, after it what was kept.
+        host = self.forward(self.none(len(after)))
+        have = [host, host, host, whole, after, after, after]
+        looks = (outcome.asked * np.stack(have, axis=1)).sum(axis=1)
+        return row * (tried * whole + (self.steps - tried) * after) + judged * looks
 
 
-@dataclasses.dataclass(frozen=True)
-class _Recipe:
+class _Recipe(NamedTuple):
     """What is fixed before a run is traced."""
 
     task: Task
-    arm: Arm
     program: Program
-    start: Callable[[jax.Array], TrainState]
+    start: Any
     """First state of a random key."""
+    steps: int
+    rests: tuple[int, ...]
 
 
-def _program(task: Task, arm: Arm, model: nnx.Module, rows: int) -> Program:
-    budget = max(0, task.budget - host_size(task, arm.widths)) if task.budget else -1
-    steps = arm.epochs * task.ticks_per_epoch * steps_per_tick(task, rows)
-    return build(
-        model,
-        _optimizer(steps),
-        _bank_optimizer(steps),
-        lifecycle_config=arm.gates or task.gates,
-        controller_config=dataclasses.replace(task.policy, budget=budget),
-        decide=arm.decide,
-        eval_batch=10_000,
-    )
+def _run(recipe: _Recipe, rows: Rows, job: Job) -> Any:
+    """A whole run."""
+    task, program = recipe.task, recipe.program
+    key = jax.random.key(job.seed)
+    state = _tuned(_begun(recipe.start(key), job), job)
+    drawn = jax.random.fold_in(key, 0x5EED)  # the data's key, apart from the model's
+    count = len(rows.learned[1])
+    places = jnp.arange(count)
+    if task.pooled:
+        places = jax.random.permutation(drawn, count)
+    own = jax.tree.map(lambda a: a[places], rows.learned)
+    judged = jax.tree.map(lambda a: a[:JUDGED], own)
+    held_out = jax.tree.map(lambda a: a[-task.held_out :], own)
+    each = count // task.batch
+
+    def shuffled(epoch: jax.Array) -> jax.Array:
+        lots = jax.random.uniform(jax.random.fold_in(drawn, epoch), (count,))
+        return jnp.argsort(jnp.where(jnp.arange(count) < job.rows, lots, 2.0))
+
+    orders = jax.vmap(shuffled)(jnp.arange(task.epochs))
+
+    def step(_: Any, state: TrainState) -> TrainState:
+        epoch, place = jnp.divmod(state.step, each)
+        at = (place * task.batch + jnp.arange(task.batch)) % job.rows
+        some = orders[epoch, at]
+        return program.step(state, jax.tree.map(lambda a: a[some], own))
+
+    def segment(state: TrainState, rest: jax.Array) -> tuple[TrainState, Any]:
+        state = jax.lax.fori_loop(0, rest, step, state)
+        # Parts that count and are on probation are evaluated without, one by one.
+        asked = [
+            jnp.sum((s.stage >= Stage.GRAFTING) & (s.stage <= Stage.EVALUATING))
+            for s in state.seeds.values()
+        ]
+        state, _ = program.tick(state, judged)
+        return state, 1 + sum(asked)
+
+    if recipe.rests:  # the last tick comes after the last step, and removes nothing
+        state, asked = jax.lax.scan(segment, state, jnp.asarray(recipe.rests))
+    else:
+        state = jax.lax.fori_loop(0, recipe.steps, step, state)
+        asked = jnp.zeros(0, int)
+    seen = (jnp.stack(program.evaluate(state, part)) for part in (held_out, rows.test))
+    kept = {
+        n: (s.stage >= Stage.GRAFTING) & (s.stage <= Stage.FOSSILIZED)
+        for n, s in state.seeds.items()
+    }
+    return (*seen, kept, asked)
 
 
-def _one_run(recipe: _Recipe, parts: Any, seed: Any, point: Any, extra: Any) -> Any:
-    """A whole run.
-
-    Returns:
-      Held-out accuracy, held-out loss and test accuracy, (T,), and the stages of each
-      layer, (T, S).
-    """
-    arm, task = recipe.arm, recipe.task
-    state = arm.begin(_tuned(recipe.start(jax.random.key(seed)), point), extra)
-    drawn = jax.random.key(seed ^ 0x5EED)  # the data's key, apart from the model's
-    learned, held_out = _split(task, parts, drawn)
-    phase = functools.partial(_phase, recipe, (learned, held_out, parts[2]), drawn)
-    _, report = jax.lax.scan(phase, state, jnp.arange(task.phases))
-    ticks, watched = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), report)
-    stages = {name: layer.stage for name, layer in ticks.layers.items()}
-    return ticks.accuracy, ticks.loss, watched[:, 1], stages
-
-
-def _phase(
-    recipe: _Recipe, parts: Any, drawn: jax.Array, state: TrainState, number: jax.Array
-) -> tuple[TrainState, Any]:
-    """A phase: what each of its ticks reports, and the loss and accuracy on test data.
-
-    Where the data change, the first tick looks at the new data before the model learns
-    anything from them.
-    """
-    task, arm, program = recipe.task, recipe.arm, recipe.program
-    key = jax.random.fold_in(drawn, number)
-    first = None
-    if task.change is not None:
-        parts = [task.change(key, part) for part in parts]
-        if arm.renews:
-            state = dataclasses.replace(state, banks=recipe.start(key).banks)
-        seen = jnp.stack(program.evaluate(state, parts[2])).astype(jnp.float32)
-        state, report = program.tick(_rested(state), parts[1])
-        first = (report, seen)
-    tick = functools.partial(_tick, recipe, parts, key)
-    ticks = jnp.arange(arm.epochs * task.ticks_per_epoch)
-    state, reports = jax.lax.scan(tick, state, ticks)
-    if first is not None:
-        reports = jax.tree.map(
-            lambda a, b: jnp.concatenate([a[None], b]), first, reports
+def _begun(state: TrainState, job: Job) -> TrainState:
+    """``state`` with the job's parts in FINE_TUNING, and a trial to come or not."""
+    seeds = {}
+    for name, layer in state.seeds.items():
+        flags = job.kept[name]
+        slot = jnp.where(flags, jnp.arange(layer.num_seeds), -1).astype(jnp.int32)
+        seeds[name] = dataclasses.replace(
+            layer,
+            stage=jnp.where(flags, Stage.FINE_TUNING, layer.stage).astype(jnp.int8),
+            slot_of_seed=slot,
+            seed_of_slot=slot,  # as many slots as seeds
         )
-    return state, reports
+    memory = dataclasses.replace(state.memory, begun=~job.tries, judged=~job.tries)
+    return dataclasses.replace(state, seeds=seeds, memory=memory)
 
 
-def _tick(
-    recipe: _Recipe, parts: Any, key: jax.Array, state: TrainState, number: jax.Array
-) -> tuple[TrainState, Any]:
-    """The steps of the phase's ``number``-th tick, and the tick."""
-    task = recipe.task
-    learned, held_out, test = parts
-    rows = len(learned[1])
-    each = steps_per_tick(task, rows) * task.batch
-    epoch, place = jnp.divmod(number, task.ticks_per_epoch)
-    order = jax.random.permutation(jax.random.fold_in(key, epoch), rows)
-    some = jax.lax.dynamic_slice(order, (place * each,), (each,))
-    state, report = scan_fit(
-        recipe.program,
-        state,
-        jax.tree.map(lambda a: a[some], learned),
-        held_out,
-        ticks=1,
-        batch_size=task.batch,
-        watched=test,
-    )
-    return state, jax.tree.map(lambda a: a[0], (report.ticks, report.watched))
-
-
-def _split(task: Task, parts: Any, key: jax.Array) -> tuple[Any, Any]:
-    """Training and held-out data of a run, drawn from both together."""
-    if not task.pooled:
-        return parts[0], parts[1]
-    rows = len(parts[0][1])
-    pool = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), parts[0], parts[1])
-    order = jax.random.permutation(key, len(pool[1]))
-    return (
-        jax.tree.map(lambda a: a[order[:rows]], pool),
-        jax.tree.map(lambda a: a[order[rows:]], pool),
-    )
-
-
-def _cosine(steps: int) -> optax.Schedule:
-    """From 1 to 0 over so many steps, and again."""
-    once = optax.cosine_decay_schedule(1.0, steps)
-    return lambda step: once(step % steps)
+def _schedule(steps: int, warm_up: float) -> optax.Schedule:
+    """A line from 0 to 1 over the warm-up, times a cosine from 1 to 0 over all."""
+    rising = round(warm_up * steps) if warm_up < 1 else round(warm_up)
+    line = optax.linear_schedule(0.0, 1.0, max(1, rising))
+    cosine = optax.cosine_decay_schedule(1.0, steps)
+    return lambda step: line(step) * cosine(step)
 
 
 def _adamw() -> optax.GradientTransformation:
@@ -254,19 +296,17 @@ def _adamw() -> optax.GradientTransformation:
     return optax.inject_hyperparams(optax.adamw)(learning_rate=1e-3, weight_decay=0.0)
 
 
-def _optimizer(steps: int) -> optax.GradientTransformation:
-    """AdamW under a cosine schedule."""
-    return optax.chain(_adamw(), optax.scale_by_schedule(_cosine(steps)))
+def _host_optimizer(schedule: optax.Schedule) -> optax.GradientTransformation:
+    return optax.chain(_adamw(), optax.scale_by_schedule(schedule))
 
 
-def _bank_optimizer(steps: int) -> PerSlot:
-    """AdamW in each slot, under the host's schedule.
+def _bank_optimizer(schedule: optax.Schedule) -> PerSlot:
+    """The same in each slot, under the host's schedule.
 
-    Late-born slots reach a zero rate together with the host. A newborn keeps its slot's
-    rate and decay: fresh optimizer state would set them back to the values from before
-    `_tuned`.
+    A newborn keeps its slot's rate and decay: fresh optimizer state would set them back
+    to the values from before `_tuned`.
     """
-    inner = per_slot(optax.chain(_adamw(), scale_by_run_schedule(_cosine(steps))))
+    inner = per_slot(optax.chain(_adamw(), scale_by_run_schedule(schedule)))
 
     def reset(state: Any, params: Any, born: Any) -> Any:
         injected, *rest = inner.reset(state, params, born)
@@ -275,34 +315,18 @@ def _bank_optimizer(steps: int) -> PerSlot:
     return PerSlot(inner.init, inner.update, reset)
 
 
-def _tuned(state: TrainState, point: jax.Array) -> TrainState:
-    """``state`` with a grid point's rate, decay and share of the rate."""
-    rate, decay, share = point
+def _tuned(state: TrainState, job: Job) -> TrainState:
+    """``state`` with a job's rate and decay."""
 
-    def put(opt_state: Any, rate: jax.Array) -> Any:
-        inner, *rest = opt_state
-        new = {"learning_rate": rate, "weight_decay": decay}
+    def put(moments: Any) -> Any:
+        inner, *rest = moments
         old = inner.hyperparams
-        put = {k: jnp.broadcast_to(v, old[k].shape) for k, v in new.items()}
-        return (inner._replace(hyperparams={**old, **put}), *rest)
+        new = {"learning_rate": job.rate, "weight_decay": job.decay}
+        new = {k: jnp.broadcast_to(v, old[k].shape) for k, v in new.items()}
+        return (inner._replace(hyperparams={**old, **new}), *rest)
 
     return dataclasses.replace(
         state,
-        opt_state=put(state.opt_state, rate),
-        bank_opt={name: put(o, share * rate) for name, o in state.bank_opt.items()},
-    )
-
-
-def _rested(state: TrainState) -> TrainState:
-    """``state`` with the moments of all optimizers at 0."""
-
-    def rest(opt_state: Any) -> Any:
-        inner, *others = opt_state
-        moments = jax.tree.map(jnp.zeros_like, inner.inner_state)
-        return (inner._replace(inner_state=moments), *others)
-
-    return dataclasses.replace(
-        state,
-        opt_state=rest(state.opt_state),
-        bank_opt={name: rest(o) for name, o in state.bank_opt.items()},
+        opt_state=put(state.opt_state),
+        bank_opt={name: put(o) for name, o in state.bank_opt.items()},
     )

@@ -1,326 +1,226 @@
-"""The tasks of `growth.py`: data, hosts, what may grow in them, and what is tuned.
+"""Data sets, hosts and what may grow in them, for `growth.py`.
 
 All settings that were chosen by looking at results are in this file.
-`benchmarks/RESULTS.md` says what else was tried, and how.
+`benchmarks/RESULTS.md` says what else was tried.
 """
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from flax import nnx
 
 from esper_jax import data
+from esper_jax.blueprints import group, param_counts
 from esper_jax.data import Dataset
 from esper_jax.hosts import MLP, CharMLP, ConvNet
-from esper_jax.lifecycle import GraftConfig, LifecycleConfig, Stage
-from esper_jax.policy import ControllerConfig
+from esper_jax.layers import SeedBed
 
-__all__ = [
-    "TASKS",
-    "Task",
-    "bare_host",
-    "host_size",
-    "layer_names",
-    "lifecycle",
-    "widen",
-]
-
-
-def lifecycle(
-    training: int,
-    grafting: int,
-    fine_tuning: int,
-    *,
-    evaluating: int = 3,
-    embargo: int = 3,
-    min_alpha: float = 0.0,
-) -> LifecycleConfig:
-    """Gates of short lives that judge a seed by its worth alone.
-
-    The gates on reconstruction and stability are wide open. The worth of a seed in
-    FINE_TUNING is measured only when a decision is near, since each measurement costs
-    an evaluation.
-
-    Args:
-      training: epochs a seed spends in TRAINING at least.
-      grafting: epochs in GRAFTING at least, and of the ramp.
-      fine_tuning: epochs in FINE_TUNING at least.
-      evaluating: epochs in EVALUATING at least.
-      embargo: epochs that a removed seed waits at least until it is dormant again.
-      min_alpha: of the ramp's first epoch.
-    """
-    epochs = dict.fromkeys(Stage, 0) | {
-        Stage.TRAINING: training,
-        Stage.GRAFTING: grafting,
-        Stage.STABILIZATION: 1,
-        Stage.EVALUATING: evaluating,
-        Stage.FINE_TUNING: fine_tuning,
-        Stage.CULLED: embargo,
-        Stage.ROLLED_BACK: embargo,
-    }
-    return LifecycleConfig(
-        min_epochs=tuple(epochs[s] for s in Stage),
-        reconstruction_threshold=1e9,
-        min_stability=-1e9,
-        min_improvement=0.0,
-        min_final_stability=-1e9,
-        worth_window=5,
-        grafting=GraftConfig(ramp_duration=grafting, min_alpha=min_alpha),
-    )
+__all__ = ["TASKS", "Rows", "Task", "costs", "host_size", "layer_names", "rows_of"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Task:
-    """A data set, a host, and how it grows.
+    """A data set, a host, and what may grow in it.
 
     Args:
-      data: makes the three-way split from a random seed.
-      make: ``make(rngs, widths, **options) -> model``; the options are ``num_seeds``
-        and those of the layers' `SeedBed`.
-      widths: width of each of the host's layers.
-      num_seeds: seeds, and slots, of each layer.
-      blueprints: names of the blueprints that may grow.
+      data: makes the data set from the random seed of its split.
+      held_out: rows that are held out of those to learn from while arms are tuned.
+      pooled: whether each run draws for itself which rows these are; else the last.
+      make: ``make(rngs, widths, **options) -> model``; the options are those of the
+        layers' `SeedBed`.
+      widths: of each of the host's layers.
       positions: how often each layer, the readout last, is applied to one row.
-      budget: most parameters of a grown model, host included; 0 for no limit.
-      epochs: passes over the training data in each phase.
+      places: of each layer, in which a part is tried.
+      hidden: units of a part.
+      budget: most parameters of the grown model, host included.
+      epochs: passes over the data.
       batch: rows a step.
-      grid: the points that every arm is tuned over, each ``(learning rate, weight
-        decay, blueprints' rate over the host's)``.
-      policy: numbers of the controller; the runner fills in its ``budget``.
-      gates: numbers of the lifecycle.
-      pooled: whether each run draws for itself which rows of the training and held-out
-        data it learns from and which are held out.
-      ticks_per_epoch: ticks an epoch.
-      phases: how many data sets a run learns one after the other.
-      change: ``change(key, rows) -> rows`` makes a phase's data; None leaves them as
-        they are.
+      warm_up: steps in which the learning rate rises; below 1, their share of all.
+      rates: peak learning rates to begin tuning with, evenly apart in their logarithm.
+      decays: the same of AdamW's weight decay.
     """
 
     data: Callable[[int], Dataset]
+    held_out: int
+    pooled: bool = True
     make: Callable[..., nnx.Module]
     widths: tuple[int, ...]
-    num_seeds: int
-    blueprints: tuple[str, ...]
     positions: tuple[int, ...]
+    places: int
+    hidden: int
     budget: int
     epochs: int
     batch: int
-    grid: tuple[tuple[float, float, float], ...]
-    policy: ControllerConfig
-    gates: LifecycleConfig
-    pooled: bool = True
-    ticks_per_epoch: int = 1
-    phases: int = 1
-    change: Callable[[Any, Any], Any] | None = None
+    warm_up: float = 0.08
+    rates: tuple[float, ...] = (0.005, 0.01, 0.02, 0.04, 0.08)
+    decays: tuple[float, ...]
+
+    def options(self, grows: bool) -> dict[str, Any]:
+        """What ``make`` passes to the layers' `SeedBed`."""
+        if not grows:
+            return {"num_seeds": 1, "capacity": 1, "blueprints": ("noop",)}
+        part = group(hidden=self.hidden)
+        return {
+            "num_seeds": self.places,
+            "capacity": self.places,
+            "blueprints": (part,),
+        }
+
+    def about(self) -> str:
+        """The settings in words."""
+        return (
+            f"Host of widths {self.widths}, {self.places} places a layer, parts of "
+            f"{self.hidden} units, at most {self.budget} parameters; {self.epochs} "
+            f"epochs, batch {self.batch}, warm-up {self.warm_up:g}"
+        )
+
+    def widened(self, parameters: int) -> tuple[int, ...]:
+        """Widths of the narrowest host with at least so many parameters.
+
+        They keep the proportions of the host's, to rounding.
+        """
+        step = 0
+        while True:
+            widths = [w + round(step * w / max(self.widths)) for w in self.widths]
+            if host_size(self, widths) >= parameters:
+                return tuple(widths)
+            step += 1
 
 
-def _mlp(
-    inputs: int, outputs: int, activation: str = "relu"
-) -> Callable[..., nnx.Module]:
+class Rows(NamedTuple):
+    """What is learned from, and what results are reported on: each ``(x, y)``."""
+
+    learned: Any
+    test: Any
+
+
+def rows_of(task: Task, split: int) -> Rows:
+    """The data of a task. What a data set holds out comes after what it trains on."""
+    parts = task.data(split)
+    both = zip(parts.train, parts.held_out, strict=True)
+    return Rows(tuple(np.concatenate(pair) for pair in both), parts.test)
+
+
+def _mlp(inputs: int, outputs: int) -> Callable[..., nnx.Module]:
     def make(rngs: nnx.Rngs, widths: Sequence[int], **options: Any) -> nnx.Module:
-        return MLP(inputs, widths, outputs, activation=activation, rngs=rngs, **options)
+        return MLP(inputs, widths, outputs, activation="gelu", rngs=rngs, **options)
 
     return make
 
 
-def _conv(strides: Sequence[int]) -> Callable[..., nnx.Module]:
-    def make(rngs: nnx.Rngs, widths: Sequence[int], **options: Any) -> nnx.Module:
-        return ConvNet(widths, 10, strides=strides, rngs=rngs, **options)
-
-    return make
+def _conv(rngs: nnx.Rngs, widths: Sequence[int], **options: Any) -> nnx.Module:
+    return ConvNet(widths, 10, strides=(1, 2, 2), rngs=rngs, **options)
 
 
 def _char(rngs: nnx.Rngs, widths: Sequence[int], **options: Any) -> nnx.Module:
     return CharMLP(48, 16, 8, widths, rngs=rngs, **options)
 
 
-def _fresh_mnist1d(seed: int) -> Dataset:
-    """`data.mnist1d` with the test data that the recipe makes from random seed 43.
-
-    No setting was chosen by looking at results on them.
-    """
-    from mnist1d.data import get_dataset_args, make_dataset
-
-    arguments = get_dataset_args()
-    arguments.seed = 43
-    other = make_dataset(arguments)
-    test = other["x_test"].astype(np.float32), other["y_test"].astype(np.int32)
-    return data.mnist1d(seed)._replace(test=test)
-
-
-_POLICY = ControllerConfig(
-    when="period",
-    period=6,
-    where="gradient",
-    births=2,
-    max_training=4,
-    training_limit=1,
-    evaluation_limit=6,
-    tuning_limit=60,
-    keep_tolerance=1.0,
-)
-_EARLY = dataclasses.replace(
-    _POLICY, period=2, births=4, max_training=8, tuning_limit=65535
-)
-"""Grows all that the budget allows within a few ticks, then lets it learn together."""
-
-_AT_ONCE = dataclasses.replace(
-    _EARLY, period=1, births=16, max_training=16, shift_tolerance=0.5
-)
-"""Grows every seed at the first tick, and again whenever the data have changed."""
-
-
-def _grid(
-    rates: Sequence[float], decays: Sequence[float], shares: Sequence[float]
-) -> tuple[tuple[float, float, float], ...]:
-    return tuple(itertools.product(rates, decays, shares))
-
-
-def _other_labels(key: Any, rows: Any) -> Any:
-    """``rows`` with the ten labels permuted."""
-    x, y = rows
-    return x, jax.random.permutation(key, 10)[y]
-
-
-def _other_inputs(key: Any, rows: Any) -> Any:
-    """``rows`` with the inputs permuted."""
-    x, y = rows
-    return x[:, jax.random.permutation(key, x.shape[1])], y
-
-
-TASKS: dict[str, Task] = {
+TASKS = {
     "mnist1d-mlp": Task(
         data=data.mnist1d,
-        make=_mlp(40, 10, "gelu"),
+        held_out=600,
+        make=_mlp(40, 10),
         widths=(56, 56),
-        num_seeds=8,
-        blueprints=("context",),
         positions=(1, 1, 1),
+        places=8,
+        hidden=8,
         budget=15_210,
         epochs=120,
         batch=100,
-        grid=_grid((1e-2, 2e-2), (0.3, 0.6, 1.0), (0.3, 1.0)),
-        policy=_EARLY,
-        gates=lifecycle(1, 4, 90, min_alpha=0.2),
+        decays=(0.1, 0.2, 0.4, 0.8, 1.6),
     ),
     "mnist1d-conv": Task(
         data=data.mnist1d,
-        make=_conv((1, 2, 2)),
-        widths=(12, 16, 20),
-        num_seeds=4,
-        blueprints=("context",),
+        held_out=600,
+        make=_conv,
+        widths=(8, 12, 16),
         positions=(40, 20, 10, 1),
+        places=8,
+        hidden=8,
         budget=5_210,
         epochs=100,
         batch=100,
-        grid=_grid((1e-2, 2e-2), (0.02, 0.05, 0.2), (0.3, 1.0)),
-        policy=_EARLY,
-        gates=lifecycle(1, 4, 75, min_alpha=0.2),
-    ),
-    "mnist5k": Task(
-        data=data.mnist5k,
-        make=_mlp(784, 10),
-        widths=(16, 16),
-        num_seeds=4,
-        blueprints=("context",),
-        positions=(1, 1, 1),
-        budget=0,
-        epochs=50,
-        batch=100,
-        grid=_grid((3e-3, 1e-2, 2e-2), (0.3, 1.0), (0.1, 1.0)),
-        policy=_POLICY,
-        gates=lifecycle(2, 4, 15),
-    ),
-    "digits": Task(
-        data=data.digits,
-        make=_mlp(64, 10),
-        widths=(16, 16),
-        num_seeds=4,
-        blueprints=("context",),
-        positions=(1, 1, 1),
-        budget=0,
-        epochs=120,
-        batch=49,
-        grid=_grid((1e-2, 2e-2, 4e-2), (0.1, 0.3), (0.1, 1.0)),
-        policy=_POLICY,
-        gates=lifecycle(3, 6, 30),
-    ),
-    "spirals": Task(
-        data=data.spirals,
-        make=_mlp(2, 2),
-        widths=(12, 12),
-        num_seeds=3,
-        blueprints=("context",),
-        positions=(1, 1, 1),
-        budget=0,
-        epochs=150,
-        batch=50,
-        grid=_grid((3e-3, 1e-2, 3e-2), (0.0, 0.03), (0.3, 1.0)),
-        policy=_EARLY,
-        gates=lifecycle(3, 6, 100),
+        decays=(0.02, 0.05, 0.1, 0.2, 0.4),
     ),
     "text": Task(
         data=data.text,
+        held_out=2000,
+        pooled=False,
         make=_char,
         widths=(48, 48),
-        num_seeds=6,
-        blueprints=("context_glu",),
         positions=(1, 1, 1),
-        budget=0,
+        places=12,
+        hidden=8,
+        budget=24_000,
         epochs=30,
         batch=200,
-        grid=_grid((1e-2, 2e-2), (0.2, 0.5, 1.0), (0.3, 1.0)),
-        pooled=False,
-        policy=_EARLY,
-        gates=lifecycle(1, 2, 20),
+        decays=(0.1, 0.2, 0.4, 0.8, 1.6),
+    ),
+    "digits": Task(
+        data=data.digits,
+        held_out=240,
+        make=_mlp(64, 10),
+        widths=(20, 20),
+        positions=(1, 1, 1),
+        places=4,
+        hidden=4,
+        budget=2_900,
+        epochs=120,
+        batch=49,
+        decays=(0.02, 0.05, 0.1, 0.2, 0.4),
+    ),
+    "spirals": Task(
+        data=data.spirals,
+        held_out=200,
+        make=_mlp(2, 2),
+        widths=(20, 20),
+        positions=(1, 1, 1),
+        places=4,
+        hidden=4,
+        budget=1_060,
+        epochs=150,
+        batch=50,
+        decays=(0.0, 0.01, 0.03, 0.1, 0.3),
     ),
 }
 
-_stream = dataclasses.replace(
-    TASKS["mnist1d-mlp"],
-    widths=(32, 32),
-    num_seeds=4,
-    budget=0,
-    epochs=30,
-    ticks_per_epoch=10,
-    batch=85,
-    phases=6,
-    grid=_grid((1e-2, 2e-2), (0.1, 0.3, 0.6), (0.3, 1.0)),
-    policy=_AT_ONCE,
-    gates=lifecycle(1, 1, 65535, evaluating=1, embargo=0, min_alpha=0.5),
-)
-TASKS["mnist1d-labels"] = dataclasses.replace(_stream, change=_other_labels)
-TASKS["mnist1d-inputs"] = dataclasses.replace(_stream, change=_other_inputs)
-TASKS["digits-labels"] = dataclasses.replace(
-    _stream,
-    data=data.digits,
-    make=_mlp(64, 10, "gelu"),
-    widths=(16, 16),
-    ticks_per_epoch=2,
-    batch=49,
-    change=_other_labels,
-)
-for _name in [name for name in TASKS if name.startswith("mnist1d")]:
-    TASKS[f"{_name}-fresh"] = dataclasses.replace(TASKS[_name], data=_fresh_mnist1d)
-
 
 def bare_host(task: Task, widths: Sequence[int]) -> nnx.Module:
-    """A host of the given widths with as little in it that can grow as possible."""
-    return task.make(nnx.Rngs(0), widths, num_seeds=1, capacity=1, blueprints=("noop",))
+    """A host of the given widths in which nothing can grow."""
+    return task.make(nnx.Rngs(0), widths, **task.options(False))
 
 
 def host_size(task: Task, widths: Sequence[int]) -> int:
     """Parameters of the host with the given widths, counted on the model itself."""
 
     def values() -> Any:
-        return nnx.state(bare_host(task, widths), nnx.All(nnx.Param, _not_blueprint))
+        no_part = nnx.All(nnx.Param, lambda path, _: "bed" not in path)
+        return nnx.state(bare_host(task, widths), no_part)
 
     shapes = jax.tree.leaves(jax.eval_shape(values))
     return sum(int(np.prod(leaf.shape)) for leaf in shapes)
+
+
+def layer_sizes(task: Task, widths: Sequence[int]) -> list[int]:
+    """Parameters of each layer of the host, the readout last.
+
+    Embeddings are left out: they are looked up, not multiplied.
+    """
+
+    def values() -> Any:
+        model: Any = bare_host(task, widths)
+        model = getattr(model, "mlp", model)
+        layers = [nnx.state(layer.base, nnx.Param) for layer in model.layers]
+        return [*layers, nnx.state(model.readout, nnx.Param)]
+
+    return [
+        sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(layer))
+        for layer in jax.eval_shape(values)
+    ]
 
 
 def layer_names(task: Task) -> list[str]:
@@ -329,18 +229,13 @@ def layer_names(task: Task) -> list[str]:
     return [f"{inner}layers/{i}" for i in range(len(task.widths))]
 
 
-def _not_blueprint(path: Any, value: Any) -> bool:
-    return "bed" not in path
-
-
-def widen(task: Task, parameters: float) -> tuple[int, ...]:
-    """Widths of the narrowest host with at least so many parameters.
-
-    They keep the proportions of the task's widths, to rounding.
-    """
-    step = 0
-    while True:
-        widths = tuple(w + round(step * w / max(task.widths)) for w in task.widths)
-        if host_size(task, widths) >= parameters:
-            return widths
-        step += 1
+def costs(task: Task) -> dict[str, np.ndarray]:
+    """Parameters of a part in each place, by layer."""
+    model = nnx.eval_shape(
+        lambda: task.make(nnx.Rngs(0), task.widths, **task.options(True))
+    )
+    beds = [n for _, n in nnx.iter_graph(model) if isinstance(n, SeedBed)]
+    return {
+        name: np.asarray(param_counts(bed.blueprints, bed.layout.sizes)[0])
+        for name, bed in zip(layer_names(task), beds, strict=True)
+    }

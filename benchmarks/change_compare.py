@@ -1,4 +1,4 @@
-"""Tunes the arms of `growth.py` on a task and runs each at its best grid point."""
+"""Tunes the arms of `change.py` on a task and runs each at its best grid point."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -6,22 +6,18 @@ from typing import Any
 
 import jax
 import numpy as np
-from growth_arms import Arm, chosen, grown, renewed, replay, static
-from growth_operations import COUNTS, epoch_operations, most_grown
-from growth_runs import Runner, Runs, last
-from growth_tasks import Task, widen
-
-from esper_jax.lifecycle import Stage
+from change_arms import Arm, chosen, grown, renewed, static
+from change_operations import COUNTS, epoch_operations, most_grown
+from change_runs import Runner, Runs, last
+from change_tasks import Task, widen
 
 __all__ = [
     "ARMS",
     "TUNING_SEED",
     "Result",
     "arms_of",
-    "birth_ticks",
     "compare",
     "final_topology",
-    "random_plan",
     "runners",
     "tune_and_run",
 ]
@@ -35,8 +31,6 @@ ARMS = (
     "renewed",
     "retrained",
     "host",
-    "random",
-    "random places",
 )
 """Rows of the table, in order."""
 
@@ -56,10 +50,9 @@ class Result:
     """At the chosen grid point, a run for each tuning seed."""
 
 
-def arms_of(task: Task, asked: Sequence[str]) -> list[str]:
-    """The arms to run on a task: ``grown``, and those of ``asked`` that fit it."""
-    possible = [a for a in ARMS if a != "renewed" or task.change is not None]
-    return [a for a in possible if a in asked or a == "grown"]
+def arms_of(asked: Sequence[str]) -> list[str]:
+    """The arms to run: ``grown``, and those of ``asked``."""
+    return [a for a in ARMS if a in asked or a == "grown"]
 
 
 def runners(
@@ -77,8 +70,7 @@ def runners(
         each = epoch_operations(task, arm, data)
         return max(task.epochs, int(np.ceil(operations / each)))
 
-    same = static(task, "static", wide)
-    every, again = chosen(task, "always on"), replay(task)
+    same, every = static(task, "static", wide), chosen(task, "always on")
     longer = as_long(every)
     arms = {
         "grown": grown(task),
@@ -91,8 +83,6 @@ def runners(
         "renewed": renewed(task),
         "retrained": every,
         "host": static(task, "host", task.widths),
-        "random": again,
-        "random places": again,
     }
     programs: dict[Arm, Runner] = {}
     return {
@@ -117,8 +107,6 @@ def compare(
     yield "grown", best
     extras = {
         "retrained": [final_topology(r) for r in (best.tuning, best.runs)],
-        "random": [random_plan(r, True) for r in (best.tuning, best.runs)],
-        "random places": [random_plan(r, False) for r in (best.tuning, best.runs)],
     }
     for name in names:
         if name != "grown":
@@ -174,42 +162,3 @@ def _part(runs: Runs, first: int, count: int) -> Runs:
 def final_topology(runs: Runs) -> dict[str, np.ndarray]:
     """Which seeds count at the last tick: bool (R, S) by layer."""
     return {name: COUNTS[stage[:, -1]] for name, stage in runs.stages.items()}
-
-
-def birth_ticks(runs: Runs) -> dict[str, np.ndarray]:
-    """Tick at which each seed that counts in the end germinated: int (R, S) by layer.
-
-    It is -1 for a seed that does not count.
-    """
-    ticks = {}
-    for name, stage in runs.stages.items():
-        dormant = stage == Stage.DORMANT
-        last = dormant.shape[1] - 1 - dormant[:, ::-1].argmax(axis=1)
-        born = np.where(dormant.any(axis=1), last + 1, 0)
-        ticks[name] = np.where(COUNTS[stage[:, -1]], born, -1)
-    return ticks
-
-
-def random_plan(runs: Runs, anytime: bool) -> dict[str, np.ndarray]:
-    """A plan for `growth_arms.replay`: as many seeds as each run ended with, anywhere.
-
-    Args:
-      runs: of the grown arm.
-      anytime: True draws the ticks from the first half of the run, which leaves each
-        seed time to be grafted; False takes the run's own ticks.
-
-    Returns:
-      The tick at which each seed germinates, or -1 for never: int32 (R, S) by layer.
-    """
-    by_layer = birth_ticks(runs)
-    ticks = runs.accuracy.shape[1]
-    ends = np.cumsum([b.shape[1] for b in by_layer.values()])[:-1]
-    rng = np.random.default_rng(0)
-    births = np.concatenate(list(by_layer.values()), axis=1)
-    plan = np.full(births.shape, -1, np.int32)
-    for row, born in zip(plan, births, strict=True):
-        kept = born[born >= 0]
-        places = rng.permutation(len(row))[: len(kept)]
-        drawn = rng.integers(0, max(1, ticks // 2), len(kept))
-        row[places] = drawn if anytime else kept
-    return dict(zip(by_layer, np.split(plan, ends, axis=1), strict=True))

@@ -1,13 +1,13 @@
-"""Counts what the arms of `growth.py` spend: floating-point operations, parameters."""
+"""Counts what the arms of `change.py` spend: floating-point operations, parameters."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from change_arms import Arm, grown
+from change_tasks import Task, bare_host, host_size, layer_names
 from flax import nnx
-from growth_arms import Arm, grown
-from growth_tasks import Task, bare_host, host_size, layer_names
 
 from esper_jax.blueprints import operations, param_counts
 from esper_jax.data import Dataset
@@ -79,7 +79,6 @@ def run_operations(
       stages: stage of each seed by layer, (R, T, S).
       costs: parameters of the blueprint on each chunk by layer, (S,).
     """
-    gates = arm.gates or task.gates
     sizes = _layer_sizes(task, arm.widths)
     row = sum(operations(p) * n for p, n in zip(sizes, task.positions, strict=True))
     forward = np.full(next(iter(stages.values())).shape[:2], float(row))
@@ -92,13 +91,12 @@ def run_operations(
         # A tick measures the seeds as they were before its transitions, when they were
         # one tick younger.
         age = _ages(tuned) - 1
-        early = age + gates.worth_window < gates.min_epochs[Stage.FINE_TUNING]
+        early = age + task.gates.worth_window < task.gates.min_epochs[Stage.FINE_TUNING]
         asked += (COUNTS[stage] & (stage != Stage.FOSSILIZED) & ~(tuned & early)).sum(
             axis=-1
         )
     steps = np.full(forward.shape[1], steps_per_tick(task, len(data.train[0])))
-    if task.change is not None:  # a phase's first tick comes before any step
-        steps[:: len(steps) // task.phases] = 0
+    steps[:: len(steps) // task.phases] = 0  # a phase's first tick is before any step
     spent = 3 * task.batch * steps * forward
     if arm.judged:
         spent += len(data.held_out[0]) * forward * (1 + asked)
@@ -120,8 +118,7 @@ def steps_per_tick(task: Task, rows: int) -> int:
 
 
 def _num_ticks(task: Task, epochs: int) -> int:
-    first = 0 if task.change is None else 1
-    return task.phases * (epochs * task.ticks_per_epoch + first)
+    return task.phases * (epochs * task.ticks_per_epoch + 1)
 
 
 def _costs(task: Task) -> dict[str, np.ndarray]:
@@ -147,14 +144,10 @@ def _ages(flags: np.ndarray) -> np.ndarray:
 
 
 def _layer_sizes(task: Task, widths: Sequence[int]) -> list[int]:
-    """Parameters of each layer of the host, the readout last.
-
-    Embeddings are left out: they are looked up, not multiplied.
-    """
+    """Parameters of each layer of the host, the readout last."""
 
     def values() -> Any:
         model: Any = bare_host(task, widths)
-        model = getattr(model, "mlp", model)
         layers = [nnx.state(layer.base, nnx.Param) for layer in model.layers]
         return [*layers, nnx.state(model.readout, nnx.Param)]
 
