@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from esper_jax.commands.reading import Report
 from esper_jax.learning import (
     EvolutionConfig,
     Family,
@@ -19,6 +20,7 @@ from esper_jax.learning import (
 )
 from esper_jax.learning.config import load_policy_config
 from esper_jax.learning.episodes import host_parameters
+from esper_jax.learning.report import read_training
 from esper_jax.learning.tasks import changed, draw_tasks, load_digits_task
 from esper_jax.learning.train import Trainer, curves_of
 from esper_jax.policy.learned_file import read_policy
@@ -88,6 +90,7 @@ def test_a_small_training_raises_its_reward_and_goes_on_as_if_never_stopped(
     assert float(last) == pytest.approx(gain[-1], abs=1e-4)
     with pytest.raises(RunError, match="holds no training"):
         curves_of(tmp_path / "other")
+    _check_report(tmp_path)
     found = read_policy(policy)
     assert found.made_by["generations"] == 16
     assert found.made_by["config"]["evolution"]["rent"] == 4.0
@@ -167,3 +170,20 @@ def test_a_generation_can_be_repeated_bit_for_bit() -> None:
     after, trainer.state = trainer.state, before
     assert trainer.generation() == first
     jax.tree.map(np.testing.assert_array_equal, trainer.state, after)
+
+
+def _check_report(out: Path) -> None:
+    """A page of the curves, by the command; what is damaged is told."""
+    metrics = out / "metrics.jsonl"
+    whole = metrics.read_text()
+    metrics.write_text(whole + '{"generation": 17, "rew')  # killed while it wrote
+    assert Report(dir=out).act() == 0
+    page = (out / "report.html").read_text()
+    assert 'aria-label="Gain by generation. policy less nothing' in page
+    assert "at generation 16, from" in page
+    assert "evolution.rent" in page
+    assert "tick" not in page[page.index("<main") : page.index('<section id="config"')]
+    metrics.write_text(f"broken\n{whole}")
+    with pytest.raises(RunError, match=r"metrics.jsonl, line 1 is damaged"):
+        read_training(out)
+    metrics.write_text(whole)

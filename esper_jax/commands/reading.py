@@ -62,16 +62,19 @@ class Export(Errand):
 class Report(Errand):
     """Write a page of HTML that tells of a run: curves, lives of its seeds, refusals.
 
-    Reads the run's records, also of a run that has not ended. Prints the page's path.
+    Reads the run's records, also of a run that has not ended. Of the training of a
+    policy, its curves. Prints the page's path.
     """
 
     dir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
-    """Folder of the run."""
+    """Folder of the run, or of a policy's training."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
     """Page to write; an older report is replaced. Default: DIR/report.html."""
 
     def act(self) -> int:
+        from esper_jax.learning.report import holds_training, report_training
         from esper_jax.run.report import report_run
 
-        print(f"report: {report_run(self.dir, self.out)}")
+        report = report_training if holds_training(self.dir) else report_run
+        print(f"report: {report(self.dir, self.out)}")
         return 0

@@ -13,7 +13,7 @@ from esper_jax.run.folder import RunError, RunFolder, read_config, read_json
 from esper_jax.run.logs import read_logs
 from esper_jax.run.record import read_record
 
-__all__ = ["read_records", "report_run"]
+__all__ = ["read_records", "report_run", "write_page"]
 
 
 def report_run(out: Path, path: Path | None = None) -> Path:
@@ -31,10 +31,23 @@ def report_run(out: Path, path: Path | None = None) -> Path:
       RunError: if the folder holds no run, a record is damaged, or ``path`` is
         something else than a report, or cannot be written.
     """
+    return write_page(page(read_records(RunFolder(out))), out, path)
+
+
+def write_page(content: str, out: Path, path: Path | None = None) -> Path:
+    """Writes a page where no other file is lost; returns its path.
+
+    Args:
+      content: the page.
+      out: folder of what it tells of.
+      path: as for `report_run`.
+
+    Raises:
+      RunError: as by `report_run`.
+    """
     path = out / "report.html" if path is None else path
-    records = read_records(RunFolder(out))
     _check_place(path)
-    _write(path, page(records))
+    _write(path, content)
     return path
 
 

@@ -2,5 +2,6 @@
 
 from esper_jax.monitor.page.document import MARK, page
 from esper_jax.monitor.page.records import Records
+from esper_jax.monitor.page.training import training_page
 
-__all__ = ["MARK", "Records", "page"]
+__all__ = ["MARK", "Records", "page", "training_page"]

@@ -14,7 +14,7 @@ from esper_jax.monitor.page.timeline import legend, style, timeline
 from esper_jax.monitor.page.topology import topology
 from esper_jax.monitor.page.worth import worth_of_fossils
 
-__all__ = ["MARK", "page"]
+__all__ = ["MARK", "document", "folded", "page"]
 
 MARK = '<meta name="generator" content="esper-jax report">'
 """By which a file is known to be such a page."""
@@ -38,21 +38,31 @@ def page(records: Records) -> str:
     Returns:
       The page.
     """
+    seeds = seeds_of(records)
+    return document(records.name, _status(records), _sections(records, seeds))
+
+
+def document(title: str, status: str, sections: Sequence[tuple[str, str, str]]) -> str:
+    """A page of sections.
+
+    Args:
+      title: any text.
+      status: what stands below it, as HTML.
+      sections: key, title and content of each, as HTML.
+    """
     script = _file("page.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = (
         f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; "
         "img-src data:"
     )
-    seeds = seeds_of(records)
-    sections = _sections(records, seeds)
     links = "".join(
-        f'<li><a href="#{key}">{title}</a></li>' for key, title, _ in sections
+        f'<li><a href="#{key}">{heading}</a></li>' for key, heading, _ in sections
     )
     body = "\n".join(
-        f'<section id="{key}" aria-labelledby="h-{key}"><h2 id="h-{key}">{title}</h2>'
+        f'<section id="{key}" aria-labelledby="h-{key}"><h2 id="h-{key}">{heading}</h2>'
         f"\n{content}\n</section>"
-        for key, title, content in sections
+        for key, heading, content in sections
     )
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n{MARK}\n'
@@ -60,10 +70,10 @@ def page(records: Records) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
         '<link rel="icon" href="data:,">\n'
-        f"<title>{text(records.name)}: esper-jax report</title>\n"
+        f"<title>{text(title)}: esper-jax report</title>\n"
         f"<style>\n{_file('page.css')}{style()}</style>\n</head>\n<body>\n"
         '<a class="skip" href="#main">Skip to the report</a>\n'
-        f"<header><h1>{name(records.name)}</h1>{_status(records)}</header>\n"
+        f"<header><h1>{name(title)}</h1>{status}</header>\n"
         f'<nav aria-label="Sections"><ul>{links}</ul></nav>\n'
         f'<main id="main">\n{body}\n</main>\n'
         '<div id="tip" role="tooltip" hidden></div>\n'
@@ -81,7 +91,7 @@ def _sections(records: Records, seeds: Sequence[Seed]) -> list[tuple[str, str, s
             "Accuracy and loss",
             f"{_curves_note(records)}<div class='chart'>{panels.curves(records)}"
             f"{panels.marks(records)}{panels.axis(last)}</div>"
-            + _folded("The same as a table", panels.ticks_table(records)),
+            + folded("The same as a table", panels.ticks_table(records)),
         ),
         (
             "timeline",
@@ -96,8 +106,8 @@ def _sections(records: Records, seeds: Sequence[Seed]) -> list[tuple[str, str, s
         ),
         ("refusals", "Refusals", _REFUSALS + tables.refusals(records)),
         ("topology", "Topology in the end", topology(records, seeds)),
-        ("events", "Events", _folded("All that happened", tables.events(records))),
-        ("config", "Config", _folded("Every key", tables.config(records))),
+        ("events", "Events", folded("All that happened", tables.events(records))),
+        ("config", "Config", folded("Every key", tables.config(records))),
         ("versions", "Versions", tables.versions(records)),
     ]
 
@@ -124,7 +134,8 @@ _REFUSALS = (
 )
 
 
-def _folded(title: str, content: str) -> str:
+def folded(title: str, content: str) -> str:
+    """Content that is shown on demand."""
     return f"<details><summary>{title}</summary>{content}</details>"
 
 

@@ -15,7 +15,7 @@ from esper_jax.monitor.page.axes import (
 )
 from esper_jax.monitor.page.records import Records, finite, items
 
-__all__ = ["axis", "curves", "marks", "ticks_table"]
+__all__ = ["Curve", "axis", "curves", "marks", "panel", "ticks_table"]
 
 MOST_MARKS = 160
 """Marks in a row; what lies closer together shares one."""
@@ -34,7 +34,7 @@ _KINDS = {
 Points = list[tuple[int, float | None]]
 
 
-class _Curve(NamedTuple):
+class Curve(NamedTuple):
     """A curve of a panel."""
 
     label: str
@@ -50,16 +50,16 @@ def curves(records: Records) -> str:
         (n, finite(value))
         for n, value in enumerate(history if isinstance(history, list) else [], 1)
     ]
-    accuracy = [_Curve("held-out data", "held", _points(records, "accuracy"))]
+    accuracy = [Curve("held-out data", "held", _points(records, "accuracy"))]
     if static:
         label = f"static network, {number(finite(twin.get('parameters')))} parameters"
-        accuracy.append(_Curve(label, "static", static))
+        accuracy.append(Curve(label, "static", static))
     losses = [
-        _Curve("held-out data", "held", _points(records, "loss")),
-        _Curve("training data", "train", _points(records, "train_loss")),
+        Curve("held-out data", "held", _points(records, "loss")),
+        Curve("training data", "train", _points(records, "train_loss")),
     ]
     lines = _lines(records)
-    return _panel("Accuracy", accuracy, records.last_tick, lines) + _panel(
+    return panel("Accuracy", accuracy, records.last_tick, lines) + panel(
         "Loss", losses, records.last_tick, lines
     )
 
@@ -86,8 +86,22 @@ def _lines(records: Records) -> str:
     )
 
 
-def _panel(title: str, drawn: Sequence[_Curve], last: int, lines: str) -> str:
-    """A panel: scale at the left, curves at the right, keys above."""
+def panel(
+    title: str,
+    drawn: Sequence[Curve],
+    last: int,
+    lines: str = "",
+    unit: str = "tick",
+) -> str:
+    """A panel: scale at the left, curves at the right, keys above.
+
+    Args:
+      title: of the panel.
+      drawn: the curves, the one that matters most first.
+      last: where the axis ends.
+      lines: further marks, as SVG.
+      unit: of the axis.
+    """
     values = [v for c in drawn for _, v in c.points if v is not None]
     scale = scale_of(values)
     marked = [(100 * (1 - scale.place(v)), words) for v, words in scale.marks()]
@@ -95,7 +109,7 @@ def _panel(title: str, drawn: Sequence[_Curve], last: int, lines: str) -> str:
     scaled = "".join(
         f'<span style="top:{y:.2f}%">{text(words)}</span>' for y, words in marked
     )
-    told = "; ".join(f"{c.label}: {_in_words(c.points)}" for c in drawn)
+    told = "; ".join(f"{c.label}: {_in_words(c.points, unit)}" for c in drawn)
     keys = "".join(_key(c) for c in drawn if any(v is not None for _, v in c.points))
     empty = "" if values else '<p class="empty">not measured</p>'
     log = " (logarithmic scale)" if scale.log else ""
@@ -104,25 +118,25 @@ def _panel(title: str, drawn: Sequence[_Curve], last: int, lines: str) -> str:
         f'<div class="lane"><div class="scale" aria-hidden="true">{scaled}</div>'
         f'<div class="plot">{empty}<svg viewBox="0 0 {WIDTH} {HEIGHT}" '
         f'preserveAspectRatio="none" role="img" '
-        f'aria-label="{text(f"{title} by tick{log}. {told}")}">'
-        f"{grid}{lines}{_curves(drawn, scale, last)}</svg>{_gaps(drawn, last)}</div>"
-        "</div></figure>"
+        f'aria-label="{text(f"{title} by {unit}{log}. {told}")}">'
+        f"{grid}{lines}{_curves(drawn, scale, last)}</svg>"
+        f"{_gaps(drawn, last, unit)}</div></div></figure>"
     )
 
 
-def _curves(drawn: Sequence[_Curve], scale: Scale, last: int) -> str:
+def _curves(drawn: Sequence[Curve], scale: Scale, last: int) -> str:
     return "".join(curve(c.points, scale, last, c.style) for c in reversed(drawn))
 
 
-def _key(drawn: _Curve) -> str:
+def _key(drawn: Curve) -> str:
     return (
         '<span class="key"><svg width="26" height="8" aria-hidden="true">'
         f'<path class="{drawn.style}" d="M0 4H26"/></svg> {text(drawn.label)}</span>'
     )
 
 
-def _gaps(drawn: Sequence[_Curve], last: int) -> str:
-    """A mark at the bottom for each tick without a finite value, as far as they fit."""
+def _gaps(drawn: Sequence[Curve], last: int, unit: str) -> str:
+    """A mark at the bottom wherever there is no finite value, as far as they fit."""
     points = drawn[0].points
     missing = [tick for tick, value in points if value is None]
     if len(missing) == len(points):  # the panel says so
@@ -130,12 +144,12 @@ def _gaps(drawn: Sequence[_Curve], last: int) -> str:
     return "".join(
         f'<span class="gap" style="left:{left}%" title="{text(said)}">!</span>'
         for left, said in _shared(
-            [(t, f"tick {t}: not finite, or not measured") for t in missing], last
+            [(t, f"{unit} {t}: not finite, or not measured") for t in missing], last
         )
     )
 
 
-def _in_words(points: Points) -> str:
+def _in_words(points: Points, unit: str) -> str:
     """A curve for those who do not see it."""
     known = [(t, v) for t, v in points if v is not None]
     if not known:
@@ -144,21 +158,21 @@ def _in_words(points: Points) -> str:
     least, most = (f(v for _, v in known) for f in (min, max))
     missing = len(points) - len(known)
     return (
-        f"{number(at_first)} at tick {first}, {number(at_last)} at tick {last}, "
+        f"{number(at_first)} at {unit} {first}, {number(at_last)} at {unit} {last}, "
         f"from {number(least)} to {number(most)}"
-        + (f", {missing} ticks not finite or not measured" if missing else "")
+        + (f", {missing} {unit}s not finite or not measured" if missing else "")
     )
 
 
-def axis(last: int) -> str:
-    """The axis of ticks, below the panels."""
+def axis(last: int, unit: str = "tick") -> str:
+    """The axis below the panels."""
     whole = [step for step in steps(0, last, 10) if step.is_integer()]
     words = "".join(
         f'<span style="left:{across(step, last)}%">{number(step)}</span>'
         for step in whole
     )
     return (
-        '<div class="lane axis" aria-hidden="true"><span class="label">tick</span>'
+        f'<div class="lane axis" aria-hidden="true"><span class="label">{unit}</span>'
         f'<div class="plot">{words}</div></div>'
     )
 

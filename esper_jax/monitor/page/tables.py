@@ -12,7 +12,15 @@ from esper_jax.monitor.page.records import Records, items
 from esper_jax.monitor.page.worth import Worth
 from esper_jax.monitor.words import rules_that_refused
 
-__all__ = ["blueprint_of", "config", "events", "fossils", "refusals", "versions"]
+__all__ = [
+    "blueprint_of",
+    "config",
+    "events",
+    "fossils",
+    "keys",
+    "refusals",
+    "versions",
+]
 
 FEW_FOSSILS, MOST_FOSSILS, MOST_EVENTS = 20, 500, 2000
 """Fossils that stand open to the eye; rows of the tables of fossils and events."""
@@ -145,7 +153,6 @@ def _rules(event: Mapping[str, Any]) -> Iterator[str]:
 
 def config(records: Records) -> str:
     """Every key of the config, and what was changed on the way."""
-    rows = ([text(k), f"<code>{text(v)}</code>"] for k, v in _flat(records.config))
     changes = [
         [
             number(c["tick"]),
@@ -160,7 +167,13 @@ def config(records: Records) -> str:
         if changes
         else ""
     )
-    return told + table("Config", ["key", "value"], rows)
+    return told + keys("Config", records.config)
+
+
+def keys(caption: str, entries: Mapping[str, Any]) -> str:
+    """Every key of nested tables, and its value."""
+    rows = ([text(k), f"<code>{text(v)}</code>"] for k, v in _flat(entries))
+    return table(caption, ["key", "value"], rows)
 
 
 def _flat(entries: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
