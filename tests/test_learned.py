@@ -306,6 +306,24 @@ def test_scans_and_vmap_decide_as_a_loop_does(program: Any) -> None:
     )
 
 
+def test_replicas_under_pmap_decide_as_one_device_does(program: Any) -> None:
+    many = _program(axis_name="data")
+    step, tick = (jax.pmap(f, axis_name="data") for f in (many.step, many.tick))
+    apart = tuple(v.reshape(2, 32, *v.shape[1:]) for v in (X, Y))
+    one = program.init(jax.random.key(0))
+    both = jax.tree.map(lambda x: jnp.stack([x] * 2), many.init(jax.random.key(0)))
+    for _ in range(6):
+        for _ in range(2):
+            one, both = program.step(one, (X, Y)), step(both, apart)
+        (one, told), (both, by_both) = program.tick(one, (X, Y)), tick(both, apart)
+        assert np.all(by_both.replicas_agree)
+        assert by_both.reason.tolist() == [int(told.reason)] * 2
+    for name, seeds in one.seeds.items():
+        stages = np.asarray(both.seeds[name].stage)
+        np.testing.assert_array_equal(stages, [seeds.stage] * 2)
+        assert (stages >= Stage.GRAFTING).all()
+
+
 @pytest.mark.slow
 def test_devices_decide_as_one_does(program: Any) -> None:
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
