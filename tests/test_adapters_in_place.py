@@ -213,6 +213,24 @@ def test_what_a_layer_of_adapters_computes_is_added_in_place() -> None:
     assert "cond" not in found
 
 
+def test_derivatives_that_do_not_work_say_what_to_do() -> None:
+    rngs = nnx.Rngs(0)
+    for part in PARTS[:2]:  # which read the input, and the output
+        layer = ChunkedLayer(
+            nnx.Linear(5, 8, rngs=rngs), 2, blueprints=[part], rngs=rngs
+        )
+        grow(layer.bed, {0: (part.name, Stage.GRAFTING)})
+
+        def f(x: Any, layer: Any = layer) -> Any:
+            return jnp.sum(layer(x) ** 2)
+
+        x = jnp.cos(jnp.arange(10.0)).reshape(2, 5)
+        with pytest.raises(TypeError, match=r"forward-mode .* 'triton' in training"):
+            jax.jvp(f, (x,), (x,))
+        with pytest.raises(NotImplementedError, match=r"no second derivative; pass"):
+            jax.grad(lambda x: jnp.sum(jax.grad(f)(x) ** 2))(x)
+
+
 def primitives(jaxpr: Any) -> Any:
     """Names of all operations of a program; of kernels, their own."""
     for eqn in jaxpr.eqns:

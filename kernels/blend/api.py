@@ -183,6 +183,9 @@ def tapped(
       ``x``, and the hook that `blend` takes. The same ``x`` and None where nothing is
       gained: where adapters do not read the input, it is not floating point, or no
       kernel adds to its gradient in place.
+
+    Raises:
+      TypeError: by forward-mode derivatives, which do not work through it.
     """
     dtype = getattr(x, "dtype", None)
     if dtype is None or not jnp.issubdtype(dtype, jnp.floating) or x.ndim < 2:
@@ -210,7 +213,9 @@ def tapped(
         return x, None
     bank, slots = jax.lax.stop_gradient((bank, slots))
     flat, bank, slots = collectives.same_varying(flat, bank, slots)
-    out, hook = adapters.tap(backend, backend.prepare(s, rows), flat, bank, slots)
+    s = backend.prepare(s, rows)
+    with vjp.forward_mode_explained(backend, forward_mode=False):
+        out, hook = adapters.tap(backend, s, flat, bank, slots)
     return out.reshape(x.shape), hook.reshape(*x.shape[:-1], -1)
 
 

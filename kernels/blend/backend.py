@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
@@ -22,6 +23,7 @@ __all__ = [
     "RowsProduct",
     "SumsProduct",
     "TangentPass",
+    "once_differentiable",
 ]
 
 Results = tuple[Float[Array, "N F"], Statistics, Float[Array, " K"]]
@@ -177,6 +179,28 @@ class TangentPass(Protocol):
           slots: coefficients, kinds and owners.
           dots: tangents of ``y``, ``bank`` and ``slots.alpha``; None for those of 0.
         """
+
+
+def once_differentiable(
+    f: Callable[..., Any], name: str, static: int = 0
+) -> Callable[..., Any]:
+    """A function of a derivative rule that cannot be differentiated, which says so.
+
+    Args:
+      f: the function.
+      name: of its backend.
+      static: number of its first arguments that are no arrays.
+    """
+
+    def refuse(*_: Any) -> Any:
+        raise NotImplementedError(
+            f"blend with implementation={name!r} has no second derivative; "
+            "pass implementation='xla'"
+        )
+
+    once = jax.custom_vjp(f, nondiff_argnums=tuple(range(static)))
+    once.defvjp(refuse, refuse)
+    return once
 
 
 def _as_given(s: Static, rows: int) -> Static:

@@ -1,8 +1,9 @@
 """The derivative rules of blend, shared by all backends."""
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -13,10 +14,14 @@ from jaxtyping import Array, Float
 from esper_jax.blueprints import Bank
 from esper_jax.kernels.blend import adapters, reference
 from esper_jax.kernels.blend.adapters import Read
-from esper_jax.kernels.blend.backend import Backend, Results
+from esper_jax.kernels.blend.backend import (
+    Backend,
+    Results,
+    once_differentiable,
+)
 from esper_jax.kernels.blend.static import Slots, Static
 
-__all__ = ["blend"]
+__all__ = ["blend", "forward_mode_explained"]
 
 
 def blend(
@@ -48,8 +53,23 @@ def blend(
     s = backend.prepare(s, read.y.shape[0])
     if forward_mode and backend.tangent is not None:
         return _jitted_both(backend, s, read, bank, slots)
-    try:
+    with forward_mode_explained(backend, forward_mode):
         return _jitted(backend, s, read, bias, bank, slots)
+
+
+@contextlib.contextmanager
+def forward_mode_explained(backend: Backend, forward_mode: bool) -> Iterator[None]:
+    """Says what to do where JAX refuses forward-mode derivatives.
+
+    Args:
+      backend: what was chosen.
+      forward_mode: whether they were asked for, as in evaluation mode.
+
+    Raises:
+      TypeError: in place of JAX's own.
+    """
+    try:
+        yield
     except TypeError as error:
         if "forward-mode" not in str(error):
             raise
@@ -73,15 +93,7 @@ def _once(backend: Backend, rule: str, *static: Any) -> Callable[..., Any]:
     if backend.differentiable:
         return f
 
-    def refuse(*_: Any) -> Any:
-        raise NotImplementedError(
-            f"blend with implementation={backend.name!r} has no second derivative; "
-            "pass implementation='xla'"
-        )
-
-    once = jax.custom_vjp(f)
-    once.defvjp(refuse, refuse)
-    return jax.jit(once)
+    return jax.jit(once_differentiable(f, backend.name))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

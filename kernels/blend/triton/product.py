@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Bool, Float
 
-from esper_jax.kernels.blend.backend import Product, Products
+from esper_jax.kernels.blend.backend import Product, Products, once_differentiable
 from esper_jax.kernels.blend.triton.blocks import Blocks, power_of_two
 from esper_jax.kernels.blend.triton.launch import Launch, launch, struct
 from esper_jax.kernels.blend.triton.matrix.tiles import dot
@@ -201,7 +201,9 @@ def add(
     return _launched(s, body, how, where, [*product, to])[0]
 
 
-PRODUCTS = Products(rows=rows, sums=sums, add=add)
+PRODUCTS = Products(
+    *(once_differentiable(f, "triton", static=1) for f in (rows, sums, add))
+)
 """Products for adapters."""
 
 
