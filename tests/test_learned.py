@@ -32,7 +32,9 @@ from esper_jax.policy import (
     load,
     network,
 )
+from esper_jax.policy.germination import Seen
 from esper_jax.policy.interface import LayerShape, Setting
+from esper_jax.policy.learned import _follow, _within
 from esper_jax.policy.learned_file import (
     NUM_FEATURES,
     SHIPPED,
@@ -285,6 +287,32 @@ def test_a_run_grows_by_it_and_falls_back_to_the_heuristic(
     assert program.recompiles() == 0
 
 
+@pytest.mark.parametrize(
+    ("own", "told", "kept"),
+    [(-1, 7, 7), (5, 7, 5), (9, 7, 7), (9, -1, 9), (-1, -1, -1)],
+)
+def test_the_heuristic_that_takes_over_keeps_to_the_budget(
+    own: int, told: int, kept: int
+) -> None:
+    controller = ControllerConfig(budget=own, patience=3)
+    assert _within(controller, told) == dataclasses.replace(controller, budget=kept)
+    traced = _within(controller, jnp.asarray(told))
+    assert int(traced.budget) == (kept if kept >= 0 else 2**31 - 1)
+
+
+def test_a_negative_loss_that_falls_is_better() -> None:
+    memory = learned(WEIGHTS)(Setting(layers={"a": shape(2)}, gates=GATES)).init(
+        {}, jax.random.key(0)
+    )
+    seen, drawn = [], random_signals(np.random.default_rng(0), 2)
+    for loss in (1.0, -1.0, -1.001, -1.02, -1.0):
+        layer = dataclasses.replace(drawn, held_out_loss=jnp.asarray(loss, jnp.float32))
+        told = Seen(Groups.alone(("a",)), {}, {"a": layer}, {})
+        memory, _ = _follow(told, memory, LearnedConfig())
+        seen.append((int(memory.stale), round(float(memory.best_loss), 3)))
+    assert seen == [(0, 1.0), (0, -1.0), (1, -1.0), (0, -1.02), (1, -1.02)]
+
+
 def test_scans_and_vmap_decide_as_a_loop_does(program: Any) -> None:
     def run(state: Any) -> Any:
         return scan_fit(program, state, (X, Y), (X, Y), ticks=6, batch_size=32)[0]
@@ -384,7 +412,10 @@ def test_a_file_holds_what_was_written_and_others_are_refused(tmp_path: Any) -> 
         ({"version": "9"}, "expected version '1', got '9'"),
         ({"format": "x"}, "expected format 'esper_jax.policy'"),
         ({"signature": '{"reads": ["smell"]}'}, r"whose reads are .*got \['smell'\]"),
+        ({"signature": "[1]"}, "signature of this version.*got none"),
         ({"made_by": '{"hash": "0"}'}, "the file was changed after it was written"),
+        ({"made_by": "not JSON"}, "expected safetensors with a learned policy"),
+        ({"made_by": "[1]"}, "expected safetensors with a learned policy"),
     ):
         other(**change)
         with pytest.raises(PolicyFileError, match=message):

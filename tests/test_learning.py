@@ -96,6 +96,15 @@ def test_a_small_training_raises_its_reward_and_goes_on_as_if_never_stopped(
     assert found.made_by["config"]["evolution"]["rent"] == 4.0
     with pytest.raises(RunError, match="another config"):
         train_policy(dataclasses.replace(TINY, seed=1), tmp_path)
+    other = dataclasses.replace(TINY, evolution=longer)
+    for name, content, message in (
+        ("state.safetensors", b"\0" * 9, "state.safetensors is damaged"),
+        ("config.json", b'{"seed": 0}', "holds something else than the training"),
+        ("config.json", b"{", "config.json is damaged"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(RunError, match=message):
+            train_policy(other, tmp_path)
 
 
 def test_ranks_lead_to_the_best_numbers() -> None:

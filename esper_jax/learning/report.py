@@ -8,12 +8,28 @@ from esper_jax.monitor.page import training_page
 from esper_jax.run.folder import RunError
 from esper_jax.run.report import write_page
 
-__all__ = ["holds_training", "read_training", "report_training"]
+__all__ = ["holds_training", "read_config", "read_training", "report_training"]
 
 
 def holds_training(out: Path) -> bool:
     """Whether a folder holds the training of a policy, and not a run."""
     return not (out / "run.json").exists() and (out / "state.safetensors").exists()
+
+
+def read_config(out: Path) -> dict[str, Any]:
+    """The config of a training, as it stands in its folder.
+
+    Raises:
+      RunError: if there is none, or it is damaged.
+    """
+    path = out / "config.json"
+    try:
+        known = json.loads(_text(out, path.name))
+    except ValueError as error:
+        raise RunError(f"{path} is damaged: {error}; restore it") from None
+    if not isinstance(known, dict):
+        raise RunError(f"{path} is damaged: it is no JSON object; restore it")
+    return known
 
 
 def read_training(out: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -22,29 +38,28 @@ def read_training(out: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     Raises:
       RunError: if the folder holds no training, or a file of it is damaged.
     """
-    metrics, config = out / "metrics.jsonl", out / "config.json"
-    try:
-        lines = metrics.read_text(encoding="utf-8").split("\n")
-        known = json.loads(config.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        name = Path(error.filename).name
-        raise RunError(
-            f"{out} holds no training of a policy: it has no {name}"
-        ) from None
-    except OSError as error:
-        raise RunError(f"{out} cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise RunError(f"{config} is damaged: {error}; restore it") from None
-    rows = []
-    for number, line in enumerate(lines[:-1], 1):
+    name, config, rows = "metrics.jsonl", read_config(out), []
+    for number, line in enumerate(_text(out, name).split("\n")[:-1], 1):
         try:
             row = json.loads(line)
         except ValueError:
             row = None
         if not isinstance(row, dict):
-            raise RunError(f"{metrics}, line {number} is damaged; restore it")
+            raise RunError(f"{out / name}, line {number} is damaged; restore it")
         rows.append(row)
-    return rows, known if isinstance(known, dict) else {}
+    return rows, config
+
+
+def _text(out: Path, name: str) -> str:
+    try:
+        return (out / name).read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        raise RunError(
+            f"{out} holds no training of a policy, or none that went through a "
+            f"generation: it has no {name}"
+        ) from None
+    except OSError as error:
+        raise RunError(f"{out / name} cannot be read: {error.strerror}") from None
 
 
 def report_training(out: Path, path: Path | None = None) -> Path:

@@ -18,6 +18,7 @@ from esper_jax.learning import evolution
 from esper_jax.learning.config import EvolutionConfig, PolicyConfig
 from esper_jax.learning.episodes import Episodes, Player, growing_nothing, plays
 from esper_jax.learning.evolution import Evolution
+from esper_jax.learning.report import read_config, read_training
 from esper_jax.learning.tasks import draw_tasks, load_digits_task
 from esper_jax.monitor.curves import Curve
 from esper_jax.policy import network
@@ -184,7 +185,7 @@ def train_policy(
     if kept.exists():
         trainer.state = _read_state(kept, trainer.state)
         tell(f"goes on after generation {int(trainer.state.generation)}")
-    _forget_after(out / "metrics.jsonl", int(trainer.state.generation))
+    _forget_after(out, int(trainer.state.generation))
 
     def save() -> None:
         _write_state(kept, trainer.state)
@@ -214,6 +215,11 @@ def train_policy(
         tell(_line(row))
         if row["generation"] % config.evolution.every == 0:
             save()
+    if not int(trainer.state.generation):
+        raise RunError(
+            f"{out}: no generation began within {minutes:g} minutes, which compiling "
+            "took; give --minutes more"
+        )
     save()
     return policy
 
@@ -226,19 +232,17 @@ def curves_of(out: Path, width: int = 60) -> list[str]:
       width: of a curve, in characters.
 
     Raises:
-      RunError: if the folder holds no training.
+      RunError: if the folder holds no training, or a damaged one.
     """
-    path = out / "metrics.jsonl"
-    if not path.exists():
-        raise RunError(f"{out} holds no training of a policy: it has no {path.name}")
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows, _ = read_training(out)
     lines = [f"{len(rows)} generations"]
     for name in ("reward", "gain", "births", "parameters"):
-        values, curve = [row[name] for row in rows], Curve()
+        values, curve = [float(row.get(name, np.nan)) for row in rows], Curve()
         for value in values:
             curve.add(value)
         few = max(1, len(values) // 10)
-        first, last = (float(np.mean(v)) for v in (values[:few], values[-few:]))
+        ends = values[:few], values[-few:]
+        first, last = (float(np.mean(v)) if v else np.nan for v in ends)
         lines.append(f"{name:10} {first:8.4f} {curve.line(width)} {last:.4f}")
     return lines
 
@@ -256,7 +260,12 @@ def _same_config(config: PolicyConfig, out: Path) -> None:
     path = out / "config.json"
     now = json.loads(json.dumps(dataclasses.asdict(config)))
     if path.exists():
-        before = json.loads(path.read_text())
+        before = read_config(out)
+        if not isinstance(before.get("evolution"), dict):
+            raise RunError(
+                f"{out} holds something else than the training of a policy, by its "
+                f"{path.name}; name another folder"
+            )
         for key in ("generations", "every"):
             before["evolution"][key] = now["evolution"][key]
         if before != now:
@@ -267,12 +276,14 @@ def _same_config(config: PolicyConfig, out: Path) -> None:
     _replace(path, json.dumps(now, indent=1).encode())
 
 
-def _forget_after(metrics: Path, generation: int) -> None:
+def _forget_after(out: Path, generation: int) -> None:
     """Drops the lines of generations that were not saved."""
+    metrics = out / "metrics.jsonl"
     if metrics.exists():
-        lines = [line for line in metrics.read_text().splitlines() if line.strip()]
-        kept = [x for x in lines if json.loads(x)["generation"] <= generation]
-        _replace(metrics, "".join(f"{line}\n" for line in kept).encode())
+        rows, _ = read_training(out)
+        kept = [row for row in rows if row.get("generation", 0) <= generation]
+        lines = (f"{json.dumps(row)}\n" for row in kept)
+        _replace(metrics, "".join(lines).encode())
 
 
 def _write_state(path: Path, state: Evolution) -> None:
@@ -285,8 +296,20 @@ def _write_state(path: Path, state: Evolution) -> None:
 def _read_state(path: Path, like: Evolution) -> Evolution:
     from safetensors.numpy import load
 
-    found = load(path.read_bytes())
+    try:
+        found = load(path.read_bytes())
+    except Exception as error:  # whatever the parser says of bytes that are none
+        raise RunError(
+            f"{path} is damaged: {error}; restore it, or begin anew"
+        ) from None
     leaves = [jnp.asarray(found[name]) for name in sorted(found)]
+    shapes = [leaf.shape for leaf in leaves]
+    expected = [leaf.shape for leaf in jax.tree.leaves(like)]
+    if shapes != expected:
+        raise RunError(
+            f"{path} is that of another version: expected arrays of shapes {expected}, "
+            f"got {shapes}; begin anew in another folder"
+        )
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 

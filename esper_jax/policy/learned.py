@@ -180,7 +180,9 @@ def learned(
         groups = setting.groups or Groups.alone(tuple(setting.layers))
         costs = {k: setting.layers[g.layers[0]].costs for k, g in groups.of.items()}
         places = sum(layer.num_seeds for layer in setting.layers.values())
-        other = None if controller is None else heuristic(controller)(setting)
+        other = None
+        if controller is not None:
+            other = heuristic(_within(controller, told.budget))(setting)
         reads = {"chunk_gradient", "gradient_ratio"} if told.gradients else set()
 
         def init(
@@ -209,6 +211,19 @@ def learned(
         return Policy(init, decide, reads=frozenset(read_by), stacked=True)
 
     return make
+
+
+def _within(
+    controller: ControllerConfig, budget: int | Int[Array, ""]
+) -> ControllerConfig:
+    """The heuristic's numbers, with the smaller of its budget and another."""
+    own = controller.budget
+    if isinstance(own, int) and isinstance(budget, int):
+        limits = [limit for limit in (own, budget) if limit >= 0]
+        return dataclasses.replace(controller, budget=min(limits, default=-1))
+    both = (jnp.where(jnp.asarray(b) < 0, 2**31 - 1, b) for b in (own, budget))
+    traced: Any = jnp.minimum(*both)
+    return dataclasses.replace(controller, budget=traced)
 
 
 def _begin(weights: Weights, places: int, instead: Any) -> LearnedMemory:
@@ -302,7 +317,9 @@ def _follow(
     loss = seen.common("held_out_loss")
     known = jnp.isfinite(loss)
     first = jnp.where(jnp.isfinite(memory.first_loss), memory.first_loss, loss)
-    better = known & ~(loss >= 0.99 * memory.best_loss)
+    # By 1% of it, also where losses are negative.
+    enough = jnp.where(memory.best_loss > 0, 0.99, 1.01) * memory.best_loss
+    better = known & ~(loss >= enough)
     stale = jnp.where(better, 0, memory.stale + 1)
     tick = memory.tick + 1
     budget = jnp.asarray(config.budget, jnp.float32)

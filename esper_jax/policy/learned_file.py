@@ -107,12 +107,19 @@ def read_policy(path: str | Path = "") -> PolicyFile:
         size = int.from_bytes(data[:8], "little")
         metadata = json.loads(data[8 : 8 + size]).get("__metadata__", {})
         weights = load(data)
+        made_by = json.loads(metadata.get("made_by", "{}"))
+        made_by.get("hash")
     except Exception as error:  # whatever the parsers say of bytes that are none
         raise PolicyFileError(
             f"{path}: expected safetensors with a learned policy; {error}"
         ) from None
     _check(path, metadata, weights)
-    return PolicyFile(weights, json.loads(metadata["made_by"]))
+    if made_by.get("hash") != digest(weights):
+        raise PolicyFileError(
+            f"{path}: expected weights with the hash {made_by.get('hash')}, got "
+            f"{digest(weights)}: the file was changed after it was written"
+        )
+    return PolicyFile(weights, made_by)
 
 
 def _check(path: Path, metadata: Mapping[str, str], weights: Mapping[str, Any]) -> None:
@@ -134,19 +141,13 @@ def _check(path: Path, metadata: Mapping[str, str], weights: Mapping[str, Any]) 
         raise PolicyFileError(
             f"{path}: expected arrays {network.shapes(NUM_FEATURES)}, got {shapes}"
         )
-    told = json.loads(metadata.get("made_by", "{}")).get("hash")
-    if told != digest(weights):
-        raise PolicyFileError(
-            f"{path}: expected weights with the hash {told}, got {digest(weights)}: "
-            "the file was changed after it was written"
-        )
 
 
 def _difference(other: str) -> str:
     """Where a signature differs from this version's."""
     try:
-        theirs = json.loads(other)
-    except ValueError:
+        theirs = dict(json.loads(other))
+    except (TypeError, ValueError):
         return "got none"
     for key, ours in json.loads(signature()).items():
         if theirs.get(key) != ours:
