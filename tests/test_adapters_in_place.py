@@ -229,6 +229,9 @@ def test_derivatives_that_do_not_work_say_what_to_do() -> None:
             jax.jvp(f, (x,), (x,))
         with pytest.raises(NotImplementedError, match=r"no second derivative; pass"):
             jax.grad(lambda x: jnp.sum(jax.grad(f)(x) ** 2))(x)
+        layer.bed.deterministic = True
+        with pytest.raises(NotImplementedError, match=r"no second derivative; pass"):
+            jax.grad(lambda x: jnp.sum(jax.grad(f)(x) ** 2))(x)
 
 
 def primitives(jaxpr: Any) -> Any:

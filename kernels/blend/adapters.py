@@ -65,7 +65,9 @@ def read_of(s: Static, read: Read) -> Read:
     reads = {b.reads for _, b in s.adapters}
     whole = "layer" in reads or s.incubation == "bounded"
     x = read.x if "input" in reads else None
-    return Read(read.y if whole else None, x, read.hook, read.bias if whole else None)
+    # Of the hook it is enough to know that there is one.
+    hook = None if read.hook is None else read.hook[:0]
+    return Read(read.y if whole else None, x, hook, read.bias if whole else None)
 
 
 def forward(

@@ -166,7 +166,9 @@ def add(
 ) -> Float[Array, "N F"]:
     """`AddProduct`: reads and writes ``to`` once, if at all."""
     (count, width), units = to.shape, product.left.shape[1]
-    tile = _Tile.fits((64, 128, 64), (count, width, units))
+    # Float32 factors are twice as large on the chip.
+    deep = 64 if product.left.dtype.itemsize < 4 else 32
+    tile = _Tile.fits((64, 128, deep), (count, width, units))
 
     def body(place: Any, left: Any, right: Any, row: Any, to: Any, out: Any) -> None:
         down, across = (
