@@ -20,7 +20,7 @@ from esper_jax.groups import Groups
 from esper_jax.hosts import MLP
 from esper_jax.lifecycle import Stage, gates_pass, init_seeds
 from esper_jax.lifecycle.signals import Signals
-from esper_jax.lifecycle.stages import LEGAL
+from esper_jax.lifecycle.stages import LEGAL, NO_REQUEST
 from esper_jax.policy import (
     ControllerConfig,
     LearnedConfig,
@@ -33,7 +33,7 @@ from esper_jax.policy import (
     network,
 )
 from esper_jax.policy.germination import Seen
-from esper_jax.policy.interface import LayerShape, Setting
+from esper_jax.policy.interface import LayerShape, Setting, barren
 from esper_jax.policy.learned import _follow, _within
 from esper_jax.policy.learned_file import (
     NUM_FEATURES,
@@ -43,6 +43,8 @@ from esper_jax.policy.learned_file import (
     write_policy,
 )
 from esper_jax.policy.sight import FEATURES, SIGNALS
+from esper_jax.run.build import _form
+from esper_jax.run.config import RunConfig
 from esper_jax.train import scan_fit
 from esper_jax.train.mesh import over_mesh
 
@@ -488,3 +490,28 @@ def test_a_run_of_a_config(
     path.write_bytes(b"nothing")
     for words in (("train", config, "--out", tmp_path / "b"), ("policy", "show", path)):
         assert f"{path}: expected safetensors" in esper(*words)
+
+
+def test_runs_that_share_programs_share_those_of_their_length_alone() -> None:
+    def form(policy: str, ticks: int) -> Any:
+        base = RunConfig(policy=policy)
+        return _form(
+            dataclasses.replace(
+                base, train=dataclasses.replace(base.train, ticks=ticks)
+            )
+        )
+
+    assert form("heuristic", 5) == form("heuristic", 6)
+    assert form("learned", 5) != form("learned", 6)
+
+
+def test_growth_that_is_off_is_told() -> None:
+    shapes, groups = {"a": shape(3)}, Groups.alone(("a",))
+    policy = barren(learned(WEIGHTS))(Setting(layers=shapes, gates=GATES))
+    seeds = groups.stack({"a": init_seeds(3, 3)})
+    signals = groups.stack({"a": random_signals(np.random.default_rng(0), 3)})
+    asked, memory = policy.decide(
+        seeds, signals, policy.init(shapes, jax.random.key(0))
+    )
+    assert np.all(groups.split(asked)["a"].target == NO_REQUEST)
+    assert int(memory.reason) == Reason.DISABLED

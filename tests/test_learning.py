@@ -96,6 +96,10 @@ def test_a_small_training_raises_its_reward_and_goes_on_as_if_never_stopped(
     assert found.made_by["config"]["evolution"]["rent"] == 4.0
     with pytest.raises(RunError, match="another config"):
         train_policy(dataclasses.replace(TINY, seed=1), tmp_path)
+    with pytest.raises(ConfigError, match="minutes must be above 0, got nan"):
+        train_policy(TINY, tmp_path, minutes=float("nan"))
+    with pytest.raises(ValueError, match=r"at most 1797, .* got 1800"):
+        Family(steps=10, batch=104, held_out=248, test=512)
     other = dataclasses.replace(TINY, evolution=longer)
     for name, content, message in (
         ("state.safetensors", b"\0" * 9, "state.safetensors is damaged"),

@@ -10,7 +10,11 @@ from esper_jax.run.building import built
 from esper_jax.run.overrides import set_key
 from esper_jax.run.references import ConfigError
 
-__all__ = ["EvolutionConfig", "Family", "PolicyConfig", "load_policy_config"]
+__all__ = ["DIGITS", "EvolutionConfig", "Family", "PolicyConfig", "load_policy_config"]
+
+
+DIGITS = 1797
+"""Rows of the smallest data set that tasks are drawn from."""
 
 
 def _at_least(name: str, value: int, least: int) -> None:
@@ -59,6 +63,13 @@ class Family:
         if self.host not in ("mlp", "conv"):
             raise ValueError(f"host must be 'mlp' or 'conv', got {self.host!r}")
         resolve(self.blueprints)
+        drawn = self.rows + self.held_out + self.test
+        if drawn > DIGITS:
+            raise ValueError(
+                f"steps * batch + held_out + test must be at most {DIGITS}, the number "
+                "of digits, or some would be both learned from and tested by; got "
+                f"{drawn}"
+            )
 
     @property
     def rows(self) -> int:

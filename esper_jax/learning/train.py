@@ -22,8 +22,13 @@ from esper_jax.learning.report import read_config, read_training
 from esper_jax.learning.tasks import draw_tasks, load_digits_task
 from esper_jax.monitor.curves import Curve
 from esper_jax.policy import network
-from esper_jax.policy.learned_file import NUM_FEATURES, write_policy
+from esper_jax.policy.learned_file import (
+    NUM_FEATURES,
+    safetensors_numpy,
+    write_policy,
+)
 from esper_jax.run.folder import RunError
+from esper_jax.run.references import ConfigError
 
 __all__ = ["Trainer", "curves_of", "train_policy"]
 
@@ -175,9 +180,15 @@ def train_policy(
       The policy's file.
 
     Raises:
-      RunError: if the folder holds the training of another config.
+      ConfigError: if ``minutes`` is not above 0.
+      PolicyFileError: if safetensors is not installed.
+      RunError: if the folder holds the training of another config, or is damaged; if
+        no generation began in time.
     """
     begun = time.monotonic()
+    safetensors_numpy()  # before hours of training
+    if not minutes > 0:
+        raise ConfigError(f"minutes must be above 0, got {minutes!r}")
     out.mkdir(parents=True, exist_ok=True)
     _same_config(config, out)
     trainer = Trainer(config)
@@ -287,17 +298,14 @@ def _forget_after(out: Path, generation: int) -> None:
 
 
 def _write_state(path: Path, state: Evolution) -> None:
-    from safetensors.numpy import save
-
     leaves = jax.tree.leaves(jax.device_get(state))
+    save = safetensors_numpy().save
     _replace(path, save({f"{i:04}": np.asarray(x) for i, x in enumerate(leaves)}))
 
 
 def _read_state(path: Path, like: Evolution) -> Evolution:
-    from safetensors.numpy import load
-
     try:
-        found = load(path.read_bytes())
+        found = safetensors_numpy().load(path.read_bytes())
     except Exception as error:  # whatever the parser says of bytes that are none
         raise RunError(
             f"{path} is damaged: {error}; restore it, or begin anew"

@@ -9,7 +9,7 @@ the network ever says something that is not finite, the heuristic decides from t
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -84,6 +84,8 @@ class LearnedMemory:
     It holds the weights. So a checkpoint holds what decides, and a resumed run decides
     as before, whatever the file says then.
     """
+
+    OF_BIRTHS: ClassVar = ()  # It asks again without remembering that it has.
 
     weights: dict[str, Float[Array, "..."]]
     """Of the network."""

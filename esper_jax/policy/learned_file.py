@@ -22,6 +22,7 @@ __all__ = [
     "PolicyFileError",
     "digest",
     "read_policy",
+    "safetensors_numpy",
     "signature",
     "write_policy",
 ]
@@ -74,7 +75,7 @@ def write_policy(path: Path, weights: Mapping[str, Any], **made_by: Any) -> None
       weights: of the network.
       **made_by: what made it; anything that JSON can hold.
     """
-    save = _safetensors().save
+    save = safetensors_numpy().save
     arrays = {n: np.ascontiguousarray(w, np.float32) for n, w in weights.items()}
     metadata = {
         "format": "esper_jax.policy",
@@ -102,7 +103,7 @@ def read_policy(path: str | Path = "") -> PolicyFile:
         data = path.read_bytes()
     except OSError as error:
         raise PolicyFileError(f"{path}: cannot be read: {error.strerror}") from None
-    load = _safetensors().load
+    load = safetensors_numpy().load
     try:
         size = int.from_bytes(data[:8], "little")
         metadata = json.loads(data[8 : 8 + size]).get("__metadata__", {})
@@ -155,7 +156,12 @@ def _difference(other: str) -> str:
     return "got another"
 
 
-def _safetensors() -> Any:
+def safetensors_numpy() -> Any:
+    """The module that reads and writes these files.
+
+    Raises:
+      PolicyFileError: if it is not installed.
+    """
     try:
         import safetensors.numpy
     except ImportError:

@@ -99,7 +99,9 @@ def _form(config: RunConfig) -> RunConfig:
     """The config without what the program of a run does not depend on."""
     bare = RunConfig()
     others = {name: getattr(bare, name) for name in _OF_A_RUN}
-    train = dataclasses.replace(config.train, ticks=1)
+    # A learned policy is told how long the run is.
+    ticks = config.train.ticks if config.policy == "learned" else 1
+    train = dataclasses.replace(config.train, ticks=ticks)
     return dataclasses.replace(config, seed=0, train=train, **others)
 
 
