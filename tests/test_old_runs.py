@@ -184,7 +184,7 @@ def without(start):
         ),
         (
             with_leaf("memory/reason", 99),
-            r"memory/reason: expected from 0 to 10, got 99",
+            r"memory/reason: expected from 0 to 11, got 99",
         ),
         (
             without("seeds/layers/0/health"),

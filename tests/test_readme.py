@@ -170,6 +170,7 @@ def test_the_benchmarks_of_results_exist():
             "adapt",
             "blend",
             "bus",
+            "bus_faults",
             "change",
             "checks",
             "durability",
