@@ -11,7 +11,9 @@ task, in the same number of steps of the same batches.
 - grown by trial: a part of rank 1 in each of 8 places of every layer, embeddings
   included, collects the gradient for 10 steps; all learn together for 50; those of the
   greatest worth for each parameter are kept within the budget (`policy.trial`).
-- grown by trial, random start: the same parts, drawn at random.
+  What was worth nothing then, or less, counts and does not learn any more.
+- grown by trial, all learn: the same but that it learns (``min_worth=-inf``).
+- grown by trial, random start: the parts of the first, drawn at random.
 - grown by placement: those 10 steps choose the places (``judge="gradient"``).
 - random places: the same parts with the same start, kept at random.
 - uniform, same start: LoRA of equal rank with the start of the grown parts.
@@ -22,8 +24,9 @@ task, in the same number of steps of the same batches.
 - everything: full fine-tuning.
 
 Each arm is tuned by held-out loss (text) or error (digits) of runs with other hosts,
-over one grid of rates for Adam with ten steps of warm-up and a cosine; "edge" marks an
-arm whose rate is at an end of the grid. Seeds are judged by other data than arms are
+over one grid of rates for Adam with ten steps of warm-up and a cosine. While the best
+rate is at an end of the grid, the next one beyond is tried; "edge" marks an arm whose
+rate is at an end still. Seeds are judged by other data than arms are
 tuned by. Nothing reads the test data before the end.
 
 "score" is bits a character or error in percent, on test data, with half of a 95%
@@ -37,7 +40,6 @@ than the budget has no part in that cell.
 
 import argparse
 import dataclasses
-import functools
 import json
 import platform
 import time
@@ -54,24 +56,22 @@ from adapt_runs import Arm, Run, measured, plain_arms, pretrained
 from adapt_tasks import TASKS, Task
 from scipy import stats
 
-RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
-TUNING = 4
-"""Runs with which each rate is tried, beside those that are reported."""
+RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
 RUNS = 24
-"""Runs that are reported; as many as tune an arm, so that one program does for both."""
+"""Runs that are reported, and that a program takes at a time."""
 FIXED = ("biases", "last layer", "embeddings", "everything")
 """Arms that know no budget."""
 
 Table = dict[str, dict[str, Any]]
 
 
-def rates_of(name: str) -> tuple[float, ...]:
-    """The grid of an arm; the middle of it is where such arms are best."""
-    return RATES[:6] if name == "everything" else RATES[2:]
+def rates_of(name: str) -> list[int]:
+    """Rates of `RATES` to begin with; in the middle is where such arms are best."""
+    return list(range(2, 8) if name == "everything" else range(4, 10))
 
 
 class Hosts:
-    """Pretrained hosts, `RUNS` to report and `TUNING` to tune by, made once.
+    """Pretrained hosts, `RUNS` to report and others to tune by, made once.
 
     Args:
       folder: to keep them in, if any.
@@ -80,7 +80,11 @@ class Hosts:
     def __init__(self, folder: Path | None = None) -> None:
         self._made: dict[str, Any] = {}
         self._folder = folder
-        self.keys = jax.random.split(jax.random.key(1), RUNS + TUNING)
+
+    @staticmethod
+    def keys(task: Task) -> jax.Array:
+        """Of the hosts of a task, those that are reported first."""
+        return jax.random.split(jax.random.key(1), RUNS + task.tuners)
 
     def of(self, task: Task) -> Any:
         """Parameters of the hosts that a task begins with."""
@@ -90,11 +94,11 @@ class Hosts:
 
     def _kept(self, task: Task) -> Any:
         if self._folder is None:
-            return jax.block_until_ready(pretrained(task, self.keys))
-        name = f"{task.family}, {task.pretrain} steps, {len(self.keys)}.npz"
+            return jax.block_until_ready(pretrained(task, self.keys(task)))
+        name = f"{task.family}, {task.pretrain} steps, {RUNS + task.tuners}.npz"
         file = self._folder / name.replace(" ", "-")
         if not file.exists():
-            made = pretrained(task, self.keys)
+            made = pretrained(task, self.keys(task))
             self._folder.mkdir(parents=True, exist_ok=True)
             np.savez(file, **{n.replace("/", "|"): p for n, p in made.items()})
         with np.load(file) as arrays:
@@ -104,7 +108,7 @@ class Hosts:
         self, task: Task, which: np.ndarray, rates: Any, budget: int
     ) -> tuple[Any, Run]:
         """What an arm is called with: data and runs."""
-        keys = self.keys[which]
+        keys = self.keys(task)[which]
         params = jax.tree.map(lambda a: a[which], self.of(task))
         rates = jnp.broadcast_to(jnp.asarray(rates, jnp.float32), (len(which),))
         budgets = jnp.full(len(which), budget, jnp.int32)
@@ -138,18 +142,39 @@ def adapted(
 ) -> tuple[Any, float, bool]:
     """An arm's outcomes at the rate that its tuning chose, that rate, and whether it is
     at an end of the grid."""
-    rates = rates_of(name)
-    tuners = np.tile(np.arange(RUNS, RUNS + TUNING), len(rates))
-    tuned = run(*hosts.arguments(task, tuners, np.repeat(rates, TUNING), budget))
-    by_rate = (len(rates), TUNING)
-    held = score_of(task, np.asarray(tuned.held_out)).reshape(by_rate).mean(axis=1)
-    # Where errors are equal, the loss decides; what is not finite is worst.
-    loss = np.asarray(tuned.held_out)[:, 0].reshape(by_rate).mean(axis=1)
-    worst = functools.partial(np.nan_to_num, nan=np.inf)
-    best = int(np.lexsort((worst(loss), worst(held)))[0])
-    final = hosts.arguments(task, np.arange(RUNS), rates[best], budget)
+    tried: dict[int, tuple[float, float]] = {}
+    new = rates_of(name)
+    while new:
+        tried |= _tried(new, task, budget, hosts, run)
+        best = min(tried, key=lambda i: tried[i])
+        beyond = {min(tried): best - 1, max(tried): best + 1}.get(best, -1)
+        new = [beyond] if 0 <= beyond < len(RATES) else []
+    final = hosts.arguments(task, np.arange(RUNS), RATES[best], budget)
     outcome = jax.device_get(run(*final))
-    return outcome, rates[best], best in (0, len(rates) - 1)
+    return outcome, RATES[best], best in (min(tried), max(tried))
+
+
+def _tried(
+    at: list[int], task: Task, budget: int, hosts: Hosts, run: Any
+) -> dict[int, tuple[float, float]]:
+    """Mean score and loss on held-out data with each of those `RATES`.
+
+    Where errors are equal, the loss decides; what is not finite is worst.
+    """
+    which = np.tile(np.arange(RUNS, RUNS + task.tuners), len(at))
+    rates = np.repeat([RATES[i] for i in at], task.tuners)
+    pairs = []
+    for begin in range(0, len(which), RUNS):
+        some = slice(begin, begin + RUNS)
+        few = RUNS - len(which[some])  # the last call is filled up
+        wide = [np.pad(a[some], (0, few), mode="edge") for a in (which, rates)]
+        held_out = run(*hosts.arguments(task, *wide, budget)).held_out
+        pairs.append(np.asarray(held_out)[: RUNS - few])
+    values = np.concatenate(pairs)
+    both = np.stack([score_of(task, values), values[:, 0]], axis=1)
+    means = both.reshape(len(at), task.tuners, 2).mean(axis=1)
+    means = np.nan_to_num(means, nan=np.inf)
+    return {i: tuple(mean) for i, mean in zip(at, means.tolist(), strict=True)}
 
 
 def half(values: np.ndarray) -> float:

@@ -33,6 +33,7 @@ ANY_BUDGET = (
     "grown by trial",
     "grown by placement",
     "random places",
+    "grown by trial, all learn",
     "grown by trial, random start",
 )
 """Arms whose budget is an argument of their program."""
@@ -48,6 +49,7 @@ class _Plan:
       rank: of each part, by the path of its layer; 0 for none.
       start: of each part.
       rests: steps before each tick.
+      least: worth above which what is kept learns on.
     """
 
     config: TrialConfig
@@ -55,6 +57,7 @@ class _Plan:
     rank: Any
     start: Literal["random", "gradient"] = "gradient"
     rests: tuple[int, ...]
+    least: float = 0.0
 
 
 def grown_arms(task: Task, budget: int) -> dict[str, Callable[[], Arm]]:
@@ -82,6 +85,9 @@ def grown_arms(task: Task, budget: int) -> dict[str, Callable[[], Arm]]:
             config=TrialConfig(judge="random", ticks=1),
             seeds=1,
             rank=functools.partial(task.uniform, budget),
+        ),
+        "grown by trial, all learn": dataclasses.replace(
+            plan("worth", trying), least=-math.inf
         ),
         "grown by trial, random start": dataclasses.replace(
             plan("worth", trying), start="random"
@@ -122,7 +128,7 @@ def _arm(task: Task, plan: _Plan) -> Arm:
         objective=lambda model, batch: _scored(task, model, batch),
         wrt=None,
         policy=_budgeted(plan.config),
-        lifecycle_config=trial_lives(cull_delta=-math.inf),
+        lifecycle_config=trial_lives(cull_delta=-math.inf, min_worth=plan.least),
     )
     costs = {
         name: np.asarray(param_counts(kinds, program.layouts[name].sizes)[0])

@@ -54,6 +54,7 @@ class Task:
       pretrain: steps on the source.
       steps: steps on the target.
       budgets: parameters, by name.
+      tuners: hosts, beside those that are reported, with which each rate is tried.
       uniform: ``uniform(budget, path) -> rank`` of uniform LoRA.
     """
 
@@ -68,6 +69,7 @@ class Task:
     pretrain: int
     steps: int = 600
     budgets: tuple[int, ...]
+    tuners: int
     uniform: Callable[[int, str], int]
 
 
@@ -241,6 +243,7 @@ def _text(source: Any, target: Any, change: Any = lambda _, parts: parts) -> Tas
         score="bits",
         pretrain=3000,
         budgets=(2048, 8192, 24576),
+        tuners=4,
         uniform=_by_layer,
     )
 
@@ -257,6 +260,7 @@ def _digits(change: Any) -> Task:
         score="error",
         pretrain=600,
         budgets=(1024, 2122, 8488),
+        tuners=12,
         uniform=_of_mlp,
     )
 

@@ -12,6 +12,8 @@ from the same keys.
   for 8% of the steps all learn together; those of the greatest worth for each parameter
   are kept within the budget (`policy.trial`), and learn on. A part is a `group`, which
   reads a layer's output and writes all of it.
+- grown, whole budget: the same, but what is worth nothing, or less, is kept, too, as
+  far as the budget goes (``rent=-inf``).
 - static: the narrowest host of the same shape with at least the budget's parameters.
 - everything on: the same parts in all places, from the first step to the last.
 - retrained: what is in the paired grown run in the end, trained from scratch.
@@ -38,6 +40,7 @@ import argparse
 import dataclasses
 import itertools
 import json
+import math
 import platform
 import time
 from collections.abc import Iterator
@@ -51,7 +54,8 @@ from growth_runs import Host, Outcome
 from growth_tasks import TASKS, Task, rows_of
 from scipy import stats
 
-ARMS = ("grown", "static", "everything on", "retrained", "host")
+WHOLE = "grown, whole budget"
+ARMS = ("grown", WHOLE, "static", "everything on", "retrained", "host")
 """Rows of the table, in order."""
 TUNING_SEED = 100_000
 """First random seed of the runs that tune. Those that are reported are below."""
@@ -144,7 +148,10 @@ def arm_of(name: str, hosts: dict[str, Host], known: dict[str, Any]) -> Any:
     """
     host = hosts.get(name, hosts["grown"])
     if name == "everything on":
-        every = lambda runs: {n: ~k for n, k in host.none(runs).items()}  # noqa: E731
+
+        def every(runs: int) -> dict[str, np.ndarray]:
+            return {n: ~k for n, k in host.none(runs).items()}
+
         return host, every, every
     if name == "retrained":
         of = {
@@ -164,7 +171,7 @@ def found_of(
     (rate, decay), told = tuner.best(host, to_tune(tuner.runs))
     outcome = host(np.arange(runs), rate, decay, host.rows, to_report(runs))
     sizes = host.parameters(outcome.kept)
-    tries = name == "grown"
+    tries = name in ("grown", WHOLE)
     return plain(
         {
             "rate": rate,
@@ -197,6 +204,7 @@ def hosts_of(task: Task, count: int, split: int) -> dict[str, Host]:
     rows = rows_of(task, split)
     return {
         "grown": Host(task, task.widths, True, rows, count),
+        WHOLE: Host(task, task.widths, True, rows, count, rent=-math.inf),
         "static": Host(task, task.widened(task.budget), False, rows, count),
         "host": Host(task, task.widths, False, rows, count),
     }
@@ -235,9 +243,10 @@ def lines_of(name: str, table: dict[str, Any]) -> Iterator[str]:
             f"| {np.mean(row['operations']) / base:.2f} "
             f"| {row['rate']:g}, {row['decay']:g}{' (edge)' if row['edge'] else ''} |"
         )
-    kept = table["grown"]["kept"].values()
-    means = ", ".join(f"{np.sum(k, axis=1).mean():.1f}" for k in kept)
-    yield f"\nParts that are kept in each layer: {means}."
+    for arm in (a for a in ("grown", WHOLE) if a in table):
+        kept = table[arm]["kept"].values()
+        means = ", ".join(f"{np.sum(k, axis=1).mean():.1f}" for k in kept)
+        yield f"\nParts that are kept in each layer, {arm}: {means}."
 
 
 def summary(found: Found) -> Iterator[str]:

@@ -69,12 +69,20 @@ class Host:
       grows: whether it has parts.
       rows: the data.
       count: runs that the program takes at a time.
+      rent: of a trial.
     """
 
     def __init__(
-        self, task: Task, widths: tuple[int, ...], grows: bool, rows: Rows, count: int
+        self,
+        task: Task,
+        widths: tuple[int, ...],
+        grows: bool,
+        rows: Rows,
+        count: int,
+        rent: float = 0.0,
     ) -> None:
         self.task, self.widths, self.grows, self.count = task, widths, grows, count
+        self.rent = rent
         self.rows = len(rows.learned[1])
         self.size = host_size(task, widths)
         nothing = {name: np.zeros(1, int) for name in layer_names(task)}
@@ -99,8 +107,12 @@ class Host:
             make(nnx.Rngs(0)),
             _host_optimizer(schedule),
             _bank_optimizer(schedule),
-            lifecycle_config=trial_lives(),
-            policy=trial(TrialConfig(ticks=1, budget=max(0, task.budget - self.size))),
+            lifecycle_config=trial_lives(cull_delta=min(self.rent, 0.0)),
+            policy=trial(
+                TrialConfig(
+                    ticks=1, budget=max(0, task.budget - self.size), rent=self.rent
+                )
+            ),
             eval_batch=10_000,
         )
         recipe = _Recipe(task, program, start_from(program, make), steps, self.rests)

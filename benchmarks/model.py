@@ -305,6 +305,11 @@ def gpt(args: argparse.Namespace) -> None:
         )
         count = size.blocks * len(case.growable)
         title = f"GPT, {size.blocks} blocks, {count} layers grow {args.blueprint}"
+        if args.alone:
+            one = compiled(case, None if args.alone == "plain" else int(args.alone))
+            took = f"{one.traced:.1f} + {one.compiled:.1f} s"
+            print(f"{title}, {args.alone}, trace + compile: {took}")
+            continue
         if not args.no_time:
             table = compare(case, args.living, args.rounds, args.steps)
             show(title, HEAD, table)
@@ -391,6 +396,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--no-tick", action="store_true")
     parser.add_argument("--no-time", action="store_true")
+    parser.add_argument(
+        "--alone",
+        metavar="plain|LIVING",
+        help="gpt: only compile this variant, the first program of the process",
+    )
     args = parser.parse_args()
     jax.config.update("jax_enable_compilation_cache", False)
     device = jax.devices()[0].device_kind

@@ -123,7 +123,9 @@ def gate(seed: Seed, target: int, m: dict[str, float], config: Any) -> bool:
     if (seed.stage, target) == (TRAINING, GRAFTING):
         return m["reconstruction_loss"] <= f32(config.reconstruction_threshold)
     if (seed.stage, target) == (EVALUATING, FINE_TUNING):
-        return m["worth"] > 0 and m["stability"] >= f32(config.min_stability)
+        return m["worth"] > f32(config.min_worth) and m["stability"] >= f32(
+            config.min_stability
+        )
     if (seed.stage, target) == (EVALUATING, CULLED):
         return (
             m["worth"] < f32(config.cull_delta)

@@ -689,6 +689,7 @@ def test_an_unknown_signal_is_named() -> None:
         ("max_epochs", -1),
         ("max_epochs", 2.5),
         ("reconstruction_threshold", math.nan),
+        ("min_worth", math.nan),
         ("min_stability", math.nan),
         ("cull_delta", math.nan),
         ("cull_error_rate", "much"),

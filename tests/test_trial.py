@@ -12,6 +12,7 @@ from flax import nnx
 from esper_jax import ChunkedLayer, Growth, build, harvest, make_growable
 from esper_jax.blueprints import lora
 from esper_jax.hosts import MLP
+from esper_jax.layers.variables import BlueprintParam
 from esper_jax.lifecycle.signals import Signals
 from esper_jax.lifecycle.stages import Stage
 from esper_jax.policy import Reason, TrialConfig, trial, trial_lives
@@ -204,3 +205,27 @@ def test_a_rent_of_minus_infinity_fills_the_budget() -> None:
         growth.tick(model, lambda m, f=loss: -f(m))  # each part seems to do harm
         kept[rent] = int(np.sum(stages(growth.tick(model, loss)) != Stage.DORMANT))
     assert kept == {0.0: 0, -np.inf: 2}
+
+
+@pytest.mark.parametrize("least", [0.0, -np.inf])
+def test_what_is_kept_whatever_it_is_worth_learns(least: float) -> None:
+    """Parts that do harm when they are judged, under a rent of minus infinity."""
+    config = TrialConfig(ticks=1, rent=-np.inf)
+    lives = {"cull_delta": -np.inf, "min_worth": least}
+    model, growth, step, loss = grown(config, **lives)
+    for _ in range(3):
+        growth.tick(model, loss)
+    for _ in range(3):
+        step(model, growth)
+    for _ in range(3):  # each part seems to do harm
+        report = growth.tick(model, lambda m: -loss(m))
+    learns = least < 0
+    expected = Stage.FINE_TUNING if learns else Stage.EVALUATING
+    assert np.all(stages(report) == expected)
+    bank = nnx.state(model, BlueprintParam)
+    before = jax.tree.map(jnp.copy, bank)
+    step(model, growth)
+    after = nnx.state(model, BlueprintParam)
+    pairs = zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
+    moved = [bool(jnp.any(a != b)) for a, b in pairs]
+    assert any(moved) == learns

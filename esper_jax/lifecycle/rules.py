@@ -60,7 +60,9 @@ class LifecycleConfig:
       reconstruction_threshold: largest reconstruction loss at which a seed may be
         grafted. Infinity turns this gate off, also where that loss is not measured, as
         in layers that are only called inside raw JAX transforms.
-      min_stability: stability needed to leave EVALUATING for FINE_TUNING.
+      min_worth: worth above which a seed may leave EVALUATING for FINE_TUNING. One that
+        has not more, and is not culled, counts and waits, and does not learn.
+      min_stability: stability needed for the same.
       cull_delta: a seed in EVALUATING may be culled if its worth is below this,
       cull_error_rate: or its error rate is above this,
       cull_error_count: or its error count is above this. From 0 to 255; 255 turns
@@ -85,6 +87,7 @@ class LifecycleConfig:
     min_epochs: tuple[int, ...] = tuple(_MIN_EPOCHS.get(s, 0) for s in Stage)
     max_epochs: int = 0
     reconstruction_threshold: float = 0.01
+    min_worth: float = 0.0
     min_stability: float = 0.8
     cull_delta: float = -0.05
     cull_error_rate: float = 0.1
@@ -177,7 +180,7 @@ def gates(config: LifecycleConfig) -> dict[tuple[Stage, Stage], tuple[str, list[
         (Stage.EVALUATING, Stage.FINE_TUNING): (
             "all",
             [
-                Gate("performance_delta", operator.gt, 0.0, "worth"),
+                Gate("performance_delta", operator.gt, config.min_worth, "worth"),
                 Gate("stability_score", operator.ge, config.min_stability, "stability"),
             ],
         ),

@@ -50,7 +50,9 @@ class TrialConfig:
       rent: what ``judge`` measures that a part must have for each of its parameters to
         be kept; for worth, in units of the held-out loss. What offers nothing, or
         less, is not kept either; with minus infinity, the best are, whatever they
-        offer, as far as the budget goes.
+        offer, as far as the budget goes. The gates of `trial_lives` still remove what
+        is worth less than 0 then; ``trial_lives(cull_delta=-math.inf,
+        min_improvement=-math.inf)`` does not.
       blueprint: index of the blueprint that is tried.
       share: of the places that are tried, drawn at random; above 0, at most 1.
 
@@ -117,7 +119,8 @@ def trial_lives(*, tuning: int = 100, **fields: Any) -> LifecycleConfig:
     """Ages and gates that leave the judging to a trial.
 
     Parts count in full from the start, and no gate asks for more than a worth that is
-    not below 0.
+    not below 0: what is worth less is culled, and nothing waits in EVALUATING, where
+    it would not learn.
 
     Args:
       tuning: ticks for which what is kept learns on before it becomes a fossil.
@@ -128,6 +131,7 @@ def trial_lives(*, tuning: int = 100, **fields: Any) -> LifecycleConfig:
     lenient = {
         "min_epochs": tuple(ages),
         "reconstruction_threshold": math.inf,
+        "min_worth": -math.inf,
         "min_stability": -math.inf,
         "min_final_stability": -math.inf,
         "cull_delta": 0.0,
