@@ -30,7 +30,7 @@ from esper_jax.bus import (
     encode,
     read_record,
 )
-from esper_jax.bus.sockets import SOCKET, ServedClient
+from esper_jax.bus.socket_client import SOCKET, ServedClient
 from esper_jax.bus.transport import TransportError
 from esper_jax.run import run
 from esper_jax.run.config import ConfigError, load_config

@@ -18,7 +18,8 @@ from test_bus_command import ROOT, bus
 from esper_jax.bus import Enable, encode, sockets
 from esper_jax.bus.connect import client
 from esper_jax.bus.envelope import MOST_BYTES
-from esper_jax.bus.sockets import SOCKET, Served, ServedClient
+from esper_jax.bus.socket_client import SOCKET, ServedClient
+from esper_jax.bus.sockets import Served
 from esper_jax.bus.transport import Outgoing, TransportError
 from esper_jax.run.config import ConfigError
 from esper_jax.run.folder import RunError

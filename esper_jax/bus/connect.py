@@ -6,7 +6,7 @@ from urllib.parse import unquote
 
 from esper_jax.bus.lines import Lines, LinesClient
 from esper_jax.bus.redis_streams import RedisClient, RedisStreams, check_options
-from esper_jax.bus.sockets import ServedClient
+from esper_jax.bus.socket_client import ServedClient
 from esper_jax.bus.transport import Transport
 
 __all__ = ["Client", "check_url", "client", "connect", "shown"]

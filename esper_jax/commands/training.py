@@ -128,10 +128,20 @@ class Train(Command):
                 print(f"features of {model_id}: {config.features}", flush=True)
             if self.serve and not jax.process_index():
                 print(f"watch it: esper-jax bus watch {out}", flush=True)
-            names = "resume allow_change devices profile bus serve replay remote"
-            options = {name: getattr(self, name) for name in names.split()}
             try:
-                summary = train_run(config, out, stop=stop, **options)
+                summary = train_run(
+                    config,
+                    out,
+                    resume=self.resume,
+                    allow_change=self.allow_change,
+                    devices=self.devices,
+                    profile=self.profile,
+                    bus=self.bus,
+                    serve=self.serve,
+                    replay=self.replay,
+                    remote=self.remote,
+                    stop=stop,
+                )
             except KeyboardInterrupt:
                 raise KeyboardInterrupt(_how_to_go_on(out)) from None
             except StoppedByCommand as stopped:

@@ -313,7 +313,8 @@ def _check_fits(replay: Path | None, replayed: Sequence[Any], layers: Any) -> No
 
 def _transport(session: Session, channels: Channels) -> Any:
     from esper_jax.bus.connect import connect, shown
-    from esper_jax.bus.sockets import SOCKET, Served
+    from esper_jax.bus.socket_client import SOCKET
+    from esper_jax.bus.sockets import Served
 
     bus, folder = channels.bus, session.folder.path
     if bus is None:
