@@ -18,9 +18,17 @@ from esper_jax.lifecycle.slots import move_slots, slot_sources
 from esper_jax.lifecycle.state import SeedState
 from esper_jax.policy.memory import Reason
 
-__all__ = ["give_back", "grow_capacity", "is_settled", "switch_off", "switch_on"]
+__all__ = [
+    "cut_capacity",
+    "give_back",
+    "grow_capacity",
+    "is_settled",
+    "switch_off",
+    "switch_on",
+]
 
 
+@jax.debug_nans(False)  # NaN is what was not measured
 def grow_capacity(
     recipe: Recipe, state: TrainState, capacity: int | Mapping[str, int]
 ) -> TrainState:
@@ -40,12 +48,7 @@ def grow_capacity(
         for its living seeds. Nothing has been changed then.
     """
     parts = recipe.parts
-    wanted = (
-        dict(capacity)
-        if isinstance(capacity, Mapping)
-        else dict.fromkeys(parts.beds, capacity)
-    )
-    sources = _sources(parts, state, wanted)
+    sources = _sources(parts, state, _by_layer(parts, capacity))
 
     def resized(state: TrainState) -> TrainState:
         new = jax.tree.map(jnp.copy, state)
@@ -65,6 +68,46 @@ def grow_capacity(
         return new
 
     return jax.jit(resized)(state)
+
+
+def cut_capacity(
+    recipe: Recipe, state: TrainState, capacity: int | Mapping[str, int]
+) -> tuple[TrainState, dict[str, tuple[int, int]]]:
+    """The same state with fewer slots, whatever the policy says.
+
+    Args:
+      recipe: holds the model and the bank's optimizer.
+      state: neither changed nor donated.
+      capacity: slots of every layer, or of some layers by name; the others stay.
+
+    Returns:
+      As `give_back`.
+
+    Raises:
+      ValueError: as `grow_capacity`, and if it is more than a layer has.
+    """
+    wanted = _by_layer(recipe.parts, capacity)
+    _sources(recipe.parts, state, wanted)  # refuses what no layer can have
+    before = {name: state.seeds[name].capacity for name in wanted}
+    for name, slots in wanted.items():
+        if slots > before[name]:
+            raise ValueError(
+                f"layer {name!r}: capacity must be at most {before[name]}, the slots "
+                f"that it has, as shrinking gives slots back; got {slots}"
+            )
+    changed = {
+        n: (before[n], slots) for n, slots in wanted.items() if slots < before[n]
+    }
+    if not changed:
+        return state, {}
+    smaller = {name: slots for name, (_, slots) in changed.items()}
+    return grow_capacity(recipe, state, smaller), changed
+
+
+def _by_layer(parts: ModelParts, capacity: int | Mapping[str, int]) -> dict[str, int]:
+    if isinstance(capacity, Mapping):
+        return dict(capacity)
+    return dict.fromkeys(parts.beds, capacity)
 
 
 def is_settled(memory: Any) -> bool:

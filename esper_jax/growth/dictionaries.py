@@ -11,60 +11,45 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
-from flax.traverse_util import flatten_dict, unflatten_dict
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Key
 
-from esper_jax.bits import as_bits, from_bits
-from esper_jax.growth.functions import (
-    Remembered,
-    check_loss,
-    check_untraced,
-    recipe_for,
-    start,
-    tick,
-    update,
-)
-from esper_jax.growth.outside import Outside
+from esper_jax.growth import calls
+from esper_jax.growth.functions import recipe_for, start
+from esper_jax.growth.given_weights import ProductOf, stated_product
+from esper_jax.growth.nested import Variables, named, nested
 from esper_jax.growth.parts import split_model, values_of
 from esper_jax.growth.recipe import Recipe, what_is_read
 from esper_jax.growth.reports import TickReport
 from esper_jax.growth.state import Arrays
 from esper_jax.layers.bed import SeedBed
-from esper_jax.layers.harvest import Parts, harvest
-from esper_jax.layers.linen import beds_in
-from esper_jax.layers.variables import named_leaves
-from esper_jax.lifecycle.commands import Commands
+from esper_jax.layers.folding import Product, linen_product
+from esper_jax.layers.linen import met_in
 from esper_jax.lifecycle.rules import LifecycleConfig
 from esper_jax.optim import PerSlot
 from esper_jax.policy.config import ControllerConfig
 from esper_jax.policy.heuristic import policy_of
 from esper_jax.policy.interface import Policy, PolicyFactory
-from esper_jax.trees import is_key
 
 __all__ = ["GrowthFunctions", "Variables", "growth_functions", "linen_growth"]
 
-Variables = dict[str, Any]
-"""The collections ``bank``, ``seeds``, ``probe`` and ``growth``; others are kept."""
-
-Evaluate = Callable[[Variables], Any]
-"""``evaluate(variables)``: the held-out loss, or ``(loss, score)``."""
-
-_COLLECTIONS = ("bank", "seeds", "probe")
-
 
 class GrowthFunctions(NamedTuple):
-    """Growth over `Variables`. All but ``tick`` and ``harvest`` are pure and jittable.
+    """Growth over `Variables`. ``init``, ``apply`` and ``update`` can be jitted.
+
+    The others are pure, too, but run on the host. All take variables with any number of
+    slots, so also those that ``shrink`` returned, in this process or another one.
 
     Attributes:
       init: ``init(key) -> variables``: what growth needs, before the first step. For
         Linen, ``bank``, ``seeds`` and ``probe`` are those of the model.
-      apply: ``apply(variables, layer, y, train=True) -> y, seeds``: the output ``y`` of
-        a layer with its seeds blended in, and the collection ``seeds`` with what was
-        measured. Thread it from layer to layer, and return it from the loss. Flax Linen
-        does this by itself.
+      apply: ``apply(variables, layer, y, train=True, x=None) -> y, seeds``: the output
+        ``y`` of a layer with its seeds blended in, and the collection ``seeds`` with
+        what was measured. Thread it from layer to layer, and return it from the loss.
+        Blueprints that read the layer's input get it as ``x``; its width is the
+        layer's argument ``inputs``. Flax Linen does all this by itself.
       update: ``update(variables, grads, loss=None) -> variables``: lets the blueprints
         learn. ``grads`` holds the gradients of the collections ``bank`` and ``probe``;
         ``variables`` the ``seeds`` after the forward pass.
@@ -75,6 +60,21 @@ class GrowthFunctions(NamedTuple):
       harvest: ``harvest(variables, parts="fossils") -> layers``: for each layer the
         Flax NNX module that adds what has grown, with ordinary parameters:
         ``layers["hidden"](y)``. For ``parts`` see `esper_jax.harvest`.
+      shrink: ``shrink(variables, capacity=None) -> variables, changed``: gives back the
+        slots that nothing will be born in any more, between steps. As `Growth.shrink`,
+        it does nothing until the policy is settled (`policy.Reason.SETTLED`). With a
+        ``capacity``, of all layers or of some by name, they get so many whatever the
+        policy says. No value changes; at least one slot stays. ``changed`` has the
+        slots before and after of each layer that has fewer. If it is not empty, what is
+        jitted compiles once more.
+      fold: ``fold(variables, weights) -> variables, weights, folded``: adds what linear
+        fossils compute to the weights of their layers, between steps. ``weights`` holds
+        ``{"kernel": (..., D, F), "bias": (F,)}`` by the layer's path, the bias only if
+        there is one, of which the activation that grows is ``x @ kernel + bias``; of a
+        stack those of all layers at once, with its axes first. They are computed in
+        float32 and rounded once. The seeds are dormant afterwards, and their slots
+        free. ``folded`` tells which, bool (S,) by layer; `TickReport.with_folded` puts
+        it into a report. The moments that your optimizer has of these weights stay.
     """
 
     init: Callable[[Key[Array, ""]], Variables]
@@ -82,6 +82,10 @@ class GrowthFunctions(NamedTuple):
     update: Callable[..., Variables]
     tick: Callable[..., tuple[Variables, TickReport]]
     harvest: Callable[..., dict[str, nnx.Module]]
+    shrink: Callable[..., tuple[Variables, dict[str, tuple[int, int]]]]
+    fold: Callable[
+        ..., tuple[Variables, dict[str, dict[str, Any]], dict[str, np.ndarray]]
+    ]
 
 
 def growth_functions(
@@ -132,6 +136,9 @@ def linen_growth(
 ) -> GrowthFunctions:
     """Growth for a Flax Linen model of `layers.linen`.
 
+    The layers have as many slots as the variables, those of the model's ``options`` or
+    fewer after ``shrink``; the model itself need not change.
+
     Args:
       call: runs the model on the variables, ``lambda v: model.apply(v, x)``; traced
         once, to find the layers that can grow.
@@ -142,14 +149,33 @@ def linen_growth(
     Raises:
       ValueError: if the model holds nothing that can grow, or as `Growth` does.
     """
-    beds = beds_in(call, variables)
+    met = met_in(call, variables)
+    beds = met.beds(variables)
     _check_names(beds)
-    return _functions(lambda key: beds, optimizer, **options)
+
+    def product_of(bed: str, kernel: Any, bias: bool) -> Product:
+        base, shared = met.base(bed)
+        if (product := linen_product(base, kernel, bias)) is None:
+            raise ValueError(
+                "fossils can be folded into a plain nn.Dense or nn.Conv; got "
+                f"{type(base).__name__}, or one with a product of its own. Harvest "
+                "keeps them as a module beside it"
+            )
+        if shared:
+            raise ValueError(
+                f"the {type(base).__name__} is also called where nothing grows, or "
+                "grows in two places: a fold into its weights would change that, too. "
+                "Harvest keeps what has grown as a module beside it"
+            )
+        return product
+
+    return _functions(lambda key: beds, optimizer, product_of, **options)
 
 
 def _functions(
     make: Callable[[Key[Array, ""]], dict[str, SeedBed]],
     optimizer: optax.GradientTransformation | PerSlot,
+    product_of: ProductOf = stated_product,
     *,
     lifecycle_config: LifecycleConfig | None = None,
     controller_config: ControllerConfig | None = None,
@@ -167,25 +193,27 @@ def _functions(
     )
     if recipe.gates.fold != "never":
         raise ValueError(
-            f"fold must be 'never', got {recipe.gates.fold!r}: the weights of the "
-            "layers are not known here. Fold what harvest returns yourself"
+            f"fold must be 'never', got {recipe.gates.fold!r}: tick does not know the "
+            "weights of the layers. After it, hand them to the function fold"
         )
     _check_reads(recipe, values)
     recipe = dataclasses.replace(recipe, measured=frozenset())
-    like = start(recipe, values, jax.random.key(0))
+    made = calls.Made(recipe, start(recipe, values, jax.random.key(0)), product_of)
 
     def init(key: Key[Array, ""]) -> Variables:
         banks, policy = jax.random.split(key)
         values = values_of(_model(make(banks)))
         new = start(recipe, values, policy)
-        return _nested(recipe, values) | {"growth": _named(new)}
+        return nested(recipe.parts, values) | {"growth": named(new)}
 
     return GrowthFunctions(
         init=init,
-        apply=functools.partial(_apply, recipe),
-        update=functools.partial(_update, recipe, like),
-        tick=functools.partial(_tick, recipe, like),
-        harvest=functools.partial(_harvest, recipe),
+        apply=functools.partial(calls.apply, made),
+        update=functools.partial(calls.update, made),
+        tick=functools.partial(calls.tick, made),
+        harvest=functools.partial(calls.harvest, made),
+        shrink=functools.partial(calls.shrink, made),
+        fold=functools.partial(calls.fold, made),
     )
 
 
@@ -205,73 +233,6 @@ def _check_reads(recipe: Recipe, values: Arrays) -> None:
             "the host's gradients and weights are not known here. Choose others, such "
             "as where='health', how='fixed' and Strategy.LINEAR, or use Growth"
         )
-
-
-def _named(remembered: Remembered) -> Arrays:
-    """What growth remembers, as the collection ``growth``.
-
-    Random keys are plain integers there, which every file format takes, and so are
-    floats that may be NaN: see `bits.as_bits`.
-    """
-    kept = remembered._replace(growth=jax.tree.map(as_bits, remembered.growth))
-    leaves = named_leaves(kept)
-    return {n: jax.random.key_data(x) if is_key(x) else x for n, x in leaves.items()}
-
-
-def _remembered(like: Remembered, variables: Variables) -> Remembered:
-    """Inverse of `_named`."""
-    given = _mapping("variables", variables).get("growth") or {}
-    leaves = named_leaves(like)
-    missing = [name for name in leaves if name not in given]
-    if missing:
-        raise ValueError(
-            "variables must hold the collection growth, as init returns it; there is "
-            f"no {missing[0]!r} in it"
-        )
-    arrays = [
-        jax.random.wrap_key_data(given[name], impl=jax.random.key_impl(leaf))
-        if is_key(leaf)
-        else from_bits(jnp.asarray(given[name]), leaf.dtype)
-        for name, leaf in leaves.items()
-    ]
-    return jax.tree.unflatten(jax.tree.structure(like), arrays)
-
-
-def _update(
-    recipe: Recipe,
-    like: Remembered,
-    variables: Variables,
-    grads: Mapping[str, Any],
-    loss: Any = None,
-) -> Variables:
-    check_loss(loss)
-    values = _flat("variables", recipe, variables, _COLLECTIONS)
-    given = _flat("grads", recipe, grads, ("bank", "probe"))
-    old = _remembered(like, variables)
-    new, banks = update(recipe, old, values, given, loss)
-    bank = _nested(recipe, values | banks)["bank"]
-    return {**variables, "bank": bank, "growth": _named(new)}
-
-
-def _tick(
-    recipe: Recipe,
-    like: Remembered,
-    variables: Variables,
-    evaluate: Evaluate,
-    commands: Outside | Mapping[str, Commands] | None = None,
-) -> tuple[Variables, TickReport]:
-    values = _flat("variables", recipe, variables, _COLLECTIONS)
-    old = _remembered(like, variables)
-
-    def measured(probes: Mapping[str, Any]) -> Any:
-        changed = {f"{bed}/probe": probe for bed, probe in probes.items()}
-        probe = _nested(recipe, values | changed)["probe"]
-        return evaluate({**variables, "probe": probe})
-
-    check_untraced("tick", "variables that are", values)
-    new, changed, report = tick(recipe, old, values, measured, commands)
-    nested = _nested(recipe, values | changed)
-    return {**variables, **nested, "growth": _named(new)}, report
 
 
 def _model(beds: Mapping[str, SeedBed]) -> nnx.Module:
@@ -315,98 +276,3 @@ def _check_names(beds: Collection[str], reserved: Collection[str] = ()) -> None:
                 f"layer {path!r}: {other!r} is a layer and cannot hold another. Give "
                 "one of them another name"
             )
-
-
-def _mapping(argument: str, given: Any) -> Mapping[str, Any]:
-    """What was given, if it is a mapping.
-
-    Raises:
-      TypeError: naming the argument.
-    """
-    if not isinstance(given, Mapping):
-        raise TypeError(
-            f"{argument} must be a dictionary of collections, as init returns it; got "
-            f"{type(given).__name__}"
-        )
-    return given
-
-
-def _flat(
-    argument: str,
-    recipe: Recipe,
-    nested: Mapping[str, Any],
-    collections: tuple[str, ...],
-) -> Arrays:
-    """The arrays of some collections by name.
-
-    Raises:
-      ValueError: if one is missing, naming the argument.
-    """
-    found: Arrays = {}
-    for collection in collections:
-        tree = _mapping(argument, nested).get(collection) or {}
-        found |= flatten_dict(_mapping(f"{argument}[{collection!r}]", tree), sep="/")
-    for bed in recipe.parts.beds.values():
-        for collection in collections:
-            for name in bed.variables(collection):
-                if name not in found:
-                    raise ValueError(
-                        f"{argument} must hold the collection {collection}, with "
-                        f"{name!r} for one; got {', '.join(nested) or 'nothing'}"
-                    )
-    return found
-
-
-def _nested(recipe: Recipe, values: Arrays) -> Variables:
-    """The collections from arrays by name: inverse of `_flat`."""
-    beds = recipe.parts.beds.values()
-    return {
-        collection: unflatten_dict(
-            {name: values[name] for bed in beds for name in bed.variables(collection)},
-            sep="/",
-        )
-        for collection in _COLLECTIONS
-    }
-
-
-def _filled(recipe: Recipe, variables: Variables) -> nnx.Module:
-    """The model of beds with the variables' values."""
-    values = _flat("variables", recipe, variables, _COLLECTIONS)
-    return recipe.parts.merge(values, train=True)
-
-
-def _apply(
-    recipe: Recipe,
-    variables: Variables,
-    layer: str,
-    y: Float[Array, "*B F"],
-    train: bool = True,
-) -> tuple[Float[Array, "*B F"], dict[str, Any]]:
-    if layer not in recipe.parts.beds:
-        known = ", ".join(map(repr, recipe.parts.beds))
-        raise ValueError(f"layer must be one of {known}, got {layer!r}")
-    filled = _filled(recipe, variables)
-    bed = _at(filled, recipe.parts.beds[layer].path)
-    bed.deterministic = bed.deterministic or not train
-    try:
-        out = bed(y)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"layer {layer!r}: {error}") from error
-    return out, _nested(recipe, values_of(filled))["seeds"]
-
-
-def _harvest(
-    recipe: Recipe, variables: Variables, parts: Parts = "fossils"
-) -> dict[str, nnx.Module]:
-    filled, grown = _filled(recipe, variables), {}
-    for layer, bed in recipe.parts.beds.items():
-        graph, state = nnx.split(_at(filled, bed.path))
-        # Each layer of a stack is a module of its own.
-        own = jax.tree.map(lambda leaf, index=bed.index: leaf[index], state)
-        grown[layer] = harvest(nnx.merge(graph, own), parts=parts)
-    return grown
-
-
-def _at(model: Any, path: str) -> Any:
-    """What is at a path of a model."""
-    return functools.reduce(getattr, path.split("/"), model)

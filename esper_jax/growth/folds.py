@@ -19,13 +19,19 @@ from esper_jax.growth.beds import name_of
 from esper_jax.growth.parts import ModelParts
 from esper_jax.growth.state import Arrays
 from esper_jax.layers.chunked import ChunkedLayer
-from esper_jax.layers.folding import references_in, takes, takes_corrections, wide_dtype
+from esper_jax.layers.folding import (
+    Product,
+    product_of,
+    references_in,
+    takes_corrections,
+    wide_dtype,
+)
 from esper_jax.lifecycle.rules import LifecycleConfig
 from esper_jax.lifecycle.stages import Stage
 from esper_jax.lifecycle.state import SeedState
 from esper_jax.lifecycle.transitions import released
 
-__all__ = ["Fold", "Folded", "fold_fossils", "folds_of"]
+__all__ = ["Fold", "Folded", "fold_fossils", "folds_of", "linear_kinds"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +97,7 @@ def folds_of(
         base: Any = layer.base
         if not takes_corrections(base, bed.stack, references):
             continue
-        if kinds := _linear(base, parts.kinds[name]):
+        if kinds := linear_kinds(product_of(base), parts.kinds[name]):
             path = f"{bed.owner}/base" if bed.owner else "base"
             bias = None if base.bias is None else f"{path}/bias"
             found[name] = Fold(kinds, f"{path}/kernel", bias)
@@ -115,7 +121,7 @@ def folds_of(
     return found
 
 
-def _linear(base: Any, kinds: tuple[Blueprint, ...]) -> tuple[int, ...]:
+def linear_kinds(product: Product, kinds: tuple[Blueprint, ...]) -> tuple[int, ...]:
     """Indices of the blueprints that can be folded while the others may live."""
     if any(kind.reads == "layer" for kind in kinds):
         return ()
@@ -123,7 +129,7 @@ def _linear(base: Any, kinds: tuple[Blueprint, ...]) -> tuple[int, ...]:
     return tuple(
         i
         for i, kind in enumerate(kinds)
-        if takes(base, kind) and not (chunks and isinstance(kind, Adapter))
+        if product.takes(kind) and not (chunks and isinstance(kind, Adapter))
     )
 
 

@@ -44,6 +44,7 @@ __all__ = [
     "check_untraced",
     "recipe_for",
     "start",
+    "start_with",
     "tick",
     "update",
 ]
@@ -131,8 +132,6 @@ def start(recipe: Recipe, values: Arrays, key: Key[Array, ""]) -> Remembered:
     parts = recipe.parts
     params = {name: values[name] for name in parts.host_params()}
     policy, newborn = jax.random.split(key)
-    banks = parts.groups.join(parts.take_beds(values, "bank"))
-    seeds = parts.groups.join(parts.take_beds(values, "seeds"))
     state = GrowthState(
         step=jnp.zeros((), jnp.int32),
         ticks=jnp.zeros((), jnp.int32),
@@ -140,6 +139,20 @@ def start(recipe: Recipe, values: Arrays, key: Key[Array, ""]) -> Remembered:
         memory=recipe.policy.init(parts.shapes(), policy),
         monitor=start_monitor(recipe, params),
     )
+    return start_with(recipe, values, state)
+
+
+def start_with(recipe: Recipe, values: Arrays, growth: GrowthState) -> Remembered:
+    """What growth remembers beside a given state, where no slot has learned yet.
+
+    Args:
+      recipe: what the model is grown by.
+      values: of its variables, by name.
+      growth: of these layers, with any number of slots.
+    """
+    parts = recipe.parts
+    banks = parts.groups.join(parts.take_beds(values, "bank"))
+    seeds = parts.groups.join(parts.take_beds(values, "seeds"))
     moments = {
         name: recipe.bank_optimizer.init(flat_slots(bank))
         for name, bank in banks.items()
@@ -149,7 +162,7 @@ def start(recipe: Recipe, values: Arrays, key: Key[Array, ""]) -> Remembered:
         gains={key: jnp.zeros_like(s.gain) for key, s in seeds.items()},
         errors={key: jnp.zeros_like(s.errors) for key, s in seeds.items()},
     )
-    return Remembered(state, moments, sums)
+    return Remembered(growth, moments, sums)
 
 
 def check_loss(loss: Any) -> None:

@@ -22,6 +22,7 @@ from esper_jax.growth.beds import Bed, find_beds, group_layers, name_of
 from esper_jax.growth.state import Arrays, TrainState
 from esper_jax.layers.bed import SeedBed
 from esper_jax.lifecycle.grafting import Strategy
+from esper_jax.lifecycle.state import init_seeds
 from esper_jax.policy.interface import LayerShape
 from esper_jax.trees import is_key
 
@@ -149,6 +150,27 @@ class ModelParts:
         beds = {bed.path: bed for name, bed in self.beds.items() if name in layers}
         kinds = ("bank", "seeds", "probe")
         return [n for bed in beds.values() for k in kinds for n in bed.variables(k)]
+
+    def blank(self, slots: Mapping[str, int]) -> Arrays:
+        """Banks of zeros and dormant seeds, by variable, with a number of slots.
+
+        Args:
+          slots: of each layer; the same for all of a stack.
+        """
+        banks, seeds = dict[str, Any](), dict[str, Any]()
+        for layer, bed in self.beds.items():
+            n, count = len(bed.stack), slots[layer]
+            leaves = [_value(self.variables[v][1]) for v in bed.variables("bank")]
+            arrays = [
+                jnp.zeros((*bed.stack, count, *leaf.shape[n + 1 :]), leaf.dtype)
+                for leaf in leaves
+            ]
+            banks[bed.path] = jax.tree.unflatten(bed.bank[1], arrays)
+            seeds[bed.path] = jax.tree.map(
+                lambda x, stack=bed.stack: jnp.broadcast_to(x, (*stack, *x.shape)),
+                init_seeds(self.layouts[layer].num_seeds, count),
+            )
+        return {**self.put_beds("bank", banks), **self.put_beds("seeds", seeds)}
 
     def shapes(self) -> dict[str, LayerShape]:
         """What is fixed of each layer that can grow, for a policy."""

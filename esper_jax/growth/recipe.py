@@ -8,13 +8,13 @@ import numpy as np
 from jaxtyping import Int
 
 from esper_jax.blueprints import Bank
-from esper_jax.growth.folds import Fold, fold_fossils
+from esper_jax.growth.folds import Fold, Folded, fold_fossils
 from esper_jax.growth.parts import ModelParts
 from esper_jax.growth.reports import LayerReport
 from esper_jax.growth.state import Arrays
 from esper_jax.lifecycle.grafting import READS, Strategy
 from esper_jax.lifecycle.rules import LifecycleConfig
-from esper_jax.lifecycle.state import SeedState, coefficients
+from esper_jax.lifecycle.state import SeedState
 from esper_jax.optim import PerSlot
 from esper_jax.policy.interface import (
     SAMPLED,
@@ -71,19 +71,23 @@ class Recipe:
         }
 
     def for_slots(self, seeds: Mapping[str, SeedState]) -> Self:
-        """The recipe for as many slots as the layers have now.
+        """The recipe for as many slots as the seeds of the layers have."""
+        return self.for_capacity({name: s.capacity for name, s in seeds.items()})
+
+    def for_capacity(self, slots: Mapping[str, int]) -> Self:
+        """The recipe for a number of slots of each layer.
 
         `grow_capacity` may give layers of one group different numbers of slots. They
         are groups apart then, and the policy is made anew if it was made for groups.
 
         Args:
-          seeds: by layer.
+          slots: by layer.
         """
-        groups = self.parts.groups.apart({n: s.capacity for n, s in seeds.items()})
+        groups = self.parts.groups.apart(slots)
         if groups is self.parts.groups:
             return self
         beds = {
-            name: dataclasses.replace(bed, capacity=seeds[name].capacity)
+            name: dataclasses.replace(bed, capacity=slots[name])
             for name, bed in self.parts.beds.items()
         }
         parts = dataclasses.replace(self.parts, beds=beds, groups=groups)
@@ -94,6 +98,15 @@ class Recipe:
     def fold_weights(self) -> list[str]:
         """Names of the variables that fossils may be folded into."""
         return [name for fold in self.folds.values() for name in fold.weights]
+
+    def fold(
+        self,
+        seeds: Mapping[str, SeedState],
+        banks: Mapping[str, Bank],
+        weights: Arrays,
+    ) -> Folded:
+        """Folds the fossils that can be; see `fold_fossils`."""
+        return fold_fossils(self.parts, self.folds, seeds, banks, weights)
 
     def folded(
         self,
@@ -111,14 +124,9 @@ class Recipe:
           reports: of the tick, by layer.
         """
         weights = {name: values[name] for name in self.fold_weights}
-        found = fold_fossils(self.parts, self.folds, seeds, banks, weights)
+        found = self.fold(seeds, banks, weights)
         told = {
-            name: dataclasses.replace(
-                reports[name],
-                stage=found.seeds[name].stage,
-                alpha=coefficients(found.seeds[name])[0],
-                folded=which,
-            )
+            name: reports[name].with_folded(which)
             for name, which in found.which.items()
         }
         return {**seeds, **found.seeds}, found.weights, {**reports, **told}

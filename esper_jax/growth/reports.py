@@ -1,7 +1,9 @@
 """What a tick measured and did. A report leaves the device once a tick."""
 
+import dataclasses
 import enum
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt
 
 from esper_jax.layers.shown import LayerSeeds, html_of
 from esper_jax.lifecycle.signals import Signals
+from esper_jax.lifecycle.stages import Stage
 from esper_jax.lifecycle.state import SeedState
 from esper_jax.markup import number, text
 
@@ -71,6 +74,21 @@ class LayerReport(SeedMoves):
     health: Float[Array, "*S"] | None = None
     """See `SeedState.health`. `tick` always reports it."""
 
+    def with_folded(self, which: Bool[Array, "*S"]) -> Self:
+        """The report where some fossils became part of the layer's weights after it.
+
+        Args:
+          which: these; their seeds are dormant.
+        """
+        xp = np if isinstance(self.stage, np.ndarray) else jnp
+        dormant = xp.asarray(Stage.DORMANT, self.stage.dtype)
+        return dataclasses.replace(
+            self,
+            stage=xp.where(which, dormant, self.stage),
+            alpha=xp.where(which, xp.zeros_like(self.alpha), self.alpha),
+            folded=which,
+        )
+
 
 @struct.dataclass
 class TickReport:
@@ -90,6 +108,25 @@ class TickReport:
     """False if devices were found to have different states. Only looked for in debug
     mode."""
     layers: dict[str, LayerReport]
+
+    def with_folded(self, folded: Mapping[str, Bool[Array, "*S"]]) -> Self:
+        """The report where fossils became part of the weights after it.
+
+        Args:
+          folded: which seeds, of some layers, as ``fold`` of `GrowthFunctions` returns
+            them.
+
+        Raises:
+          ValueError: if the report has no such layer.
+        """
+        unknown = [name for name in folded if name not in self.layers]
+        if unknown:
+            raise ValueError(
+                f"folded: the report has no layer {unknown[0]!r}; its layers are "
+                f"{', '.join(map(repr, self.layers))}"
+            )
+        told = {name: self.layers[name].with_folded(f) for name, f in folded.items()}
+        return dataclasses.replace(self, layers={**self.layers, **told})
 
     def _repr_html_(self) -> str:
         return html_of(seeds_in_report(self), _head(self))

@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Collection
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -20,6 +21,7 @@ from esper_jax.growth.state import Arrays, GovernorMemory, GrowthState, TrainSta
 __all__ = ["others_of", "put_others", "remembered_of", "run_state", "values_in"]
 
 
+@jax.debug_nans(False)  # NaN is what was not measured
 def run_state(
     recipe: Recipe, remembered: Remembered, values: Arrays, others: Any
 ) -> TrainState:
@@ -66,6 +68,7 @@ def run_state(
     )
 
 
+@jax.debug_nans(False)  # NaN is what was not measured
 def remembered_of(
     recipe: Recipe, state: TrainState, measured: Collection[str]
 ) -> Remembered:
@@ -93,6 +96,7 @@ def remembered_of(
     return Remembered(growth, flat_slots(groups.stack(state.bank_opt)), sums)
 
 
+@jax.debug_nans(False)  # NaN is what was not measured
 def values_in(recipe: Recipe, state: TrainState) -> Arrays:
     """The values of the model's variables, by name, in the state of a run."""
     parts = recipe.parts

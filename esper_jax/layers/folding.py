@@ -7,7 +7,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 from flax import nnx
+from flax.linen import dtypes as linen_dtypes
 from flax.nnx.nn import dtypes
 from jaxtyping import Array
 
@@ -16,8 +18,11 @@ from esper_jax.layers.inputs import input_width
 
 __all__ = [
     "LinearPart",
+    "Product",
     "fold_branch",
     "fold_into",
+    "linen_product",
+    "product_of",
     "references_in",
     "takes",
     "takes_corrections",
@@ -92,22 +97,76 @@ def takes_corrections(
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """What decides which corrections the weights of a layer can take.
+
+    Args:
+      inputs: width of the input, if each row of the output comes from one row of it;
+        else None.
+      mixes: whether every feature is computed from the same inputs. Groups of a
+        convolution and masks keep them apart.
+      bias: whether there is a bias.
+    """
+
+    inputs: int | None
+    mixes: bool
+    bias: bool
+
+    def takes(self, blueprint: Blueprint) -> bool:
+        """Whether the weights can take the corrections of a blueprint."""
+        if isinstance(blueprint, Custom):
+            return False
+        if isinstance(blueprint, Adapter) and (
+            blueprint.reads == "layer" or self.inputs != blueprint.inputs
+        ):
+            return False
+        hidden = isinstance(blueprint, Adapter) or blueprint.expansion  # mixes features
+        if hidden and not (self.mixes and blueprint.activation == "identity"):
+            return False
+        return self.bias or not blueprint.bias
+
+
+def product_of(base: Any) -> Product:
+    """What a layer computes, which `takes_corrections`."""
+    return _product(base, input_width(base), base.bias is not None)
+
+
 def takes(base: Any, blueprint: Blueprint) -> bool:
     """Whether a layer that takes corrections takes those of a blueprint."""
-    if isinstance(blueprint, Custom):
-        return False
-    if isinstance(blueprint, Adapter) and (
-        blueprint.reads == "layer" or input_width(base) != blueprint.inputs
-    ):
-        return False
-    if isinstance(blueprint, Adapter) or blueprint.expansion:
-        # A hidden layer mixes features, which masks and groups of a Conv keep apart.
-        mixes = getattr(base, "feature_group_count", 1) == 1
-        if not mixes or getattr(base, "mask", None) is not None:
-            return False
-        if blueprint.activation != "identity":
-            return False
-    return base.bias is not None or not blueprint.bias
+    return product_of(base).takes(blueprint)
+
+
+def linen_product(base: Any, kernel: Any, bias: bool) -> Product | None:
+    """What a layer of Linen computes; None if its weights take no corrections.
+
+    Args:
+      base: the layer.
+      kernel: its kernel, or a shape.
+      bias: whether it has a bias.
+    """
+    product: tuple[Any, Any, Any]
+    match base:
+        case nn.Dense() if type(base) is nn.Dense:
+            own = base.dot_general, base.dot_general_cls
+            product = *own, jax.lax.dot_general
+        case nn.Conv() if type(base) is nn.Conv:
+            own = base.conv_general_dilated, base.conv_general_dilated_cls
+            product = *own, jax.lax.conv_general_dilated
+        case _:
+            return None
+    given, made, plain = product
+    if given not in (None, plain) or made is not None:
+        return None
+    if base.promote_dtype is not linen_dtypes.promote_dtype:
+        return None
+    x = jax.ShapeDtypeStruct(kernel.shape[-2:-1], kernel.dtype)
+    return _product(base, input_width(base, x), bias)
+
+
+def _product(base: Any, inputs: int | None, bias: bool) -> Product:
+    one = getattr(base, "feature_group_count", 1) == 1
+    return Product(inputs, one and getattr(base, "mask", None) is None, bias)
 
 
 def fold_into(base: Any, parts: list[LinearPart]) -> None:

@@ -1,7 +1,9 @@
 """Layers that can grow, for Flax Linen."""
 
 import contextvars
+import dataclasses
 import functools
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,7 +19,15 @@ from esper_jax.layers.output import Output, check_output, find_output, with_outp
 from esper_jax.lifecycle.packing import pack, unpack
 from esper_jax.lifecycle.state import SeedState
 
-__all__ = ["ChunkedLayer", "Growable", "beds_in", "read_seeds", "write_seeds"]
+__all__ = [
+    "ChunkedLayer",
+    "Growable",
+    "Met",
+    "beds_in",
+    "met_in",
+    "read_seeds",
+    "write_seeds",
+]
 
 
 class ChunkedLayer(nn.Module):
@@ -27,7 +37,8 @@ class ChunkedLayer(nn.Module):
     add three collections: ``bank`` (parameters of the blueprints; optimize it with
     `optim.per_slot`), ``seeds`` and ``probe`` (always 0; may be left out). Each holds
     one array a leaf. Make ``seeds`` mutable to collect statistics. The first call fixes
-    the width of the output.
+    the width of the output. ``apply`` takes as many slots as the collections have,
+    which may be fewer than ``options`` say: see `growth.linen_growth`.
 
     ``apply`` needs ``bank`` and ``seeds``, so keep them beside the parameters, as
     ``batch_stats`` are kept: in fields of a `TrainState` of your own. Transforms must
@@ -192,6 +203,11 @@ def _grow(
         features = y.shape[-1]
     options = bed.options or {}
 
+    if (met := _MET.get()) is not None:
+        place = _place(base.scope)
+        met.grown[place, type(base)] += 1
+        met.bases["/".join(_place(bed.scope))] = base, place
+
     def grow(y: Any) -> Any:
         x = input_of(base, args, kwargs, y.dtype)
         inputs = options.get("inputs", input_width(base, x))
@@ -216,10 +232,81 @@ def write_seeds(seeds: SeedState) -> dict[str, Any]:
     return pack(seeds)
 
 
-_FOUND: contextvars.ContextVar[dict[str, Any] | None] = contextvars.ContextVar(
-    "found", default=None
-)
-"""Where `beds_in` collects what makes the beds that are called, by path."""
+@dataclasses.dataclass
+class Met:
+    """What a call of a Linen model met that can grow; see `met_in`.
+
+    Paths are those of the beds.
+    """
+
+    makers: dict[str, Callable[..., SeedBed]] = dataclasses.field(default_factory=dict)
+    """What makes each bed, by path."""
+    bases: dict[str, tuple[nn.Module, tuple[str, ...]]] = dataclasses.field(
+        default_factory=dict
+    )
+    """The layer whose output each bed grows in, and the place of its variables."""
+    grown: Counter[Any] = dataclasses.field(default_factory=Counter)
+    """Calls that a bed grew in, by place and type of the layer."""
+    calls: Counter[Any] = dataclasses.field(default_factory=Counter)
+    """All calls of layers, by place and type."""
+
+    def beds(self, variables: Mapping[str, Any]) -> dict[str, SeedBed]:
+        """The beds by path, with the values and the slots that the variables have."""
+        flat = flatten_dict({name: variables[name] for name in ("bank", "seeds")})
+        beds = {}
+        for path, make in self.makers.items():
+            place = tuple(path.split("/"))
+            bed = beds[path] = make(rngs=nnx.Rngs(0))
+            for name in ("bank", "seeds"):
+                tree = getattr(bed, name)
+                arrays = {leaf: flat[name, *place, name, leaf] for leaf in tree.names}
+                tree.set_arrays(jax.tree.map(jnp.asarray, arrays))
+            stack = bed.seeds.get_value().stage.shape[:-1]
+            slots = bed.seeds.get_value().capacity
+            bed.probe.set_value(jnp.zeros((*stack, slots), jnp.float32))
+        return beds
+
+    def base(self, path: str) -> tuple[nn.Module, bool]:
+        """The layer that a bed grows in, and whether something else uses it, too."""
+        base, place = self.bases[path]
+        key = place, type(base)
+        beds = [p for p, (_, other) in self.bases.items() if other == place]
+        return base, len(beds) > 1 or self.calls[key] > self.grown[key]
+
+
+_MET: contextvars.ContextVar[Met | None] = contextvars.ContextVar("met", default=None)
+"""Where `met_in` collects what is called."""
+
+
+def met_in(call: Callable[[dict[str, Any]], Any], variables: Mapping[str, Any]) -> Met:
+    """What a call of a Linen model meets that can grow.
+
+    Args:
+      call: runs the model on the variables; only traced.
+      variables: as ``init`` returned them.
+
+    Raises:
+      ValueError: if the model calls nothing that can grow.
+    """
+    met = Met()
+
+    def count(next_call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        if (scope := context.module.scope) is not None:
+            met.calls[_place(scope), type(context.module)] += 1
+        return next_call(*args, **kwargs)
+
+    token = _MET.set(met)
+    try:
+        with nn.intercept_methods(count):
+            jax.eval_shape(call, dict(variables))
+    finally:
+        _MET.reset(token)
+    if not met.makers:
+        raise ValueError(
+            "call must run a model with layers that can grow, such as linen.Growable; "
+            "it met none"
+        )
+    return met
 
 
 def beds_in(
@@ -234,30 +321,7 @@ def beds_in(
     Raises:
       ValueError: if the model calls none.
     """
-    found: dict[str, Callable[..., SeedBed]] = {}
-    token = _FOUND.set(found)
-    try:
-        jax.eval_shape(call, dict(variables))
-    finally:
-        _FOUND.reset(token)
-    if not found:
-        raise ValueError(
-            "call must run a model with layers that can grow, such as linen.Growable; "
-            "it met none"
-        )
-    flat = flatten_dict({name: variables[name] for name in ("bank", "seeds")})
-    beds = {}
-    for path, make in found.items():
-        place = tuple(path.split("/"))
-        bed = beds[path] = make(rngs=nnx.Rngs(0))
-        for name in ("bank", "seeds"):
-            tree = getattr(bed, name)
-            arrays = {leaf: flat[name, *place, name, leaf] for leaf in tree.names}
-            tree.set_arrays(jax.tree.map(jnp.asarray, arrays))
-        stack = bed.seeds.get_value().stage.shape[:-1]
-        slots = bed.seeds.get_value().capacity
-        bed.probe.set_value(jnp.zeros((*stack, slots), jnp.float32))
-    return beds
+    return met_in(call, variables).beds(variables)
 
 
 class _Bed(nn.Module):
@@ -272,8 +336,8 @@ class _Bed(nn.Module):
         self._check_collections(starting)
         features, options = y.shape[-1], {"inputs": inputs, **(self.options or {})}
         make = functools.partial(SeedBed, features, self.num_seeds, **options)
-        if (found := _FOUND.get()) is not None:
-            found["/".join(_place(self.scope))] = make
+        if (met := _MET.get()) is not None:
+            met.makers["/".join(_place(self.scope))] = make
         held = [self.has_variable(name, name) for name in ("bank", "seeds")]
         if starting and not all(held):
             bed = make(rngs=nnx.Rngs(params=self.make_rng("params")))
@@ -285,7 +349,9 @@ class _Bed(nn.Module):
             value = self.variable(name, name, tree.get_arrays).value
             # Lifted transforms may give NumPy arrays, which no tracer can index.
             tree.set_arrays(jax.tree.map(jnp.asarray, value))
-        probe = jnp.zeros(bed.probe.shape, bed.probe.dtype)
+        # As many slots as the collections have, which may be fewer than were made.
+        slots = bed.seeds.get_value().seed_of_slot.shape
+        probe = jnp.zeros(slots, bed.probe.dtype)
         if starting or self.has_variable("probe", "probe"):
             probe = jnp.asarray(self.variable("probe", "probe", lambda: probe).value)
         bed.probe.set_value(probe)
