@@ -92,6 +92,23 @@ class Train(Command):
                 "--distributed"
             )
 
+    def _trained(self, config: Any, out: Path, stop: Any) -> dict[str, Any]:
+        from esper_jax.run.run import train_run
+
+        return train_run(
+            config,
+            out,
+            resume=self.resume,
+            allow_change=self.allow_change,
+            devices=self.devices,
+            profile=self.profile,
+            bus=self.bus,
+            serve=self.serve,
+            replay=self.replay,
+            remote=self.remote,
+            stop=stop,
+        )
+
     def run(self, stop: Any) -> int:
         import jax
 
@@ -100,7 +117,7 @@ class Train(Command):
         from esper_jax.run.config import ConfigError, load_config
         from esper_jax.run.features import Features
         from esper_jax.run.folder import RunFolder
-        from esper_jax.run.run import StoppedByCommand, train_run
+        from esper_jax.run.run import StoppedByCommand
 
         if jax.process_index():  # process 0 warns for all; errors are told by each
             logging.getLogger("esper_jax").setLevel(logging.ERROR)
@@ -129,19 +146,7 @@ class Train(Command):
             if self.serve and not jax.process_index():
                 print(f"watch it: esper-jax bus watch {out}", flush=True)
             try:
-                summary = train_run(
-                    config,
-                    out,
-                    resume=self.resume,
-                    allow_change=self.allow_change,
-                    devices=self.devices,
-                    profile=self.profile,
-                    bus=self.bus,
-                    serve=self.serve,
-                    replay=self.replay,
-                    remote=self.remote,
-                    stop=stop,
-                )
+                summary = self._trained(config, out, stop)
             except KeyboardInterrupt:
                 raise KeyboardInterrupt(_how_to_go_on(out)) from None
             except StoppedByCommand as stopped:
