@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -11,8 +12,10 @@ from flax import nnx
 from test_own_loops import POLICY, QUICK, X, Y, pair_loss
 
 from esper_jax import Governor, Growth, build, fit, harvest, make_growable
+from esper_jax.blueprints import group, lora, neurons
 from esper_jax.growth import growth_functions
 from esper_jax.lifecycle.stages import Stage
+from esper_jax.policy import TrialConfig, trial, trial_lives
 from esper_jax.trees import state_hash
 
 SGD = optax.sgd(0.05, momentum=0.9)  # Adam itself promotes: decay**count
@@ -191,3 +194,57 @@ def test_debug_nans_tells_which_parameter_became_nan():
         pytest.raises(FloatingPointError, match=r"parameter 'a/base/.*' became NaN"),
     ):
         program.step(state, (x, Y))
+
+
+def trial_life(blueprints, incubation):
+    """A trial of adapters, what it keeps to the end, folded where it can be."""
+    rngs, x = nnx.Rngs(0), np.float32(X[:9])
+    y = np.sin(x @ np.ones((x.shape[-1], 3), np.float32))
+    model = nnx.Sequential(
+        nnx.Linear(x.shape[-1], 6, rngs=rngs), nnx.relu, nnx.Linear(6, 3, rngs=rngs)
+    )
+    options = {"blueprints": blueprints, "incubation": incubation, "rngs": rngs}
+    make_growable(model, nnx.Linear, 2, capacity=2, **options)
+    anything = -np.inf
+    growth = Growth(
+        model,
+        SGD,
+        wrt=nnx.Param,
+        policy=trial(TrialConfig(ticks=1, budget=60, rent=anything)),
+        lifecycle_config=trial_lives(
+            tuning=1,
+            cull_delta=anything,
+            min_improvement=anything,
+            fold="trained" if incubation == "task" else "never",
+        ),
+    )
+
+    def loss(model):
+        return jnp.mean((model(x) - y) ** 2)
+
+    @nnx.jit
+    def step(model, growth):
+        value, grads = nnx.value_and_grad(loss, argnums=growth.argnums)(model)
+        growth.update(model, grads, loss=value)
+
+    measure, stages = nnx.jit(loss), []
+    for _ in range(9):
+        step(model, growth)
+        report = growth.tick(model, measure)
+        stages += [int(s) for layer in report.layers.values() for s in layer.stage]
+    return state_hash(nnx.state(model)), stages
+
+
+@pytest.mark.parametrize(
+    ("blueprints", "incubation"),
+    [
+        ([lora(rank=2, start="gradient")], "task"),
+        ([group(hidden=3)], "reconstruction"),
+        ([neurons(hidden=3)], "bounded"),
+    ],
+)
+def test_a_trial_of_adapters_under_strict_flags_is_the_same(blueprints, incubation):
+    plain = trial_life(blueprints, incubation)
+    assert Stage.FOSSILIZED in plain[1] or Stage.FINE_TUNING in plain[1]
+    with flags(STRICT):
+        assert trial_life(blueprints, incubation) == plain

@@ -82,7 +82,7 @@ def collected(
         squares = jnp.sum(bank.custom[kind.name]["w1"] ** 2, axis=(-2, -1))
         squares /= ticks**2
         total += jnp.sum(jnp.where(mine, squares, 0)) / kind.scaling**2
-        columns += kind.hidden * jnp.sum(mine)
+        columns += kind.hidden * jnp.sum(mine).astype(jnp.float32)
     return jnp.where(columns > 0, total / jnp.maximum(columns, 1), jnp.nan)
 
 
@@ -149,7 +149,7 @@ def _directions(
     for sketch, mine in sketches:
         hidden, order = sketch.shape[-1], jnp.cumsum(mine) - 1
         # Fewer directions than columns, if the input is narrow: begin again.
-        column = first + order[:, None] * hidden + jnp.arange(hidden)
+        column = first + order[:, None] * hidden + jnp.arange(hidden)[None]
         found.append(jnp.swapaxes(u[:, column % u.shape[1]], 0, 1))
         first += hidden * jnp.sum(mine)
     return found

@@ -245,8 +245,9 @@ def _rate(
         newborn = {n: s.stage == Stage.GERMINATED for n, s in seeds.items()}
         parts = {n: jnp.cumsum(new, axis=-1) for n, new in newborn.items()}
         energy = groups.flat({n: s.weight_gradient for n, s in seen.signals.items()})
-        offers = energy / jnp.maximum(groups.flat(parts), 1)
-    return jnp.where(which, offers / jnp.maximum(_costs(seen), 1), jnp.nan)
+        offers = energy / jnp.maximum(groups.flat(parts), 1).astype(energy.dtype)
+    costs = jnp.maximum(_costs(seen), 1).astype(offers.dtype)
+    return jnp.where(which, offers / costs, jnp.nan)
 
 
 def _costs(seen: Seen) -> Int[Array, " P"]:

@@ -114,7 +114,7 @@ class AdapterSlots:
             z = self._into(x.astype(dtype), w1.astype(dtype))
         if bias is not None:
             z += jnp.einsum("d,kdh->kh", bias.astype(w1.dtype), w1)
-        return z + self.params["b1"] if "b1" in self.params else z
+        return z + self.params["b1"][None] if "b1" in self.params else z
 
     def hidden(self, x: Any, dtype: Any, bias: Any = None) -> Float[Array, "N K H"]:
         """The hidden units of each slot, in ``dtype``."""
@@ -227,7 +227,8 @@ class AdapterSlots:
         if "b2" in p:
             d["w2"] += sums[:, :, None] * p["b2"][:, None, :]
             d["b2"] = jnp.einsum("kh,khf->kf", sums, p["w2"]) + rows * p["b2"]
-        own = jnp.einsum("nkh,khg->nkg", hidden.astype(outer.dtype), outer) + with_bias
+        own = jnp.einsum("nkh,khg->nkg", hidden.astype(outer.dtype), outer)
+        own += with_bias[None]
         return {name: scale * leaf for name, leaf in d.items()}, scale * own
 
     def _to_first(self, x: Any, d: Float[Array, "N K H"], w1: Array) -> Array:

@@ -41,7 +41,10 @@ class Product(NamedTuple):
     def value(self) -> Float[Array, "N F"]:
         """The array itself, in the dtype of the sums."""
         of = wide(self.left)
-        return jnp.matmul(self.left, self.right, preferred_element_type=of) + self.row
+        return (
+            jnp.matmul(self.left, self.right, preferred_element_type=of)
+            + self.row[None]
+        )
 
 
 class RowsProduct(Protocol):
