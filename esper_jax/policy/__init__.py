@@ -12,7 +12,8 @@ from esper_jax.policy.learned import (
 )
 from esper_jax.policy.learned_file import PolicyFileError
 from esper_jax.policy.memory import ControllerMemory, Reason, init_memory
-from esper_jax.policy.trial import TrialConfig, TrialMemory, trial, trial_lives
+from esper_jax.policy.trial import TrialMemory, trial
+from esper_jax.policy.trial_config import TrialConfig, trial_lives
 
 __all__ = [
     "ControllerConfig",

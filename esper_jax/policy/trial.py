@@ -7,11 +7,9 @@ them learns, by the gradient of the kernel that it stands beside. The best withi
 budget stay.
 """
 
-import dataclasses
 import functools
-import math
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +19,6 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from esper_jax.blueprints import living_parameters
 from esper_jax.groups import Groups
 from esper_jax.lifecycle.commands import Commands
-from esper_jax.lifecycle.grafting import GraftConfig
 from esper_jax.lifecycle.rules import LifecycleConfig, gates_pass, minimum_epochs
 from esper_jax.lifecycle.signals import Signals
 from esper_jax.lifecycle.stages import NO_REQUEST, Stage
@@ -30,70 +27,9 @@ from esper_jax.policy.germination import Seen
 from esper_jax.policy.interface import LayerShape, Policy, PolicyFactory, Setting
 from esper_jax.policy.memory import Reason
 from esper_jax.policy.places import by_seed
+from esper_jax.policy.trial_config import TrialConfig, check_gates
 
-__all__ = ["TrialConfig", "TrialMemory", "trial", "trial_lives"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TrialConfig:
-    """Numbers of a trial; hashable unless the budget is an array.
-
-    Args:
-      judge: what decides which parts are kept. ``"worth"``: the loss without each,
-        after ``ticks``. ``"gradient"``: of newborns with ``start="gradient"``, the
-        squared norm of the gradient of the layer's kernel, divided by how many parts
-        the layer has with it. ``"random"``: nothing, of newborns; for comparison.
-      ticks: how long parts count and learn together before they are judged by worth,
-        or before those that are judged already settle.
-      budget: most parameters that are kept; -1 for no limit. An integer scalar array
-        may be traced, so that one program serves several budgets.
-      rent: what ``judge`` measures that a part must have for each of its parameters to
-        be kept; for worth, in units of the held-out loss. What offers nothing, or
-        less, is not kept either; with minus infinity, the best are, whatever they
-        offer, as far as the budget goes.
-      blueprint: index of the blueprint that is tried.
-      share: of the places that are tried, drawn at random; above 0, at most 1.
-
-    Raises:
-      ValueError: naming the field that is out of its range.
-    """
-
-    judge: Literal["worth", "gradient", "random"] = "worth"
-    ticks: int = 8
-    budget: int | Int[Array, ""] = -1
-    rent: float = 0.0
-    blueprint: int = 0
-    share: float = 1.0
-
-    def __post_init__(self) -> None:
-        judges = get_args(type(self).__annotations__["judge"])
-        if self.judge not in judges:
-            raise ValueError(f"judge must be one of {judges}, got {self.judge!r}")
-        for name, least in (("ticks", 1), ("budget", -1), ("blueprint", 0)):
-            value = getattr(self, name)
-            if name == "budget" and _is_whole_array(value):
-                continue
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            if not whole or not least <= value < 2**31:
-                raise ValueError(
-                    f"{name} must be an int from {least} to {2**31 - 1}, got {value!r}"
-                )
-        if not (0 <= self.rent < math.inf or self.rent == -math.inf):
-            raise ValueError(
-                "rent must be finite and at least 0, or minus infinity; got "
-                f"{self.rent!r}"
-            )
-        if not 0 < self.share <= 1:
-            raise ValueError(f"share must be above 0 and at most 1, got {self.share!r}")
-
-
-def _is_whole_array(value: Any) -> bool:
-    """Whether it is an integer scalar of JAX's, perhaps traced."""
-    return (
-        isinstance(value, jax.Array)
-        and not value.shape
-        and jnp.issubdtype(value.dtype, jnp.integer)
-    )
+__all__ = ["TrialMemory", "trial"]
 
 
 @struct.dataclass
@@ -111,31 +47,6 @@ class TrialMemory:
     """Random key of the places."""
     reason: Int[Array, ""]
     """`Reason` of the last tick, int8."""
-
-
-def trial_lives(*, tuning: int = 100, **fields: Any) -> LifecycleConfig:
-    """Ages and gates that leave the judging to a trial.
-
-    Parts count in full from the start, and no gate asks for more than a worth that is
-    not below 0.
-
-    Args:
-      tuning: ticks for which what is kept learns on before it becomes a fossil.
-      **fields: of `LifecycleConfig`, to be other than that.
-    """
-    ages = [0] * len(Stage)
-    ages[Stage.FINE_TUNING] = tuning
-    lenient = {
-        "min_epochs": tuple(ages),
-        "reconstruction_threshold": math.inf,
-        "min_stability": -math.inf,
-        "min_final_stability": -math.inf,
-        "cull_delta": 0.0,
-        "min_improvement": 0.0,
-        "worth_window": 1,
-        "grafting": GraftConfig(ramp_duration=1, min_alpha=1.0),
-    }
-    return LifecycleConfig(**{**lenient, **fields})
 
 
 def trial(config: TrialConfig | None = None) -> PolicyFactory:
@@ -160,17 +71,20 @@ def trial(config: TrialConfig | None = None) -> PolicyFactory:
       A function that makes the policy for a model. It raises ValueError if a layer has
       no such blueprint, and its ``init`` if one has fewer slots than seeds.
     """
-    numbers = config or TrialConfig()
+    if not isinstance(config, TrialConfig | None):
+        raise TypeError(f"config must be a TrialConfig, got {config!r}")
+    own = config or TrialConfig()
 
     def make(setting: Setting) -> Policy:
-        _check(setting, numbers)
+        _check(setting, own)
         groups = setting.groups or Groups.alone(tuple(setting.layers))
         shapes_of = {k: setting.layers[g.layers[0]] for k, g in groups.of.items()}
         costs = {key: shape.costs for key, shape in shapes_of.items()}
         aims = {key: shape.aims or (False,) for key, shape in shapes_of.items()}
 
         def init(shapes: Mapping[str, LayerShape], key: Key[Array, ""]) -> TrialMemory:
-            _check_room(shapes, numbers)  # afterwards slots may be given back
+            _check_room(shapes, own)  # afterwards slots may be given back
+            check_gates(setting.gates)
             return TrialMemory(
                 begun=jnp.asarray(False),
                 judged=jnp.asarray(False),
@@ -184,7 +98,7 @@ def trial(config: TrialConfig | None = None) -> PolicyFactory:
             memory: TrialMemory,
         ) -> tuple[dict[str, Commands], TrialMemory]:
             seen = Seen(groups, seeds, signals, costs)
-            return _decide(seen, memory, numbers, (setting.gates, aims))
+            return _decide(seen, memory, own, (setting.gates, aims))
 
         return Policy(init, decide, reads=frozenset(), stacked=True)
 

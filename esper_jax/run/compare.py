@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from esper_jax.data import Dataset
 from esper_jax.policy.config import ControllerConfig
-from esper_jax.policy.trial import TrialConfig
+from esper_jax.policy.trial_config import TrialConfig
 from esper_jax.run.build import build_run
 from esper_jax.run.config import RunConfig
 from esper_jax.train.scan import scan_fit

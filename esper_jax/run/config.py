@@ -17,7 +17,7 @@ from esper_jax.lifecycle.stages import Incubation, Stage
 from esper_jax.monitor.config import MonitorConfig
 from esper_jax.policy.config import ControllerConfig
 from esper_jax.policy.learned import LearnedConfig, learned_lives
-from esper_jax.policy.trial import TrialConfig, trial_lives
+from esper_jax.policy.trial_config import TrialConfig, trial_lives
 from esper_jax.run.building import built
 from esper_jax.run.features import Features
 from esper_jax.run.overrides import set_key
