@@ -1,5 +1,6 @@
 """Which layers' inputs blueprints can read."""
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -59,10 +60,19 @@ def input_of(
       kwargs: of its call.
       dtype: of its output.
     """
-    x: Any = args[0] if args else next(iter(kwargs.values()), None)
+    x: Any = args[0] if args else _first(base, kwargs)
     if isinstance(base, nnx.Embed | nn.Embed) or not hasattr(x, "dtype"):
         return x
     return x if jnp.issubdtype(x.dtype, jnp.floating) else jnp.asarray(x, dtype)
+
+
+def _first(base: Any, kwargs: Mapping[str, Any]) -> Any:
+    """What a call by keywords gives for the first parameter of a layer.
+
+    If the signature does not tell which that is, the first keyword is taken for it.
+    """
+    named = list(inspect.signature(base).parameters)[:1]
+    return next((kwargs[n] for n in (*named, *kwargs) if n in kwargs), None)
 
 
 def check_readers(blueprints: Any, inputs: int | None, base: Any) -> None:
