@@ -75,6 +75,16 @@ def names() -> list[str]:
 
 LAYERS = [
     (lambda r: nnx.Conv(6, 11, (1, 1), rngs=r), X.reshape(2, 4, 4, 6), True),
+    (
+        lambda r: nnx.Conv(6, 11, (1, 1), padding=0, strides=1, rngs=r),
+        X.reshape(2, 4, 4, 6),
+        True,
+    ),
+    (
+        lambda r: nnx.Conv(6, 11, (1,), padding=((0, 0),), rngs=r),
+        X.reshape(2, 16, 6),
+        True,
+    ),
     (lambda r: nnx.LinearGeneral(6, 11, rngs=r), X.reshape(2, 16, 6), False),
     (lambda r: nnx.Embed(9, 11, rngs=r), np.arange(12).reshape(3, 4) % 9, False),
 ]

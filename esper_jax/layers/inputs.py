@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax import nnx
 
@@ -112,5 +113,7 @@ def _by_position(base: Any) -> bool:
         for n in ([each] if each is None or isinstance(each, int) else each)
         if n is not None
     )
-    padded = not isinstance(base.padding, str)
+    padding = base.padding
+    # By name, a kernel of 1 is never padded; by number, 0 or pairs of 0 are none.
+    padded = not isinstance(padding, str) and np.any(np.asarray(padding) != 0)
     return alone and base.feature_group_count == 1 and not padded
