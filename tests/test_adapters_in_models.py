@@ -24,6 +24,7 @@ from esper_jax.blueprints import Adapter, group, lora, neurons, param_counts
 from esper_jax.hosts import MLP
 from esper_jax.layers import ChunkedLayer, CorrectedLayer, SeedBed, linen
 from esper_jax.lifecycle.stages import Stage
+from esper_jax.policy import TrialConfig, trial, trial_lives
 from esper_jax.policy.config import ControllerConfig
 
 KINDS = (group(hidden=3), neurons(hidden=2), lora(rank=2, scaling=0.5), "low_rank")
@@ -74,6 +75,16 @@ def names() -> list[str]:
 
 LAYERS = [
     (lambda r: nnx.Conv(6, 11, (1, 1), rngs=r), X.reshape(2, 4, 4, 6), True),
+    (
+        lambda r: nnx.Conv(6, 11, (1, 1), padding=0, strides=1, rngs=r),
+        X.reshape(2, 4, 4, 6),
+        True,
+    ),
+    (
+        lambda r: nnx.Conv(6, 11, (1,), padding=((0, 0),), rngs=r),
+        X.reshape(2, 16, 6),
+        True,
+    ),
     (lambda r: nnx.LinearGeneral(6, 11, rngs=r), X.reshape(2, 16, 6), False),
     (lambda r: nnx.Embed(9, 11, rngs=r), np.arange(12).reshape(3, 4) % 9, False),
 ]
@@ -295,6 +306,52 @@ def test_a_layer_that_takes_integers_takes_them_with_adapters_too() -> None:
     x = np.arange(12).reshape(2, 6)
     np.testing.assert_array_equal(layer(x), layer(x.astype(np.float32)))
     close(harvest(nnx.List([layer]))[0](x), layer(x))
+
+
+def test_a_layer_called_by_keywords_is_read_whatever_their_order() -> None:
+    rngs = nnx.Rngs(0)
+    layer = ChunkedLayer(
+        nnx.Linear(6, 8, rngs=rngs), 2, blueprints=[neurons(hidden=2)], rngs=rngs
+    )
+    grow(layer.bed, fossils("neurons"))
+    layer.eval()
+    plain = harvest(nnx.List([layer]))[0]
+    close(layer(out_sharding=None, inputs=X), layer(X))
+    close(plain(out_sharding=None, inputs=X), layer(X))
+
+
+def test_a_frozen_host_in_evaluation_mode_keeps_its_batch_statistics() -> None:
+    """What grows learns there as well; in training mode averages would move."""
+    rngs = nnx.Rngs(0)
+    model = nnx.Sequential(
+        nnx.Linear(6, 8, rngs=rngs), nnx.BatchNorm(8, rngs=rngs), nnx.relu
+    )
+    model.eval()
+    before, host = np.asarray(model(X)), jax.tree.map(np.asarray, nnx.state(model))
+    bed = {"blueprints": [lora(rank=1, start="gradient")], "rngs": rngs}
+    make_growable(model, nnx.Linear, 2, **bed)
+    growth = Growth(
+        model,
+        optax.adam(2e-2),
+        wrt=None,
+        policy=trial(TrialConfig(ticks=1)),
+        lifecycle_config=trial_lives(),
+    )
+
+    def loss_fn(m: Any) -> Any:
+        return jnp.mean((m(X) - 1) ** 2)
+
+    for _ in range(6):
+        grads = nnx.grad(loss_fn, argnums=growth.argnums)(model)
+        growth.update(model, grads)
+        growth.tick(model, loss_fn)
+    assert float(loss_fn(model)) < np.mean((before - 1) ** 2) - 1e-3
+    state = nnx.state(model, nnx.Any(nnx.Param, nnx.BatchStat))
+    jax.tree.map(
+        np.testing.assert_array_equal, jax.tree.leaves(host), jax.tree.leaves(state)
+    )
+    model.set_attributes(ChunkedLayer, enabled=False)
+    same_bits(model(X), before)
 
 
 def test_a_convolution_read_through_inputs_is_not_folded() -> None:

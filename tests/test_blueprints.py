@@ -151,7 +151,8 @@ def test_a_registered_blueprint_is_found_by_its_name() -> None:
         (["noop"] * 128, ValueError, "got 128"),
         (["nop"], ValueError, "unknown blueprint 'nop'; expected one of .*affine"),
         ("noop", TypeError, r"write \['noop'\]"),
-        ([bp.noop], TypeError, "blueprints must hold names, Dense, Custom or Adapter"),
+        ([bp.noop], TypeError, "names, Dense, Custom or Adapter.*; call it, as in"),
+        (bp.lora(), TypeError, "blueprints must be a sequence .*write \\[Adapter"),
         ([GATE, GATE], ValueError, "two blueprints are named 'gate'"),
     ],
 )
@@ -170,6 +171,10 @@ def test_bad_lists_of_blueprints_are_refused(
         (lambda: bp.residual_mlp(expansion=float("nan")), "expansion must be"),
         (lambda: bp.bottleneck(reduction=0), "reduction must be above 0, got 0"),
         (lambda: bp.low_rank(reduction=-2), "reduction must be above 0, got -2"),
+        (lambda: bp.lora(rank=0), "rank must be an int, at least 1 unit; got 0"),
+        (lambda: bp.lora(rank=True), "rank must be an int, at least 1 unit; got True"),
+        (lambda: bp.lora(scaling="a"), "scaling must be a finite number"),  # type: ignore[arg-type]
+        (lambda: bp.group(hidden=1.0), "hidden must be an int"),  # type: ignore[arg-type]
     ],
 )
 def test_bad_numbers_are_refused(make: Any, match: str) -> None:

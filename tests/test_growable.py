@@ -391,6 +391,27 @@ def test_a_stack_that_does_not_fit_is_refused_before_anything_changes(
     assert nnx.graphdef(model) == before
 
 
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda r: nnx.LinearGeneral(6, (2, 6), rngs=r),
+        lambda r: nnx.LinearGeneral((2, 3), 6, axis=(-2, -1), rngs=r),
+        lambda r: nnx.Einsum("ab,bc->ac", (6, 6), (6,), rngs=r),
+    ],
+    ids=["LinearGeneral", "of two axes", "Einsum"],
+)
+def test_stacks_of_products_are_known_by_their_shapes(layer):
+    """As those of attention are, in a stack of blocks for `nnx.scan`."""
+    one = nnx.Dict(layer=layer(nnx.Rngs(0)))
+    make_growable(one, "layer", 2, features=6, rngs=nnx.Rngs(0))
+    make = nnx.vmap(layer, in_axes=(0,), out_axes=0)
+    several = nnx.Dict(layer=nnx.split_rngs(splits=3)(make)(nnx.Rngs(0)))
+    with pytest.raises(ValueError, match=r"stack must be given.*pass stack=3"):
+        make_growable(several, "layer", 2, features=6, rngs=nnx.Rngs(0))
+    make_growable(several, "layer", 2, features=6, stack=3, rngs=nnx.Rngs(0))
+    assert several.layer.bed.probe.shape == (3, 2)
+
+
 class Ensemble(nnx.Module):
     """Two stacks of two blocks under `nnx.vmap`; the mean of their outputs."""
 

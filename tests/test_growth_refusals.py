@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 from test_own_loops import POLICY, QUICK, Layers, X, Y, pair_loss
 
-from esper_jax import Growth, build, make_growable
+from esper_jax import Growth, Strategy, build, grow_capacity, make_growable
 from esper_jax.policy.heuristic import heuristic
 from esper_jax.policy.interface import LayerShape, Setting
 
@@ -89,7 +89,8 @@ def test_no_gradients() -> None:
         pytest.param((1.0, 2.0, 3.0), ["3|three"], id="three"),
         pytest.param({"loss": 1.0}, ["dict"], id="dictionary"),
         pytest.param("1.0", ["str"], id="string"),
-        pytest.param(None, ["None"], id="nothing"),
+        pytest.param(None, ["None", r"got \w+\."], id="nothing"),
+        pytest.param([1.0, 2.0], ["got list"], id="list"),
     ],
 )
 def test_results_of_evaluate(result: Any, words: list[str]) -> None:
@@ -212,3 +213,89 @@ def test_gradients_that_no_growable_layer_has_are_not_waited_for(wrt: Any) -> No
 LAYER = {
     "a": LayerShape(num_seeds=2, capacity=2, costs=np.ones((1, 2), np.int32)),
 }
+
+
+def test_a_frozen_host_has_no_norm_of_gradients_to_wait_for() -> None:
+    """It would read as 0, at which `GRAD_NORM_GATED` never lets anything count."""
+    model, _ = made()
+    reads = {"controller_config": dataclasses.replace(POLICY, how="conditions")}
+    with Unchanged(model, words=["policy reads grad_norm", "frozen", "how='fixed'"]):
+        Growth(model, optax.adam(1e-2), wrt=None, **reads)
+    Growth(model, optax.adam(1e-2), **reads)
+    gated = Layers()
+    strategy = Strategy.GRAD_NORM_GATED
+    make_growable(gated, "a", 2, strategy=strategy, rngs=nnx.Rngs(5))
+    for make in (
+        lambda: Growth(gated, optax.adam(1e-2), wrt=None),
+        lambda: build(gated, optax.sgd(0.1), optax.sgd(0.1), wrt=None),
+    ):
+        with Unchanged(gated, words=["GRAD_NORM_GATED", "frozen", "another strategy"]):
+            make()
+    Growth(gated, optax.adam(1e-2))
+
+
+def test_a_host_that_trains_by_path_has_gradients() -> None:
+    """The filter finds the layer's seeds, too, which are integers."""
+    model, _ = made()
+    growth = Growth(model, optax.adam(1e-2), wrt=nnx.PathContains("a"))
+    found = {path for path, _ in nnx.to_flat_state(gradients(model, growth))}
+    assert ("a", "base", "kernel") in found
+    assert not any("seeds" in path for path in found)
+    growth.update(model, gradients(model, growth))
+
+
+def test_the_same_layers_of_other_shapes() -> None:
+    model, growth = made()
+    other = Layers()
+    make_growable(other, "a", 3, rngs=nnx.Rngs(5))
+    own = Growth(other, optax.adam(1e-2))
+    grads = gradients(other, own)
+    words = ["^model", "a/bed/", "shape", "made for"]
+    with Unchanged(other, growth, words=words):
+        growth.update(other, grads)
+    with Unchanged(other, growth, words=words):
+        growth.tick(other, lambda model: pair_loss(model, BATCH))
+    grow_capacity(model, 1, rngs=nnx.Rngs(0))
+    with Unchanged(model, growth, words=[*words, "grow_capacity"]):
+        growth.tick(model, lambda model: pair_loss(model, BATCH))
+
+
+def test_an_evaluate_that_is_no_function_or_is_traced() -> None:
+    model, growth = made()
+    words = ["^evaluate must be a function", "0.5"]
+    with Unchanged(model, growth, words=words, kind=TypeError):
+        growth.tick(model, 0.5)  # type: ignore[arg-type]
+
+    @jax.jit
+    def run(x: Any) -> None:  # the model is closed over: what it computes is traced
+        growth.tick(model, lambda model: pair_loss(model, (x, Y)))
+
+    with Unchanged(model, growth, words=["^tick", "between steps", "jit"]):
+        run(X)
+
+
+def test_gradients_are_accumulated_by_optax_multi_steps() -> None:
+    """Four steps of a quarter of the rows are one of all of them."""
+    ends = []
+    for parts in (1, 4):
+        model, _ = made()
+        optimizer: Any = optax.sgd(0.1)
+        if parts > 1:
+            optimizer = optax.MultiSteps(optimizer, parts)
+        growth = Growth(
+            model, optimizer, lifecycle_config=QUICK, controller_config=POLICY
+        )
+        for _ in range(2):  # a seed is in TRAINING after two ticks
+            growth.update(model, gradients(model, growth))
+            growth.tick(model, lambda model: pair_loss(model, BATCH))
+        size = len(X) // parts
+        for i in range(parts):
+            rows = X[i * size : (i + 1) * size], Y[i * size : (i + 1) * size]
+            growth.update(
+                model, nnx.grad(pair_loss, argnums=growth.argnums)(model, rows)
+            )
+        ends.append(numbers(model.a.bed.bank))
+    fresh = numbers(made()[0].a.bed.bank)
+    assert any(np.any(a != b) for a, b in zip(fresh, ends[0], strict=True))
+    for a, b in zip(*ends, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)

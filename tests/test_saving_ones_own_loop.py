@@ -11,10 +11,12 @@ from flax import nnx
 from test_own_loops import CLASSES, HIDDEN, POLICY, QUICK, WIDTH, X, Y, cross_entropy
 
 from esper_jax import Growth, Stage, make_growable
+from esper_jax.blueprints import lora
 from esper_jax.checkpoint import Checkpointer, CheckpointError
 from esper_jax.checkpoint.host_leaves import flatten
 from esper_jax.growth import TrainState
 from esper_jax.migrations.chain import CURRENT, SCHEMAS
+from esper_jax.policy import trial, trial_lives
 from esper_jax.policy.interface import SAMPLED
 from esper_jax.train import Passes
 
@@ -182,3 +184,39 @@ def test_what_does_not_fit_is_refused_and_nothing_changes(tmp_path: Any) -> None
             checkpoints.restore(growth.run_state(other))
     after = nnx.to_pure_dict(nnx.state(loop.model, nnx.Param))
     jax.tree.map(np.testing.assert_array_equal, after, before)
+
+
+def made(width: int = 8, seeds: int = 2, **options: Any) -> tuple[Any, Growth]:
+    model = nnx.List([nnx.Linear(4, width, rngs=nnx.Rngs(0))])
+    blueprints = [options.pop("blueprint", lora(rank=1))]
+    rngs = nnx.Rngs(0)
+    make_growable(model, nnx.Linear, seeds, blueprints=blueprints, rngs=rngs)
+    return model, Growth(
+        model, options.pop("optimizer", optax.adam(0.1)), wrt=None, **options
+    )
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"width": 6}, r"state.rest.*base.* must have shape \(8,\).*got \(6,\)"),
+        ({"seeds": 3}, r"state\..* must .*as in this loop; got"),
+        ({"blueprint": lora(rank=2)}, "state.banks.*Make the blueprints as"),
+        ({"optimizer": optax.sgd(0.1)}, "state.bank_opt must have.*make the optimizer"),
+        (
+            {"policy": trial(), "lifecycle_config": trial_lives()},
+            "state.memory must have.*make the policy as it was",
+        ),
+    ],
+    ids=["width", "seeds", "blueprint", "optimizer", "policy"],
+)
+def test_a_state_of_another_loop_is_refused(other: Any, message: str) -> None:
+    model, growth = made()
+    different, its_own = made(**other)
+    before = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(model)))
+    with pytest.raises(ValueError, match=message):
+        growth.go_on(its_own.run_state(different), model)
+    with pytest.raises(ValueError, match="state must be a TrainState"):
+        growth.go_on(None, model)  # type: ignore[arg-type]
+    after = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(model)))
+    jax.tree.map(np.testing.assert_array_equal, before, after)

@@ -121,6 +121,23 @@ def test_slots_are_given_back_and_no_value_changes(tmp_path: Any) -> None:
     assert float(loss_fn(small.model)) < float(jnp.mean((out - Y) ** 2))
 
 
+def test_a_state_of_fewer_slots_goes_on_without_a_checkpointer() -> None:
+    """Layers of one shape have different numbers of slots in it."""
+    budget = {"policy": trial(TrialConfig(ticks=1, budget=36))}
+    small, fresh = (
+        Loop(lifecycle_config=trial_lives(tuning=4), **budget) for _ in range(2)
+    )
+    small.ticks(7)
+    small.growth.shrink(small.model)
+    state = small.growth.run_state(small.model)
+    assert len({seeds.capacity for seeds in state.seeds.values()}) == 2
+    fresh.growth.go_on(state, fresh.model)
+    losses = [float(loop.ticks(2).loss) for loop in (small, fresh)]
+    assert losses[0] == losses[1]
+    hashes = [state_hash(x.growth.run_state(x.model)) for x in (small, fresh)]
+    assert hashes[0] == hashes[1]
+
+
 def test_a_policy_that_may_let_something_be_born_keeps_its_slots() -> None:
     loop = Loop(policy=heuristic())
     loop.growth.tick(loop.model, lambda m: 1.0)

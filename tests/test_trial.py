@@ -175,11 +175,31 @@ def test_slots_can_be_given_back() -> None:
         ({"blueprint": True}, "blueprint must be an int from 0"),
         ({"rent": -1.0}, "rent must be finite and at least 0"),
         ({"share": 0}, "share must be above 0 and at most 1"),
+        ({"share": "1"}, "share must be a number, got '1'"),
+        ({"rent": "1"}, "rent must be a number, got '1'"),
+        ({"budget": 10.0}, "budget must be an int from -1"),
     ],
 )
 def test_bad_numbers_are_refused(change: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TrialConfig(**change)
+
+
+def test_a_budget_may_be_an_integer_of_numpy() -> None:
+    """As sums of ``np.prod(shape)`` are."""
+    config = TrialConfig(budget=np.int64(100))  # type: ignore[arg-type]
+    assert config == TrialConfig(budget=100)
+    assert type(config.budget) is int
+
+
+def test_what_would_never_begin_is_refused() -> None:
+    rngs = nnx.Rngs(0)
+    model = nnx.List([ChunkedLayer(nnx.Linear(4, 8, rngs=rngs), 4, rngs=rngs)])
+    with pytest.raises(ValueError, match=r"lifecycle_config=policy.trial_lives\(\)"):
+        Growth(model, optax.sgd(1.0), policy=trial())
+    Growth(model, optax.sgd(1.0), policy=trial(), lifecycle_config=trial_lives())
+    with pytest.raises(TypeError, match="config must be a TrialConfig, got 100"):
+        trial(100)  # type: ignore[arg-type]
 
 
 def test_a_model_that_has_no_room_is_refused() -> None:

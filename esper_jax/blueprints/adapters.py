@@ -5,7 +5,7 @@ To add one, write a function here that returns an `Adapter`, and register it.
 
 from typing import Literal
 
-from esper_jax.blueprints.kinds import Adapter
+from esper_jax.blueprints.kinds import Adapter, whole_number
 from esper_jax.blueprints.registry import register
 
 __all__ = ["group", "lora", "neurons"]
@@ -37,8 +37,9 @@ def lora(
     The matrices of `low_rank` act on the output of a chunk; these on the whole kernel.
     With ``start="gradient"``, `A` begins as left singular vectors of its gradient.
     """
+    hidden = whole_number("rank", rank)
     return Adapter(
-        name="lora", hidden=rank, reads="input", scaling=scaling, start=start
+        name="lora", hidden=hidden, reads="input", scaling=scaling, start=start
     )
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -9,7 +10,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-__all__ = ["ACTIVATIONS", "Adapter", "Blueprint", "Custom", "Dense"]
+__all__ = [
+    "ACTIVATIONS",
+    "Adapter",
+    "Blueprint",
+    "Custom",
+    "Dense",
+    "whole_number",
+]
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": jax.nn.gelu,
@@ -166,12 +174,9 @@ class Adapter:
                 f"activation must be one of {sorted(ACTIVATIONS)}, "
                 f"got {self.activation!r}"
             )
-        whole = isinstance(self.hidden, int) and not isinstance(self.hidden, bool)
-        if not whole or self.hidden < 1:
-            raise ValueError(
-                f"hidden must be an int, at least 1 unit; got {self.hidden!r}"
-            )
-        if not (math.isfinite(self.scaling) and self.scaling != 0):
+        object.__setattr__(self, "hidden", whole_number("hidden", self.hidden))
+        real = isinstance(self.scaling, numbers.Real)
+        if not (real and math.isfinite(self.scaling) and self.scaling != 0):
             raise ValueError(
                 f"scaling must be a finite number other than 0, got {self.scaling!r}"
             )
@@ -240,3 +245,15 @@ class Adapter:
 
 Blueprint = Dense | Custom | Adapter
 """What may grow in a slot."""
+
+
+def whole_number(name: str, value: Any) -> int:
+    """A number of hidden units.
+
+    Raises:
+      ValueError: naming the argument, if it is no integer of at least 1.
+    """
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not whole or value < 1:
+        raise ValueError(f"{name} must be an int, at least 1 unit; got {value!r}")
+    return int(value)

@@ -34,7 +34,7 @@ def resolve(blueprints: Sequence[str | Blueprint]) -> tuple[Blueprint, ...]:
         are not `Dense` share a name.
       TypeError: if an entry is neither.
     """
-    if isinstance(blueprints, str):
+    if isinstance(blueprints, str | Dense | Custom | Adapter):
         raise TypeError(
             f"blueprints must be a sequence of names or blueprints, "
             f"got {blueprints!r}; write [{blueprints!r}]"
@@ -51,8 +51,10 @@ def resolve(blueprints: Sequence[str | Blueprint]) -> tuple[Blueprint, ...]:
         elif isinstance(entry, Dense | Custom | Adapter):
             resolved.append(entry)
         else:
+            called = "; call it, as in [lora()]" if callable(entry) else ""
             raise TypeError(
-                f"blueprints must hold names, Dense, Custom or Adapter, got {entry!r}"
+                "blueprints must hold names, Dense, Custom or Adapter, got "
+                f"{entry!r}{called}"
             )
     if not 1 <= len(resolved) <= MAX_BLUEPRINTS:
         raise ValueError(

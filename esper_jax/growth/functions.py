@@ -99,10 +99,12 @@ def recipe_for(
     Raises:
       TypeError, ValueError: as `Growth` says.
     """
+    if isinstance(optimizer, optax.MultiSteps):
+        optimizer = optimizer.gradient_transformation()
     if not isinstance(optimizer, PerSlot | optax.GradientTransformation):
         raise TypeError(
             "optimizer must be an optax optimizer for the blueprints, or a PerSlot; "
-            f"got {optimizer!r}"
+            f"got {optimizer!r:.60}"
         )
     gates = gates or LifecycleConfig()
     chosen = policy_for(parts, gates, policy)

@@ -154,10 +154,18 @@ def policy_for(
     return made(policy, setting)
 
 
-def check_trained(parts: ModelParts, policy: Policy) -> Policy:
+def check_trained(
+    parts: ModelParts, policy: Policy, strategies: Collection[Strategy]
+) -> Policy:
     """Refuses a policy that reads gradients which no layer that can grow has.
 
-    A policy that does not declare what it reads is trusted.
+    Also the norm of all the host's gradients, and a strategy that waits for it, where
+    the host is frozen. A policy that does not declare what it reads is trusted.
+
+    Args:
+      parts: the model.
+      policy: its policy.
+      strategies: those that the seeds have.
 
     Returns:
       The policy.
@@ -172,6 +180,20 @@ def check_trained(parts: ModelParts, policy: Policy) -> Policy:
             "that write a growable layer's output, and of these wrt trains none: "
             "nothing would ever germinate. Choose where='health', 'round_robin' or "
             "'random', or let wrt match weights of those layers"
+        )
+    if parts.trained:
+        return policy
+    if "grad_norm" in (policy.reads or ()):
+        raise ValueError(
+            "the policy reads grad_norm, the norm of the host's gradients, and a "
+            "frozen host has none: no ramp would be chosen by it. Choose how='fixed', "
+            "or let wrt match what trains"
+        )
+    if Strategy.GRAD_NORM_GATED in strategies:
+        raise ValueError(
+            "strategy GRAD_NORM_GATED waits for the norm of the host's gradients, and "
+            "a frozen host has none: nothing would ever count. Choose another "
+            "strategy, or let wrt match what trains"
         )
     return policy
 

@@ -18,7 +18,14 @@ from esper_jax.growth.gradients import GradientSums
 from esper_jax.growth.recipe import Recipe
 from esper_jax.growth.state import Arrays, GovernorMemory, GrowthState, TrainState
 
-__all__ = ["others_of", "put_others", "remembered_of", "run_state", "values_in"]
+__all__ = [
+    "check_alike",
+    "others_of",
+    "put_others",
+    "remembered_of",
+    "run_state",
+    "values_in",
+]
 
 
 @jax.debug_nans(False)  # NaN is what was not measured
@@ -109,6 +116,78 @@ def values_in(recipe: Recipe, state: TrainState) -> Arrays:
     }
     banks = parts.joined("bank", state.banks)
     return {**state.params, **state.rest, **banks, **parts.joined("seeds", seeds)}
+
+
+def check_alike(recipe: Recipe, state: TrainState, like: TrainState) -> None:
+    """Refuses a state that is not one of this loop. The number of slots may differ.
+
+    Args:
+      recipe: what the model is grown by.
+      state: to go on from.
+      like: of the loop as it is.
+
+    Raises:
+      ValueError: naming the first array, or the part of the state, that does not fit.
+    """
+    if not isinstance(state, TrainState):
+        raise ValueError(
+            f"state must be a TrainState, as run_state returns it; got {state!r:.60}"
+        )
+    if state.seeds.keys() != recipe.parts.beds.keys():
+        raise ValueError(
+            "state must be of the layers "
+            f"{', '.join(map(repr, recipe.parts.beds))}; got one of "
+            f"{', '.join(map(repr, state.seeds))}"
+        )
+    if len(state.opt_state) != len(like.opt_state):
+        raise ValueError(
+            f"others must be the {len(state.opt_state)} that run_state was given; got "
+            f"{len(like.opt_state)}"
+        )
+    for field, of in _MADE_BY.items():
+        new, old = getattr(state, field), getattr(like, field)
+        trees: list[Any] = [jax.tree.structure(new), jax.tree.structure(old)]
+        if trees[0] != trees[1]:
+            raise ValueError(
+                f"state.{field} must have the arrays of this loop, and has others: "
+                f"make {of} as it was where the state comes from"
+            )
+        for (path, a), b in zip(
+            jax.tree_util.tree_leaves_with_path(new), jax.tree.leaves(old), strict=True
+        ):
+            first = 1 if field in ("banks", "bank_opt") else 0  # the slots
+            if field in ("seeds", "memory", "opt_state") or (
+                field == "rest" and not _is_weight(recipe, path[0].key)
+            ):
+                continue
+            if a.shape[first:] != b.shape[first:] or a.dtype != b.dtype:
+                raise ValueError(
+                    f"state.{field}{jax.tree_util.keystr(path)} must have shape "
+                    f"{b.shape} and dtype {b.dtype} as in this loop; got {a.shape} and "
+                    f"{a.dtype}. Make {of} as it was where the state comes from"
+                )
+    for name, seeds in state.seeds.items():
+        if seeds.num_seeds != like.seeds[name].num_seeds:
+            raise ValueError(
+                f"state.seeds[{name!r}] must be of {like.seeds[name].num_seeds} seeds "
+                f"as in this loop; got {seeds.num_seeds}"
+            )
+
+
+_MADE_BY = {
+    "params": "the model",
+    "rest": "the model",
+    "seeds": "the model",
+    "banks": "the blueprints",
+    "bank_opt": "the optimizer of the blueprints",
+    "opt_state": "the others",
+    "memory": "the policy",
+}
+"""Parts of a state, and what decides which arrays they hold."""
+
+
+def _is_weight(recipe: Recipe, name: str) -> bool:
+    return isinstance(recipe.parts.variables[name][1], nnx.Param)
 
 
 def others_of(others: tuple[Any, ...], model: nnx.Module) -> tuple[Any, ...]:

@@ -9,6 +9,7 @@ import functools
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+import numpy as np
 import optax
 from flax import nnx
 from jaxtyping import Array, Float
@@ -31,6 +32,7 @@ from esper_jax.growth.parts import put_values, split_model, values_of
 from esper_jax.growth.recipe import check_trained
 from esper_jax.growth.reports import TickReport
 from esper_jax.growth.saving import (
+    check_alike,
     others_of,
     put_others,
     remembered_of,
@@ -40,7 +42,7 @@ from esper_jax.growth.saving import (
 from esper_jax.growth.showing import display
 from esper_jax.growth.state import Arrays, TrainState
 from esper_jax.layers.bed import SeedBed
-from esper_jax.layers.variables import BlueprintParam, GraftProbe
+from esper_jax.layers.variables import BlueprintParam, GraftProbe, SeedVariable
 from esper_jax.lifecycle.commands import Commands
 from esper_jax.lifecycle.rules import LifecycleConfig
 from esper_jax.optim import PerSlot
@@ -124,11 +126,12 @@ class Growth(nnx.Module):
         )
         folds = folds_of(model, parts, recipe.gates)
         self.recipe = dataclasses.replace(recipe, folds=folds)
-        check_trained(self.recipe.parts, self.recipe.policy)
+        check_trained(parts, self.recipe.policy, parts.strategies(values))
         self.wrt = wrt
         self._off: tuple[str, ...] = ()  # paths of the beds that shrink switched off
         key = (rngs or nnx.Rngs(0)).params()
         self.state = HeldTree(start(self.recipe, values, key))
+        self._shapes = self._shapes_of(values)
 
     @property
     def argnums(self) -> nnx.DiffState:
@@ -137,8 +140,12 @@ class Growth(nnx.Module):
         For ``nnx.grad`` and ``nnx.value_and_grad`` of a function whose first argument
         is the model.
         """
-        host = () if self.wrt is None else (self.wrt,)
-        return nnx.DiffState(0, nnx.Any(*host, BlueprintParam, GraftProbe))
+        own = nnx.Any(BlueprintParam, GraftProbe)
+        if self.wrt is None:
+            return nnx.DiffState(0, own)
+        # A filter by path finds the seeds, too, which have no gradient.
+        host = nnx.All(self.wrt, nnx.Not(SeedVariable))
+        return nnx.DiffState(0, nnx.Any(host, own))
 
     def update(
         self, model: nnx.Module, grads: Any, *, loss: Float[Array, ""] | None = None
@@ -194,6 +201,11 @@ class Growth(nnx.Module):
             numbers, the commands do not fit the layers, the model is another than
             growth was made for, or this is being traced.
         """
+        if not callable(evaluate):
+            raise TypeError(
+                "evaluate must be a function of the model that returns the held-out "
+                f"loss; got {evaluate!r:.60}"
+            )
         values = self._values(model)
         check_untraced("tick", "a model that is", values)
         remembered, new, report = tick(
@@ -254,6 +266,7 @@ class Growth(nnx.Module):
             self.state = HeldTree(remembered_of(self.recipe, state, measured))
             new, own = values_in(self.recipe, state), self.recipe.parts.of_beds(changed)
             put_values(model, {name: new[name] for name in own})
+            self._shapes = self._shapes_of(values_of(model))
         off = switch_off(model, self.recipe.parts, state.seeds)
         paths = {self.recipe.parts.beds[name].path for name in off}
         self._off = tuple(sorted({*self._off, *paths}))
@@ -314,21 +327,12 @@ class Growth(nnx.Module):
           ValueError: if the model is another than growth was made for, or the state is
             of other layers or of another number of ``others``.
         """
-        self._values(model)
-        parts = self.recipe.parts
-        if state.seeds.keys() != parts.beds.keys():
-            raise ValueError(
-                f"state must be of the layers {', '.join(map(repr, parts.beds))}; got "
-                f"one of {', '.join(map(repr, state.seeds))}"
-            )
-        if len(state.opt_state) != len(others):
-            raise ValueError(
-                f"others must be the {len(state.opt_state)} that run_state was given; "
-                f"got {len(others)}"
-            )
+        check_alike(self.recipe, state, self.run_state(model, *others))
+        self.recipe = self.recipe.for_slots(state.seeds)
         measured = self.state.get_value().growth.monitor.gradients
-        self.state.set_value(remembered_of(self.recipe, state, measured))
+        self.state = HeldTree(remembered_of(self.recipe, state, measured))
         put_values(model, values_in(self.recipe, state))
+        self._shapes = self._shapes_of(values_of(model))
         put_others(others, state)
         switch_on(model, self._off)
 
@@ -343,7 +347,21 @@ class Growth(nnx.Module):
                 "model must be the one that Growth was made for, or one of the same "
                 f"structure; got one without {missing[0]!r}"
             )
+        for name, shape in self._shapes:
+            if np.shape(values[name]) != shape:
+                raise ValueError(
+                    "model must be the one that Growth was made for, or one of the "
+                    f"same structure; got one whose {name!r} has shape "
+                    f"{np.shape(values[name])}, and not {shape}. After grow_capacity, "
+                    "make Growth anew"
+                )
         return values
+
+    def _shapes_of(self, values: Arrays) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        """Names and shapes of the variables that growth computes with."""
+        parts = self.recipe.parts
+        names = (*parts.host_params(), *parts.of_beds(parts.beds))
+        return tuple((name, np.shape(values[name])) for name in names)
 
     def _gradients(self, grads: Any) -> Arrays:
         """The gradients by variable."""

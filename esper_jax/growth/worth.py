@@ -131,12 +131,19 @@ def read_measured(result: Any) -> tuple[float, float]:
       ValueError: if it is not one or two single numbers.
     """
     pair = result if isinstance(result, tuple) else (result, np.nan)
+    if any(isinstance(x, jax.core.Tracer) for x in pair):
+        raise ValueError(
+            "tick must be called between steps, outside of jax.jit and nnx.jit, since "
+            "it runs on the host; evaluate returned a number that is being traced"
+        )
     if len(pair) != 2 or not all(map(_is_number, pair)):
-        count = f"{len(pair)} values: " if isinstance(result, tuple) else ""
+        several = isinstance(result, tuple)
+        count = f"{len(pair)} values: " if several else ""
+        got = ", ".join(map(_kind, pair if several else (result,)))
         raise ValueError(
             "evaluate must return the held-out loss, or (loss, score), each a single "
-            f"number; got {count}{', '.join(map(_kind, pair))}. Take means over the "
-            "rows, and leave anything else out"
+            f"number; got {count}{got}. Take means over the rows, and leave anything "
+            "else out"
         )
     return float(pair[0]), float(pair[1])
 

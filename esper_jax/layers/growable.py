@@ -179,6 +179,11 @@ def _leading(layer: Any) -> tuple[int, ...] | None:
     match layer:
         case nnx.Linear():
             variable, own = layer.kernel, 2
+        case nnx.LinearGeneral():
+            sizes = layer.batch_axis, layer.in_features, layer.out_features
+            variable, own = layer.kernel, sum(map(len, sizes))
+        case nnx.Einsum():
+            variable, own = layer.kernel, len(layer.kernel_shape)
         case nnx.Embed():
             variable, own = layer.embedding, 2
         case nnx.Conv() | nnx.ConvTranspose():

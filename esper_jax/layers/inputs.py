@@ -1,9 +1,11 @@
 """Which layers' inputs blueprints can read."""
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax import nnx
 
@@ -59,10 +61,19 @@ def input_of(
       kwargs: of its call.
       dtype: of its output.
     """
-    x: Any = args[0] if args else next(iter(kwargs.values()), None)
+    x: Any = args[0] if args else _first(base, kwargs)
     if isinstance(base, nnx.Embed | nn.Embed) or not hasattr(x, "dtype"):
         return x
     return x if jnp.issubdtype(x.dtype, jnp.floating) else jnp.asarray(x, dtype)
+
+
+def _first(base: Any, kwargs: Mapping[str, Any]) -> Any:
+    """What a call by keywords gives for the first parameter of a layer.
+
+    If the signature does not tell which that is, the first keyword is taken for it.
+    """
+    named = list(inspect.signature(base).parameters)[:1]
+    return next((kwargs[n] for n in (*named, *kwargs) if n in kwargs), None)
 
 
 def check_readers(blueprints: Any, inputs: int | None, base: Any) -> None:
@@ -102,5 +113,7 @@ def _by_position(base: Any) -> bool:
         for n in ([each] if each is None or isinstance(each, int) else each)
         if n is not None
     )
-    padded = not isinstance(base.padding, str)
+    padding = base.padding
+    # By name, a kernel of 1 is never padded; by number, 0 or pairs of 0 are none.
+    padded = not isinstance(padding, str) and np.any(np.asarray(padding) != 0)
     return alone and base.feature_group_count == 1 and not padded

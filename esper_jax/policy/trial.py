@@ -27,7 +27,7 @@ from esper_jax.policy.germination import Seen
 from esper_jax.policy.interface import LayerShape, Policy, PolicyFactory, Setting
 from esper_jax.policy.memory import Reason
 from esper_jax.policy.places import by_seed
-from esper_jax.policy.trial_config import TrialConfig
+from esper_jax.policy.trial_config import TrialConfig, check_gates
 
 __all__ = ["TrialMemory", "trial"]
 
@@ -71,17 +71,20 @@ def trial(config: TrialConfig | None = None) -> PolicyFactory:
       A function that makes the policy for a model. It raises ValueError if a layer has
       no such blueprint, and its ``init`` if one has fewer slots than seeds.
     """
-    numbers = config or TrialConfig()
+    if not isinstance(config, TrialConfig | None):
+        raise TypeError(f"config must be a TrialConfig, got {config!r}")
+    own = config or TrialConfig()
 
     def make(setting: Setting) -> Policy:
-        _check(setting, numbers)
+        _check(setting, own)
         groups = setting.groups or Groups.alone(tuple(setting.layers))
         shapes_of = {k: setting.layers[g.layers[0]] for k, g in groups.of.items()}
         costs = {key: shape.costs for key, shape in shapes_of.items()}
         aims = {key: shape.aims or (False,) for key, shape in shapes_of.items()}
 
         def init(shapes: Mapping[str, LayerShape], key: Key[Array, ""]) -> TrialMemory:
-            _check_room(shapes, numbers)  # afterwards slots may be given back
+            _check_room(shapes, own)  # afterwards slots may be given back
+            check_gates(setting.gates)
             return TrialMemory(
                 begun=jnp.asarray(False),
                 judged=jnp.asarray(False),
@@ -95,7 +98,7 @@ def trial(config: TrialConfig | None = None) -> PolicyFactory:
             memory: TrialMemory,
         ) -> tuple[dict[str, Commands], TrialMemory]:
             seen = Seen(groups, seeds, signals, costs)
-            return _decide(seen, memory, numbers, (setting.gates, aims))
+            return _decide(seen, memory, own, (setting.gates, aims))
 
         return Policy(init, decide, reads=frozenset(), stacked=True)
 

@@ -1,7 +1,8 @@
-"""Numbers of a trial, and gates that leave the judging to it: see `policy.trial`."""
+"""Numbers of a trial, and the ages and gates that it is used with."""
 
 import dataclasses
 import math
+import numbers
 from typing import Any, Literal, get_args
 
 import jax
@@ -12,7 +13,7 @@ from esper_jax.lifecycle.grafting import GraftConfig
 from esper_jax.lifecycle.rules import LifecycleConfig
 from esper_jax.lifecycle.stages import Stage
 
-__all__ = ["TrialConfig", "trial_lives"]
+__all__ = ["TrialConfig", "check_gates", "trial_lives"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,11 +57,15 @@ class TrialConfig:
             value = getattr(self, name)
             if name == "budget" and _is_whole_array(value):
                 continue
-            whole = isinstance(value, int) and not isinstance(value, bool)
+            whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
             if not whole or not least <= value < 2**31:
                 raise ValueError(
                     f"{name} must be an int from {least} to {2**31 - 1}, got {value!r}"
                 )
+            object.__setattr__(self, name, int(value))
+        for name in ("rent", "share"):
+            if not isinstance(value := getattr(self, name), numbers.Real):
+                raise ValueError(f"{name} must be a number, got {value!r}")
         if not (0 <= self.rent < math.inf or self.rent == -math.inf):
             raise ValueError(
                 "rent must be finite and at least 0, or minus infinity; got "
@@ -104,3 +109,21 @@ def trial_lives(*, tuning: int = 100, **fields: Any) -> LifecycleConfig:
         "grafting": GraftConfig(ramp_duration=1, min_alpha=1.0),
     }
     return LifecycleConfig(**{**lenient, **fields})
+
+
+def check_gates(gates: LifecycleConfig) -> None:
+    """Refuses gates that were left as they are: parts would not count in any trial.
+
+    Raises:
+      ValueError: saying which to give.
+    """
+    usual, threshold = LifecycleConfig(), gates.reconstruction_threshold
+    as_usual = (
+        isinstance(threshold, float) and threshold == usual.reconstruction_threshold
+    )
+    if as_usual and gates.min_epochs == usual.min_epochs:
+        raise ValueError(
+            "policy: a trial needs gates that let parts through at once, and has the "
+            "defaults, made for long incubation. Give "
+            "lifecycle_config=policy.trial_lives()"
+        )

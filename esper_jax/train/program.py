@@ -203,6 +203,7 @@ def build(
     gates = lifecycle_config or LifecycleConfig()
     asked = policy_of(policy, controller_config, decide)
     _warn_if_frozen(model)
+    strategies = parts.strategies(values_of(model))
     recipe = TrainRecipe(
         parts=parts,
         loss=loss,
@@ -215,7 +216,7 @@ def build(
             else per_slot(blueprint_optimizer)
         ),
         gates=gates,
-        policy=check_trained(parts, policy_for(parts, gates, asked)),
+        policy=check_trained(parts, policy_for(parts, gates, asked), strategies),
         maker=None if isinstance(asked, Policy) else asked,
         folds=_folds(model, parts, gates, eval_params),
         eval_batch=eval_batch,
