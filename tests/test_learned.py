@@ -14,6 +14,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from test_strict_flags import STRICT, flags
 
 from esper_jax import Growth, build, cli, fit
 from esper_jax.groups import Groups
@@ -515,3 +516,12 @@ def test_growth_that_is_off_is_told() -> None:
     )
     assert np.all(groups.split(asked)["a"].target == NO_REQUEST)
     assert int(memory.reason) == Reason.DISABLED
+
+
+def test_decisions_under_strict_promotion_are_the_same() -> None:
+    seeds, signals = drawn(3)
+    plain = jax.device_get(decided(WEIGHTS, seeds, signals, budget=90)[0])
+    with flags(STRICT):
+        strict = jax.device_get(decided(WEIGHTS, seeds, signals, budget=90)[0])
+    assert any(np.any(c.target != NO_REQUEST) for c in plain.values())
+    jax.tree.map(np.testing.assert_array_equal, strict, plain)

@@ -171,9 +171,16 @@ class Branch(nnx.Module):
         else:
             z = matmul(x.astype(dtype), w1)
         if self.b1 is not None:
-            z = z + self.b1[...].astype(wide)
+            z = z + _row(self.b1[...].astype(wide), z.ndim)
         out = matmul(ACTIVATIONS[self.activation](z).astype(dtype), self.w2[...])
-        return out if self.b2 is None else out + self.b2[...].astype(wide)
+        if self.b2 is None:
+            return out
+        return out + _row(self.b2[...].astype(wide), out.ndim)
+
+
+def _row(bias: Array, ndim: int) -> Array:
+    """A bias with the axes that an activation of so many has before its features."""
+    return bias.reshape((1,) * (ndim - 1) + bias.shape)
 
 
 class Corrections(nnx.Module):

@@ -112,15 +112,15 @@ def apply(
       remembered: by each place, from the tick before.
     """
     recalled = remembered @ weights["recall"]
-    each = jnp.tanh(read @ weights["read"] + recalled + weights["read_bias"])
+    each = jnp.tanh(read @ weights["read"] + recalled + weights["read_bias"][None])
     pooled = jnp.concatenate([jnp.mean(each, axis=0), jnp.max(each, axis=0)])
     pooled = jnp.broadcast_to(pooled, (len(each), pooled.size))
     whole = jnp.concatenate([each, pooled], axis=1)
-    new = jnp.tanh(whole @ weights["remember"] + weights["remember_bias"])
+    new = jnp.tanh(whole @ weights["remember"] + weights["remember_bias"][None])
     remembered = KEPT * remembered + (1 - KEPT) * new
     thought = jnp.concatenate([whole, remembered], axis=1)
-    thought = jnp.tanh(thought @ weights["think"] + weights["think_bias"])
-    said = thought @ weights["say"] + weights["say_bias"]
+    thought = jnp.tanh(thought @ weights["think"] + weights["think_bias"][None])
+    said = thought @ weights["say"] + weights["say_bias"][None]
     ends = np.cumsum([NUM_STAGES + 1, len(Strategy)])
     target, strategy, query = jnp.split(said, ends, axis=1)
     kind = jnp.einsum("pq,pnq->pn", query, blueprints)

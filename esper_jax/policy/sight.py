@@ -191,11 +191,12 @@ def of_blueprints(
       scale: the present loss.
     """
     kinds = np.arange(places.price.shape[1])
-    mine = places.lives[:, None] & (places.blueprint[:, None] == kinds)
+    mine = places.lives[:, None] & (places.blueprint[:, None] == kinds[None])
     known = mine & jnp.isfinite(mean_worth)[:, None]
     count = jnp.sum(known, axis=0)
     worth = jnp.sum(jnp.where(known, mean_worth[:, None], 0.0), axis=0)
-    worth = worth / jnp.maximum(count, 1) / jnp.maximum(jnp.abs(scale), 1e-6)
+    counted = jnp.maximum(count, 1).astype(worth.dtype)
+    worth = worth / counted / jnp.maximum(jnp.abs(scale), 1e-6)
     worth, measured = _flagged(_compressed(30 * worth), count.shape)
     seen = (count > 0).astype(jnp.float32) * measured
     share = jnp.mean(mine.astype(jnp.float32), axis=0)
