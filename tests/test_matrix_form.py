@@ -14,6 +14,7 @@ from test_harvest import fossils, grow, is_plain, same_bits
 
 from esper_jax import ChunkedLayer, Growth, LifecycleConfig, harvest, make_growable
 from esper_jax.blueprints import group, lora, low_rank, neurons
+from esper_jax.growth import linen_growth
 from esper_jax.growth.folds import fold_fossils, folds_of
 from esper_jax.growth.parts import put_values, split_model, values_of
 from esper_jax.layers import BlueprintParam, CorrectedLayer, linen
@@ -360,3 +361,12 @@ def test_dense_general_of_linen_reads_its_input() -> None:
     want = np.einsum("btnh,nhf->btf", heads, params["out"]["kernel"])
     assert off(model.apply(variables, x), want) < 2e-6
     assert off(host, want) > 0.1
+    growth = linen_growth(lambda v: model.apply(v, x), variables, optax.sgd(0.1))
+    new, folded, which = growth.fold(
+        growth.init(jax.random.key(1)), {"query": variables["params"]["query"]}
+    )
+    assert which["query"].tolist() == [True, False]
+    assert folded["query"]["kernel"].shape == (6, 2, 3)
+    params = {**variables["params"], **folded}
+    assert off(model.apply({**new, "params": params}, x), want) < 2e-6
+    assert off(Attend().apply({"params": params}, x), want) < 2e-6

@@ -26,7 +26,7 @@ from esper_jax.layers.folding import (
     takes_corrections,
     wide_dtype,
 )
-from esper_jax.layers.matrix_form import PLAIN, MatrixForm, form_over
+from esper_jax.layers.matrix_form import PLAIN, MatrixForm
 from esper_jax.lifecycle.rules import LifecycleConfig
 from esper_jax.lifecycle.stages import Stage
 from esper_jax.lifecycle.state import SeedState
@@ -106,8 +106,7 @@ def folds_of(
         if kinds := linear_kinds(product, parts.kinds[name]):
             path = f"{bed.owner}/base" if bed.owner else "base"
             bias = None if base.bias is None else f"{path}/bias"
-            form = form_over(base, features)
-            found[name] = Fold(kinds, f"{path}/kernel", bias, form)
+            found[name] = Fold(kinds, f"{path}/kernel", bias, product.form)
     # Where all run their base alone, as without a feature, no fossil counts.
     plain = layers and not any(layer.enabled for layer in layers.values())
     if not found and not plain:

@@ -15,7 +15,7 @@ from jaxtyping import Array
 
 from esper_jax.blueprints import Adapter, Blueprint, Custom
 from esper_jax.layers.inputs import input_width
-from esper_jax.layers.matrix_form import PLAIN, MatrixForm, form_over
+from esper_jax.layers.matrix_form import PLAIN, MatrixForm, form_over, kernel_form
 
 __all__ = [
     "LinearPart",
@@ -117,11 +117,13 @@ class Product:
       mixes: whether every feature is computed from the same inputs. Groups of a
         convolution and masks keep them apart.
       bias: whether there is a bias.
+      form: how kernel and bias have their features on one axis.
     """
 
     inputs: int | None
     mixes: bool
     bias: bool
+    form: MatrixForm = PLAIN
 
     def takes(self, blueprint: Blueprint) -> bool:
         """Whether the weights can take the corrections of a blueprint."""
@@ -144,18 +146,21 @@ def product_of(base: Any, features: int) -> Product:
       base: the layer.
       features: width that grows.
     """
-    return _product(base, input_width(base, features), base.bias is not None)
+    own = _product(base, input_width(base, features), base.bias is not None)
+    return dataclasses.replace(own, form=form_over(base, features))
 
 
-def linen_product(base: Any, kernel: Any, bias: bool) -> Product | None:
+def linen_product(base: Any, features: int, kernel: Any, bias: bool) -> Product | None:
     """What a layer of Linen computes; None if its weights take no corrections.
 
     Args:
       base: the layer.
+      features: width that grows.
       kernel: its kernel, or a shape.
       bias: whether it has a bias.
     """
     product: tuple[Any, Any, Any]
+    form = None
     match base:
         case nn.Dense() if type(base) is nn.Dense:
             own = base.dot_general, base.dot_general_cls
@@ -163,6 +168,11 @@ def linen_product(base: Any, kernel: Any, bias: bool) -> Product | None:
         case nn.Conv() if type(base) is nn.Conv:
             own = base.conv_general_dilated, base.conv_general_dilated_cls
             product = *own, jax.lax.conv_general_dilated
+        case nn.DenseGeneral() if type(base) is nn.DenseGeneral:
+            form = kernel_form(base, kernel.shape)
+            if form is None or form.outputs != features:
+                return None
+            product = base.dot_general, base.dot_general_cls, jax.lax.dot_general
         case _:
             return None
     given, made, plain = product
@@ -170,6 +180,8 @@ def linen_product(base: Any, kernel: Any, bias: bool) -> Product | None:
         return None
     if base.promote_dtype is not linen_dtypes.promote_dtype:
         return None
+    if form is not None:
+        return Product(form.inputs, mixes=True, bias=bias, form=form)
     x = jax.ShapeDtypeStruct(kernel.shape[-2:-1], kernel.dtype)
     return _product(base, input_width(base, x=x), bias)
 

@@ -11,7 +11,14 @@ from flax import linen as nn
 from flax import nnx
 from jaxtyping import Array, Float
 
-__all__ = ["PLAIN", "MatrixForm", "check_equation", "form_over", "matrix_form"]
+__all__ = [
+    "PLAIN",
+    "MatrixForm",
+    "check_equation",
+    "form_over",
+    "kernel_form",
+    "matrix_form",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +129,19 @@ def matrix_form(base: Any, x: Any = None) -> MatrixForm | None:
         case nnx.Einsum() if isinstance(base.einsum_str, str):
             return _of_equation(base.einsum_str, base.kernel_shape)
     return None
+
+
+def kernel_form(base: nn.DenseGeneral, shape: tuple[int, ...]) -> MatrixForm | None:
+    """The form of a layer of Linen by the shape of its kernel.
+
+    Returns:
+      The form; None if the layer has batch axes, or the kernel is of another shape.
+    """
+    axis, features = _tuple(base.axis), _tuple(base.features)
+    inputs = shape[: len(axis)]
+    if base.batch_dims or shape != (*inputs, *features):
+        return None
+    return _general(axis, inputs, features)
 
 
 def form_over(base: Any, features: int, x: Any = None) -> MatrixForm:
