@@ -147,6 +147,33 @@ def test_while_nothing_counts_output_and_gradients_keep_their_bits(name: str) ->
     assert any(np.any(np.asarray(leaf)) for leaf in bank)  # it learns
 
 
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("name", ["out", "qkv"])
+def test_kernels_that_add_in_place_get_the_rows_and_give_their_gradient(
+    name: str,
+) -> None:
+    layer, x, added = grown(name)
+    form = form_over(layer.base, layer.bed.layout.features)
+    assert layer.bed.tapped(form.input_rows(x))[1] is None  # in evaluation
+    layer.train()
+    rows, hook = layer.bed.tapped(form.input_rows(x))
+    assert hook is not None
+    same_bits(form.input_from(rows), x)
+
+    @nnx.jit
+    def slope(m: Any, x: Any) -> Any:
+        def loss(x: Any) -> Any:
+            y = m(x)
+            return jnp.sum(jnp.sin(y)), y
+
+        return nnx.grad(loss, has_aux=True)(x)
+
+    (by_input, y) = slope(layer, x)
+    assert off(y, np.asarray(layer.base(x), np.float64) + added) < 1e-5
+    layer.bed.implementation = "xla"
+    assert off(by_input, np.asarray(slope(layer, x)[0], np.float64)) < 1e-5
+
+
 @pytest.mark.parametrize("name", LAYERS)
 def test_the_tick_folds_what_harvest_folds(name: str) -> None:
     make, shape, _ = LAYERS[name]
