@@ -85,7 +85,7 @@ LAYERS = [
         X.reshape(2, 16, 6),
         True,
     ),
-    (lambda r: nnx.LinearGeneral(6, 11, rngs=r), X.reshape(2, 16, 6), False),
+    (lambda r: nnx.LinearGeneral(6, 11, rngs=r), X.reshape(2, 16, 6), True),
     (lambda r: nnx.Embed(9, 11, rngs=r), np.arange(12).reshape(3, 4) % 9, False),
 ]
 

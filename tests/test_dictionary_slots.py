@@ -313,7 +313,8 @@ class Bases(nn.Module):
         both = nn.Dense(6, name="both")
         for name in ("one", "two"):
             x = linen.ChunkedLayer(both, 2, LINEAR, name=name)(x)
-        x = nn.DenseGeneral(6, name="general")(x)
+        x = nn.DenseGeneral((1, 6), name="general")(x).reshape(x.shape)
+        x = nn.DenseGeneral((2, 3), name="heads")(x).reshape(x.shape)
         x = nn.Dense(6, name="own", dot_general=_dot)(x)
         x = nn.Conv(6, (1,), feature_group_count=2, name="groups")(x[None])[0]
         return nn.Dense(6, name="good")(x)
@@ -327,7 +328,7 @@ def _dot(*args: Any, **kwargs: Any) -> Any:
 
 
 def test_layers_of_linen_that_take_no_corrections_are_refused() -> None:
-    names = ("general", "own", "groups", "good")
+    names = ("general", "heads", "own", "groups", "good")
     model = linen.Growable(Bases(), names, 2, LINEAR)
     variables = model.init(jax.random.key(0), X)
     growth = linen_growth(lambda v: model.apply(v, X), variables, optax.sgd(0.1))
@@ -335,13 +336,16 @@ def test_layers_of_linen_that_take_no_corrections_are_refused() -> None:
     for layer, weights, message in (
         ("of", params["twice"], "layer 'of': the Dense is also called where nothing"),
         ("two", params["both"], "or grows in two places"),
-        ("general", params["general"], "plain nn.Dense or nn.Conv; got DenseGeneral"),
+        ("heads", params["heads"], "grows over all its features; got DenseGeneral"),
         ("own", params["own"], "got Dense, or one with a product of its own"),
         ("groups", params["groups"], "layer 'groups': nothing that grows there"),
     ):
         with pytest.raises(ValueError, match=message):
             growth.fold(grown, {layer: weights})
-    assert list(growth.fold(grown, {"good": params["good"]})[2]) == ["good"]
+    for layer in ("good", "general"):
+        assert list(growth.fold(grown, {layer: params[layer]})[2]) == [layer]
+    with pytest.raises(ValueError, match=r"\['bias'\] must have shape \(1, 6\), as"):
+        growth.fold(grown, {"general": {**params["general"], "bias": jnp.ones(6)}})
 
 
 # --- Shrink: a trial over a frozen host in pure JAX

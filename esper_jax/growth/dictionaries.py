@@ -155,11 +155,13 @@ def linen_growth(
 
     def product_of(bed: str, kernel: Any, bias: bool) -> Product:
         base, shared = met.base(bed)
-        if (product := linen_product(base, kernel, bias)) is None:
+        features = beds[bed].layout.features
+        if (product := linen_product(base, features, kernel, bias)) is None:
             raise ValueError(
-                "fossils can be folded into a plain nn.Dense or nn.Conv; got "
-                f"{type(base).__name__}, or one with a product of its own. Harvest "
-                "keeps them as a module beside it"
+                "fossils can be folded into a plain nn.Dense, nn.Conv, or "
+                "nn.DenseGeneral that has no batch axes and grows over all its "
+                f"features; got {type(base).__name__}, or one with a product of its "
+                "own. Harvest keeps them as a module beside it"
             )
         if shared:
             raise ValueError(

@@ -26,6 +26,7 @@ from esper_jax.layers.folding import (
     takes_corrections,
     wide_dtype,
 )
+from esper_jax.layers.matrix_form import PLAIN, MatrixForm
 from esper_jax.lifecycle.rules import LifecycleConfig
 from esper_jax.lifecycle.stages import Stage
 from esper_jax.lifecycle.state import SeedState
@@ -42,11 +43,13 @@ class Fold:
       kinds: indices of the layer's blueprints whose fossils are folded.
       kernel: name of the kernel.
       bias: name of the bias; None for a layer without.
+      form: how both have their features on one axis.
     """
 
     kinds: tuple[int, ...]
     kernel: str
     bias: str | None
+    form: MatrixForm = PLAIN
 
     @property
     def weights(self) -> list[str]:
@@ -71,9 +74,10 @@ def folds_of(
     """Where the fossils of a model are folded, by layer.
 
     A layer is one whose output is linear in weights that nothing else uses, as for
-    `harvest`: `nnx.Linear` and `nnx.Conv`. Of its blueprints, those that are linear are
-    folded, unless another one of the layer would then read something else: if one reads
-    the layer's output, none is; if one reads a chunk, no adapter is.
+    `harvest`: `nnx.Linear`, `nnx.LinearGeneral`, `nnx.Einsum` and `nnx.Conv`. Of its
+    blueprints, those that are linear are folded, unless another one of the layer would
+    then read something else: if one reads the layer's output, none is; if one reads a
+    chunk, no adapter is.
 
     Args:
       model: the model.
@@ -95,20 +99,22 @@ def folds_of(
         if layer is None or not layer.enabled or references[id(layer.base)] != 1:
             continue
         base: Any = layer.base
-        if not takes_corrections(base, bed.stack, references):
+        features = parts.layouts[name].features
+        if not takes_corrections(base, features, bed.stack, references):
             continue
-        if kinds := linear_kinds(product_of(base), parts.kinds[name]):
+        product = product_of(base, features)
+        if kinds := linear_kinds(product, parts.kinds[name]):
             path = f"{bed.owner}/base" if bed.owner else "base"
             bias = None if base.bias is None else f"{path}/bias"
-            found[name] = Fold(kinds, f"{path}/kernel", bias)
+            found[name] = Fold(kinds, f"{path}/kernel", bias, product.form)
     # Where all run their base alone, as without a feature, no fossil counts.
     plain = layers and not any(layer.enabled for layer in layers.values())
     if not found and not plain:
         raise ValueError(
             f"fold must be 'never', got {gates.fold!r}: no layer has fossils that can "
             "be folded. They must be linear (lora, affine, low_rank) and grow in an "
-            "nnx.Linear or nnx.Conv that nothing else uses, without blueprints beside "
-            "them that read what would change"
+            "nnx.Linear, nnx.LinearGeneral, nnx.Einsum or nnx.Conv that nothing else "
+            "uses, without blueprints beside them that read what would change"
         )
     weights = {weight for fold in found.values() for weight in fold.weights}
     frozen = sorted(weights - set(parts.trained))
@@ -162,7 +168,8 @@ def fold_fossils(
             tuple(new[w][parts.beds[n].index] for w in folds[n].weights) for n in names
         ]
         lives = [(seeds[n], banks[n]) for n in names]
-        place = _Place(parts.layouts[first], parts.kinds[first], fold.kinds)
+        kinds = parts.kinds[first]
+        place = _Place(parts.layouts[first], kinds, fold.kinds, fold.form)
 
         def folded(
             place: _Place = place, old: Any = old, lives: Any = lives, of: Any = slots
@@ -191,7 +198,7 @@ def _alike(
         own = [weights[w] for w in fold.weights]
         depth = len(parts.beds[name].stack)
         shapes = tuple((w.shape[depth:], jnp.dtype(w.dtype).name) for w in own)
-        found.setdefault((groups[name], fold.kinds, shapes), []).append(name)
+        found.setdefault((groups[name], fold.kinds, fold.form, shapes), []).append(name)
     return list(found.values())
 
 
@@ -224,11 +231,13 @@ class _Place:
       layout: their chunks.
       kinds: their blueprints.
       folds: indices of those that are folded.
+      form: of their weights.
     """
 
     layout: ChunkLayout
     kinds: tuple[Blueprint, ...]
     folds: tuple[int, ...]
+    form: MatrixForm
 
     def fold(
         self,
@@ -240,6 +249,7 @@ class _Place:
         seeds, bank = living
         dtype = wide_dtype(weights[0].dtype)
         kernel, *biases = (w.astype(dtype) for w in weights)
+        kernel, biases = self.form.matrix(kernel), [*map(self.form.vector, biases)]
         owner = jnp.maximum(seeds.seed_of_slot, 0)
         kind = seeds.blueprint[owner].astype(jnp.int32)
         if any(isinstance(self.kinds[i], Dense) for i in self.folds):
@@ -267,8 +277,11 @@ class _Place:
                 kernel = jnp.where(jnp.any(mine), more, kernel)
                 if adapter.bias:
                     biases = [jnp.where(jnp.any(mine), b + offset, b) for b in biases]
-        new = (kernel, *biases)
-        return tuple(x.astype(w.dtype) for x, w in zip(new, weights, strict=True))
+        new = (self.form.kernel_from(kernel), *biases)
+        return tuple(
+            x.reshape(w.shape).astype(w.dtype)
+            for x, w in zip(new, weights, strict=True)
+        )
 
     def _affine(
         self, bank: Bank, kind: Array, dtype: Any

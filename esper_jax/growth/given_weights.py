@@ -12,6 +12,7 @@ from esper_jax.growth.folds import Fold, linear_kinds
 from esper_jax.growth.parts import ModelParts
 from esper_jax.growth.state import Arrays
 from esper_jax.layers.folding import Product
+from esper_jax.layers.matrix_form import PLAIN, MatrixForm
 
 __all__ = ["ProductOf", "put_back", "stated_product", "weights_given"]
 
@@ -71,7 +72,7 @@ def weights_given(
         layers = owners[owner]
         bed = parts.beds[layers[0]]
         features = parts.layouts[layers[0]].features
-        found = _arrays(owner, given, bed, features)
+        found = _arrays(owner, given)
         for array in found.values():
             if seen.setdefault(id(array), owner) != owner:
                 raise ValueError(
@@ -81,10 +82,13 @@ def weights_given(
                 )
         kernel = found["kernel"]
         own = jax.ShapeDtypeStruct(kernel.shape[len(bed.stack) :], kernel.dtype)
+        if own.ndim < 2:
+            _check_shapes(owner, found, bed, features, PLAIN)
         try:
             product = product_of(bed.path, own, "bias" in found)
         except ValueError as error:
             raise ValueError(f"layer {owner!r}: {error}") from None
+        _check_shapes(owner, found, bed, features, product.form)
         kinds = linear_kinds(product, parts.kinds[layers[0]])
         if not kinds:
             blueprints = ", ".join(repr(kind.name) for kind in parts.kinds[layers[0]])
@@ -98,7 +102,7 @@ def weights_given(
             )
         names = {name: f"{owner}/{name}" for name in found}
         arrays |= {names[name]: array for name, array in found.items()}
-        fold = Fold(kinds, names["kernel"], names.get("bias"))
+        fold = Fold(kinds, names["kernel"], names.get("bias"), product.form)
         folds |= dict.fromkeys(layers, fold)
     return folds, arrays
 
@@ -111,8 +115,8 @@ def put_back(weights: Mapping[str, Any], arrays: Arrays) -> dict[str, dict[str, 
     }
 
 
-def _arrays(owner: str, given: Any, bed: Bed, features: int) -> Arrays:
-    """Kernel and bias of a layer, checked."""
+def _arrays(owner: str, given: Any) -> Arrays:
+    """Kernel and bias of a layer, which are arrays."""
     if not isinstance(given, Mapping) or given.get("kernel") is None:
         got = f"{', '.join(map(repr, given))}" if isinstance(given, Mapping) else ""
         raise TypeError(
@@ -131,15 +135,24 @@ def _arrays(owner: str, given: Any, bed: Bed, features: int) -> Arrays:
                 f"{got}. Take it out of what is around it (flax.linen.meta.unbox), or "
                 "out of its quantized form"
             )
-        n = len(bed.stack)
-        fits = array.shape[:n] == bed.stack and array.shape[-1:] == (features,)
-        deep = array.ndim >= n + 2 if name == "kernel" else array.ndim == n + 1
+        found[name] = array
+    return found
+
+
+def _check_shapes(
+    owner: str, found: Arrays, bed: Bed, features: int, form: MatrixForm
+) -> None:
+    """Refuses a kernel or bias of another shape than the layer's."""
+    n = len(bed.stack)
+    own = (features,) if form is PLAIN else form.sizes[len(form.contracted) :]
+    for name, array in found.items():
+        fits = array.shape[:n] == bed.stack and array.shape[n:][-len(own) :] == own
+        ndim = n + len(own)
+        deep = array.ndim > ndim if name == "kernel" else array.ndim == ndim
         if not fits or not deep:
             axes = [*map(str, bed.stack), *(["..., D"] if name == "kernel" else [])]
             raise ValueError(
                 f"weights[{owner!r}][{name!r}] must have shape "
-                f"({', '.join([*axes, str(features)])}), as the layer's output has "
+                f"({', '.join([*axes, *map(str, own)])}), as the layer's output has "
                 f"{features} features; got {array.shape}"
             )
-        found[name] = array
-    return found

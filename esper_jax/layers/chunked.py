@@ -13,7 +13,13 @@ from flax import nnx
 from esper_jax.kernels.blend import takes_bias
 from esper_jax.layers.bed import SeedBed
 from esper_jax.layers.bias import without_bias
-from esper_jax.layers.inputs import check_readers, input_of, input_width
+from esper_jax.layers.inputs import (
+    check_readers,
+    features_read,
+    input_of,
+    input_width,
+)
+from esper_jax.layers.matrix_form import check_equation, form_over
 from esper_jax.layers.output import Output, check_output, find_output, with_output
 from esper_jax.lifecycle.state import coefficients
 
@@ -38,7 +44,11 @@ class ChunkedLayer(nnx.Module):
         ``bed`` and ``enabled``.
       num_seeds: number of chunks that the features are cut into, one seed each.
       features: width of the output; by default read from the base layer
-        (``out_features``, ``features`` or ``num_features``).
+        (``out_features``, ``features`` or ``num_features``). An `nnx.LinearGeneral` or
+        `nnx.Einsum` may have several axes of features, as (heads, head_dim). If a
+        blueprint reads the layer's input, all of them grow as one axis: with as many
+        seeds as heads, each chunk is a head. Otherwise the last one grows, and each
+        head is a row; give the product of their sizes to have one axis there, too.
       output: which array of the base's output grows, if it returns several: an index
         of a tuple or list, a key of a dictionary, the name of a dataclass's field, or a
         tuple of these that leads to a nested array, or a function from the output to
@@ -70,11 +80,12 @@ class ChunkedLayer(nnx.Module):
         rngs: nnx.Rngs,
         **options: Any,
     ) -> None:
+        blueprints = options.get("blueprints", ())
         if features is None:
-            features = _output_features(base)
+            features = features_read(base, blueprints) or _output_features(base)
         check_output(output)
-        options.setdefault("inputs", input_width(base))
-        check_readers(options.get("blueprints", ()), options["inputs"], base)
+        options.setdefault("inputs", input_width(base, features))
+        check_readers(blueprints, options["inputs"], base)
         self.base = base
         self.enabled = enabled
         # Private, since layers with an attribute called "output" are common.
@@ -110,21 +121,24 @@ class ChunkedLayer(nnx.Module):
         """The base layer's output on the same arguments, with the seeds blended in."""
         if not self.enabled:
             return self.base(*args, **kwargs)
-        hook = None
-        if args:
-            x, hook = self.bed.tapped(args[0])
-            args = (x, *args[1:])
-        y, bias = self._base_output(*args, **kwargs)
         name, features = type(self.base).__name__, self.bed.layout.features
+        form, hook = form_over(self.base, features), None
+        reads = self.bed.reads_input
+        check_equation(self.base, form, args, kwargs, reads)
+        if args and reads:
+            x, hook = self.bed.tapped(form.input_rows(args[0]))
+            args = args if hook is None else (form.input_from(x), *args[1:])
+        y, bias = self._base_output(*args, **kwargs)
+        y = form.output_rows(y)
         path = find_output(y, vars(self).get("_output"), features, name)
 
         def grow(y: Any) -> Any:
-            if not self.bed.reads_input:
+            if not reads:
                 return self.bed(y, bias)
-            x = input_of(self.base, args, kwargs, y.dtype)
+            x = input_of(self.base, args, kwargs, y.dtype, form)
             return self.bed(y, bias, x, hook)
 
-        return with_output(y, path, grow)
+        return form.output_from(with_output(y, path, grow))
 
     def _base_output(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """The base layer's output, and None; or the output before the bias, and that.

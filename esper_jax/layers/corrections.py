@@ -13,6 +13,7 @@ from esper_jax.blueprints import ACTIVATIONS, Custom, Dense
 from esper_jax.chunks import ChunkLayout
 from esper_jax.layers.folding import wide_dtype
 from esper_jax.layers.inputs import input_of
+from esper_jax.layers.matrix_form import check_equation, form_over
 from esper_jax.layers.variables import VariableTree
 from esper_jax.parallel import collectives
 
@@ -270,8 +271,11 @@ class CorrectedLayer(nnx.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The base's output on the same arguments, with the corrections added."""
-        y = self.base(*args, **kwargs)
+        form = form_over(self.base, self.corrections.features)
+        reads = any(branch.reads == "input" for branch in self.corrections.branches)
+        check_equation(self.base, form, args, kwargs, reads)
+        y = form.output_rows(self.base(*args, **kwargs))
         x = None
-        if any(branch.reads == "input" for branch in self.corrections.branches):
-            x = input_of(self.base, args, kwargs, y.dtype)
-        return self.corrections(y, x=x)
+        if reads:
+            x = input_of(self.base, args, kwargs, y.dtype, form)
+        return form.output_from(self.corrections(y, x=x))

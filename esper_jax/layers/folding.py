@@ -15,6 +15,7 @@ from jaxtyping import Array
 
 from esper_jax.blueprints import Adapter, Blueprint, Custom
 from esper_jax.layers.inputs import input_width
+from esper_jax.layers.matrix_form import PLAIN, MatrixForm, form_over, kernel_form
 
 __all__ = [
     "LinearPart",
@@ -24,7 +25,6 @@ __all__ = [
     "linen_product",
     "product_of",
     "references_in",
-    "takes",
     "takes_corrections",
     "wide_dtype",
 ]
@@ -67,12 +67,13 @@ def references_in(nodes: Iterable[Any]) -> Mapping[int, int]:
 
 
 def takes_corrections(
-    base: Any, stack: tuple[int, ...], references: Mapping[int, int]
+    base: Any, features: int, stack: tuple[int, ...], references: Mapping[int, int]
 ) -> bool:
     """Whether a layer's output is linear in weights that nothing else uses.
 
     Args:
       base: the layer.
+      features: width that grows.
       stack: leading axes that its variables should have.
       references: how many places of the model hold each module and variable, by id.
     """
@@ -83,6 +84,15 @@ def takes_corrections(
         case nnx.Conv() if type(base) is nnx.Conv:
             own = len(base.kernel_shape)
             product = base.conv_general_dilated, jax.lax.conv_general_dilated
+        case nnx.LinearGeneral() if type(base) is nnx.LinearGeneral:
+            if base.batch_axis or base.dot_general_cls is not None:
+                return False
+            own = len(base.in_features) + len(base.out_features)
+            product = base.dot_general or jax.lax.dot_general, jax.lax.dot_general
+        case nnx.Einsum() if type(base) is nnx.Einsum:
+            if form_over(base, features) is PLAIN:
+                return False
+            own, product = len(base.kernel_shape), (base.einsum_op, jnp.einsum)
         case _:
             return False
     plain = product[0] is product[1] and base.promote_dtype is dtypes.promote_dtype
@@ -107,11 +117,13 @@ class Product:
       mixes: whether every feature is computed from the same inputs. Groups of a
         convolution and masks keep them apart.
       bias: whether there is a bias.
+      form: how kernel and bias have their features on one axis.
     """
 
     inputs: int | None
     mixes: bool
     bias: bool
+    form: MatrixForm = PLAIN
 
     def takes(self, blueprint: Blueprint) -> bool:
         """Whether the weights can take the corrections of a blueprint."""
@@ -127,25 +139,28 @@ class Product:
         return self.bias or not blueprint.bias
 
 
-def product_of(base: Any) -> Product:
-    """What a layer computes, which `takes_corrections`."""
-    return _product(base, input_width(base), base.bias is not None)
+def product_of(base: Any, features: int) -> Product:
+    """What a layer computes, which `takes_corrections`.
+
+    Args:
+      base: the layer.
+      features: width that grows.
+    """
+    own = _product(base, input_width(base, features), base.bias is not None)
+    return dataclasses.replace(own, form=form_over(base, features))
 
 
-def takes(base: Any, blueprint: Blueprint) -> bool:
-    """Whether a layer that takes corrections takes those of a blueprint."""
-    return product_of(base).takes(blueprint)
-
-
-def linen_product(base: Any, kernel: Any, bias: bool) -> Product | None:
+def linen_product(base: Any, features: int, kernel: Any, bias: bool) -> Product | None:
     """What a layer of Linen computes; None if its weights take no corrections.
 
     Args:
       base: the layer.
+      features: width that grows.
       kernel: its kernel, or a shape.
       bias: whether it has a bias.
     """
     product: tuple[Any, Any, Any]
+    form = None
     match base:
         case nn.Dense() if type(base) is nn.Dense:
             own = base.dot_general, base.dot_general_cls
@@ -153,6 +168,11 @@ def linen_product(base: Any, kernel: Any, bias: bool) -> Product | None:
         case nn.Conv() if type(base) is nn.Conv:
             own = base.conv_general_dilated, base.conv_general_dilated_cls
             product = *own, jax.lax.conv_general_dilated
+        case nn.DenseGeneral() if type(base) is nn.DenseGeneral:
+            form = kernel_form(base, kernel.shape)
+            if form is None or form.outputs != features:
+                return None
+            product = base.dot_general, base.dot_general_cls, jax.lax.dot_general
         case _:
             return None
     given, made, plain = product
@@ -160,8 +180,10 @@ def linen_product(base: Any, kernel: Any, bias: bool) -> Product | None:
         return None
     if base.promote_dtype is not linen_dtypes.promote_dtype:
         return None
+    if form is not None:
+        return Product(form.inputs, mixes=True, bias=bias, form=form)
     x = jax.ShapeDtypeStruct(kernel.shape[-2:-1], kernel.dtype)
-    return _product(base, input_width(base, x), bias)
+    return _product(base, input_width(base, x=x), bias)
 
 
 def _product(base: Any, inputs: int | None, bias: bool) -> Product:
@@ -169,17 +191,17 @@ def _product(base: Any, inputs: int | None, bias: bool) -> Product:
     return Product(inputs, one and getattr(base, "mask", None) is None, bias)
 
 
-def fold_into(base: Any, parts: list[LinearPart]) -> None:
+def fold_into(base: Any, parts: list[LinearPart], form: MatrixForm) -> None:
     """Changes kernel and bias so that the layer's output has the corrections in it.
 
     Computes in float32, or float64 for weights of that dtype, and rounds once.
 
     Args:
-      base: an `nnx.Linear` or `nnx.Conv`, or a stack of them.
+      base: a layer that `takes_corrections`, or a stack of them.
       parts: of disjoint chunks.
+      form: how kernel and bias have their features on one axis.
     """
-    kernel = _wide(base.kernel.get_value())
-    bias = None if base.bias is None else _wide(base.bias.get_value())
+    kernel, bias = _weights(base, form)
     for part in parts:
         columns = (*part.at, ..., slice(part.start, part.start + part.width))
         matrix, offset = _affine(part, kernel.dtype)
@@ -190,28 +212,43 @@ def fold_into(base: Any, parts: list[LinearPart]) -> None:
             own = bias[columns]
             more = jnp.matmul(own, matrix, precision="highest") + offset
             bias = bias.at[columns].set(own + more)
-    base.kernel.set_value(kernel.astype(base.kernel.dtype))
-    if bias is not None:
-        base.bias.set_value(bias.astype(base.bias.dtype))
+    _put(base, kernel, bias, form)
 
 
-def fold_branch(base: Any, params: Mapping[str, Array]) -> None:
+def fold_branch(base: Any, params: Mapping[str, Array], form: MatrixForm) -> None:
     """Adds ``W2 (W1 x + b1) + b2`` of a layer's input to its kernel and bias.
 
     Args:
-      base: an `nnx.Linear`, an `nnx.Conv` with a kernel of 1, or a stack of them.
+      base: a layer that `takes_corrections` and whose input has a width, or a stack of
+        them.
       params: ``w1`` (D, N), ``w2`` (N, F), and ``b1``, ``b2`` if there are; with the
         axes of the stack before that.
+      form: how kernel and bias have their features on one axis.
     """
     p = {name: _wide(leaf) for name, leaf in params.items()}
-    kernel = _wide(base.kernel.get_value())
+    kernel, bias = _weights(base, form)
     more = jnp.matmul(p["w1"], p["w2"], precision="highest")
     kernel = kernel + more.reshape(kernel.shape)
-    base.kernel.set_value(kernel.astype(base.kernel.dtype))
     if "b1" in p:
         own = jnp.einsum("...n,...nf->...f", p["b1"], p["w2"], precision="highest")
-        bias = _wide(base.bias.get_value()) + own + p["b2"]
-        base.bias.set_value(bias.astype(base.bias.dtype))
+        bias = bias + own + p["b2"]
+    _put(base, kernel, bias, form)
+
+
+def _weights(base: Any, form: MatrixForm) -> tuple[Array, Any]:
+    """Kernel and bias, each with its features on the last axis, to compute with."""
+    kernel = form.matrix(_wide(base.kernel.get_value()))
+    if base.bias is None:
+        return kernel, None
+    return kernel, form.vector(_wide(base.bias.get_value()))
+
+
+def _put(base: Any, kernel: Array, bias: Any, form: MatrixForm) -> None:
+    """Gives a layer what `_weights` had."""
+    old = base.kernel
+    old.set_value(form.kernel_from(kernel).astype(old.dtype))
+    if bias is not None:
+        base.bias.set_value(bias.reshape(base.bias.shape).astype(base.bias.dtype))
 
 
 def wide_dtype(dtype: Any) -> Any:

@@ -24,10 +24,11 @@ from esper_jax.layers.folding import (
     LinearPart,
     fold_branch,
     fold_into,
+    product_of,
     references_in,
-    takes,
     takes_corrections,
 )
+from esper_jax.layers.matrix_form import form_over
 from esper_jax.lifecycle.stages import Stage
 from esper_jax.lifecycle.state import coefficients
 
@@ -50,9 +51,11 @@ def harvest(
     shared.
 
     Blueprints without an activation are linear in the base's output (`affine`,
-    `low_rank`) or its input (`lora`). Those over an `nnx.Linear` or `nnx.Conv` are
-    folded into its kernel and bias: exact in real arithmetic, computed in float32
-    (float64 for float64 weights), then rounded once to the weights' dtype. They are
+    `low_rank`) or its input (`lora`). Those over an `nnx.Linear`, `nnx.LinearGeneral`,
+    `nnx.Einsum` (which has a `matrix_form.matrix_form`, all of whose features grow as
+    one axis) or `nnx.Conv` are folded into its kernel and bias: exact in real
+    arithmetic, computed in float32 (float64 for float64 weights), then rounded once to
+    the weights' dtype. They are
     kept as corrections where that would change something else: another part of the
     model uses the same base or weights, a kept blueprint of the layer reads the whole
     of its output, the base has no bias for theirs, or (`lora`) a correction that is not
@@ -109,7 +112,7 @@ def harvest(
             folds = (
                 fold
                 and references[id(node.base)] == 1
-                and takes_corrections(base, stack, references)
+                and takes_corrections(base, node.bed.layout.features, stack, references)
             )
             new[id(node)] = _plain_layer(base, node.bed, kept, folds)
     for _, node in nodes:
@@ -199,7 +202,9 @@ def _plain_layer(base: Any, bed: SeedBed, kept: list[_Part], folds: bool) -> Any
     folded = {
         kind
         for kind in kinds
-        if folds and not whole and takes(base, bed.blueprints[kind])
+        if folds
+        and not whole
+        and product_of(base, bed.layout.features).takes(bed.blueprints[kind])
     }
     # An adapter writes every feature: folded, what reads a chunk would find it there.
     if any(bed.blueprints[kind].reads == "chunk" for kind in kinds - folded):
@@ -208,9 +213,10 @@ def _plain_layer(base: Any, bed: SeedBed, kept: list[_Part], folds: bool) -> Any
     if folded:
         taken = [part for part in kept if part.kind in folded]
         of_chunks = [p for p in taken if isinstance(bed.blueprints[p.kind], Dense)]
-        fold_into(base, [_linear(bed, part) for part in of_chunks])
+        form = form_over(base, bed.layout.features)
+        fold_into(base, [_linear(bed, part) for part in of_chunks], form)
         for _, params in _branches(bed, [p for p in taken if p not in of_chunks]):
-            fold_branch(base, params)
+            fold_branch(base, params, form)
         kept = [part for part in kept if part.kind not in folded]
     return CorrectedLayer(base, _corrections(bed, kept)) if kept else base
 

@@ -10,20 +10,29 @@ from flax import linen as nn
 from flax import nnx
 
 from esper_jax.blueprints import Adapter, bound, resolve
+from esper_jax.layers.matrix_form import PLAIN, MatrixForm, matrix_form
 
-__all__ = ["check_readers", "input_of", "input_width"]
+__all__ = [
+    "check_readers",
+    "features_read",
+    "first_argument",
+    "input_of",
+    "input_width",
+]
 
 
-def input_width(base: Any, x: Any = None) -> int | None:
+def input_width(base: Any, features: int | None = None, x: Any = None) -> int | None:
     """Width of a layer's input, if each row of the output comes from one row of it.
 
     - ``Linear``, Linen's ``Dense``: its features;
-    - ``LinearGeneral``, ``DenseGeneral`` from the last axis to one axis: the same;
+    - ``LinearGeneral``, ``DenseGeneral``, ``Einsum`` where they have a `matrix_form`:
+      the axes that they sum, flattened, if all their features grow as one axis;
     - ``Conv`` with a kernel of 1, strides of 1, one group and no padding: its channels;
     - ``Embed``: the number of its ids.
 
     Args:
       base: any layer, of NNX or Linen.
+      features: width that grows; by default that of all features.
       x: its argument, for layers of Linen, which do not know their input before.
 
     Returns:
@@ -41,17 +50,34 @@ def input_width(base: Any, x: Any = None) -> int | None:
             return int(base.in_features)
         case nn.Conv() if _by_position(base):
             return width
-        case nnx.LinearGeneral() if _one_axis(base, base.batch_axis):
-            return int(base.in_features[0]) if len(base.in_features) == 1 else None
-        case nn.DenseGeneral() if _one_axis(base, base.batch_dims):
-            return width
-    return None
+    form = matrix_form(base, x)
+    whole = form is not None and features in (None, form.outputs)
+    return form.inputs if form is not None and whole else None
+
+
+def features_read(base: Any, blueprints: Any, x: Any = None) -> int | None:
+    """Width of all features of a layer that has several axes of them, flattened.
+
+    Args:
+      base: any layer, of NNX or Linen.
+      blueprints: that grow there.
+      x: as for `input_width`.
+
+    Returns:
+      The width; None if the layer has no `matrix_form`, or none reads its input.
+    """
+    form = matrix_form(base, x)
+    return form.outputs if form is not None and _readers(blueprints) else None
 
 
 def input_of(
-    base: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], dtype: Any
+    base: Any,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    dtype: Any,
+    form: MatrixForm = PLAIN,
 ) -> Any:
-    """The input of a layer as blueprints read it: its first argument.
+    """The input of a layer as blueprints read it: the rows of its first argument.
 
     Integers are ids for ``Embed`` alone; other layers compute with them as numbers.
 
@@ -60,18 +86,24 @@ def input_of(
       args: of its call.
       kwargs: of its call.
       dtype: of its output.
+      form: how the layer's input is cut into rows.
     """
-    x: Any = args[0] if args else _first(base, kwargs)
+    x: Any = first_argument(base, args, kwargs)
     if isinstance(base, nnx.Embed | nn.Embed) or not hasattr(x, "dtype"):
         return x
-    return x if jnp.issubdtype(x.dtype, jnp.floating) else jnp.asarray(x, dtype)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        x = jnp.asarray(x, dtype)
+    return form.input_rows(x)
 
 
-def _first(base: Any, kwargs: Mapping[str, Any]) -> Any:
-    """What a call by keywords gives for the first parameter of a layer.
+def first_argument(base: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """What a call gives for the first parameter of a layer.
 
-    If the signature does not tell which that is, the first keyword is taken for it.
+    If it is called by keywords, and the signature does not tell which that is, the
+    first keyword is taken for it.
     """
+    if args:
+        return args[0]
     named = list(inspect.signature(base).parameters)[:1]
     return next((kwargs[n] for n in (*named, *kwargs) if n in kwargs), None)
 
@@ -82,26 +114,28 @@ def check_readers(blueprints: Any, inputs: int | None, base: Any) -> None:
     Raises:
       ValueError: if ``inputs`` is None and a blueprint needs it.
     """
-    if inputs is not None or not blueprints:
+    if inputs is not None:
         return
-    readers = [b for b in bound(resolve(blueprints), None) if b.reads == "input"]
-    for b in readers:
-        if isinstance(b, Adapter) and b.inputs is None:
+    for b in _readers(blueprints):
+        if b.inputs is None:
             raise ValueError(
                 f"blueprints: {b.name!r} reads the input of its layer, and that of "
                 f"{type(base).__name__} as it is here cannot be read: it can for "
-                "Linear, LinearGeneral over the last axis, Conv with a kernel of 1 and "
-                "no padding, and Embed. For a layer of your own, each row of whose "
-                "output comes from one row of its first argument, pass inputs=, the "
-                "width of that. Or choose blueprints that read the output ('group')"
+                "Linear, Conv with a kernel of 1 and no padding, Embed, and for "
+                "LinearGeneral without batch axes and Einsum that sums or keeps each "
+                "axis of input and kernel, the kept ones of the input in their order "
+                "('btnh,nhd->btd'; not 'bhd,hdf->bhf', which does both with h), if "
+                "features= is left out or all of theirs. For a layer of your own, each "
+                "row of whose output comes from one row of its first argument, pass "
+                "inputs=, the width of that. Or choose blueprints that read the output "
+                "('group')"
             )
 
 
-def _one_axis(base: Any, batch: Any) -> bool:
-    """Whether a product is over the last axis, to one axis."""
-    features = getattr(base, "out_features", None) or base.features
-    one = isinstance(features, int) or len(features) == 1
-    return one and not batch and base.axis in (-1, (-1,), [-1])
+def _readers(blueprints: Any) -> list[Adapter]:
+    """The blueprints that read the input of their layer."""
+    found = bound(resolve(blueprints), None) if blueprints else ()
+    return [b for b in found if isinstance(b, Adapter) and b.reads == "input"]
 
 
 def _by_position(base: Any) -> bool:

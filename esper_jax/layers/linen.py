@@ -14,7 +14,14 @@ from flax import nnx
 from flax.traverse_util import flatten_dict
 
 from esper_jax.layers.bed import SeedBed
-from esper_jax.layers.inputs import check_readers, input_of, input_width
+from esper_jax.layers.inputs import (
+    check_readers,
+    features_read,
+    first_argument,
+    input_of,
+    input_width,
+)
+from esper_jax.layers.matrix_form import form_over
 from esper_jax.layers.output import Output, check_output, find_output, with_output
 from esper_jax.lifecycle.packing import pack, unpack
 from esper_jax.lifecycle.state import SeedState
@@ -194,6 +201,11 @@ def _grow(
     base, args, kwargs = given
     layer = type(base).__name__
     check_output(output)
+    options = bed.options or {}
+    given_x = first_argument(base, args, kwargs)
+    blueprints = options.get("blueprints", ())
+    if features is None:
+        features = features_read(base, blueprints, given_x)
     if features is None:
         if not hasattr(y, "shape") or not y.shape:
             raise ValueError(
@@ -201,7 +213,7 @@ def _grow(
                 "one array that tells the width of the output"
             )
         features = y.shape[-1]
-    options = bed.options or {}
+    form = form_over(base, features, given_x)
 
     if (met := _MET.get()) is not None:
         place = _place(base.scope)
@@ -209,12 +221,14 @@ def _grow(
         met.bases["/".join(_place(bed.scope))] = base, place
 
     def grow(y: Any) -> Any:
-        x = input_of(base, args, kwargs, y.dtype)
-        inputs = options.get("inputs", input_width(base, x))
-        check_readers(options.get("blueprints", ()), inputs, base)
+        x = input_of(base, args, kwargs, y.dtype, form)
+        inputs = options.get("inputs", input_width(base, features, given_x))
+        check_readers(blueprints, inputs, base)
         return bed(y, x, inputs)
 
-    return with_output(y, find_output(y, output, features, layer), grow)
+    y = form.output_rows(y)
+    path = find_output(y, output, features, layer)
+    return form.output_from(with_output(y, path, grow))
 
 
 def read_seeds(arrays: Mapping[str, Any]) -> SeedState:
