@@ -1,0 +1,105 @@
+"""Frozen hosts: tied tables, averages that move, and what cannot be measured."""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from esper_jax import ChunkedLayer, Growth, harvest, make_growable
+from esper_jax.blueprints import lora
+from esper_jax.lifecycle.stages import Stage
+from esper_jax.policy import TrialConfig, trial, trial_lives
+
+ROWS = np.random.default_rng(0)
+
+
+def trial_of(model: Any, **options: Any) -> Growth:
+    """A trial beside a frozen host."""
+    return Growth(
+        model,
+        optax.adam(3e-2),
+        wrt=None,
+        policy=trial(TrialConfig(ticks=1)),
+        lifecycle_config=trial_lives(tuning=2),
+        **options,
+    )
+
+
+class Unembed(nnx.Module):
+    """As the docs have it: the unembedding, which shares the table of the lookup."""
+
+    def __init__(self, embed: Any) -> None:
+        self.table = embed.embedding
+
+    def __call__(self, x: Any) -> Any:
+        return jnp.dot(x, self.table[...].T)
+
+
+class Tied(nnx.Module):
+    def __init__(self) -> None:
+        self.embed = nnx.Embed(11, 6, rngs=nnx.Rngs(0))
+        self.unembed = Unembed(self.embed)
+
+    def __call__(self, tokens: Any) -> Any:
+        return self.unembed(nnx.tanh(self.embed(tokens)))
+
+
+TOKENS = ROWS.integers(11, size=(8, 5))
+
+
+def next_token(model: Any) -> Any:
+    labels = (TOKENS * 7 + 3) % 11
+    losses = optax.softmax_cross_entropy_with_integer_labels(model(TOKENS), labels)
+    return losses.mean()
+
+
+def test_a_frozen_tied_table_grows_in_lookup_and_unembedding() -> None:
+    model: Any = Tied()
+    plain = np.asarray(model(TOKENS))
+    tied = model.embed.attend(nnx.tanh(model.embed(TOKENS)))
+    np.testing.assert_array_equal(plain, tied)
+    options = {"blueprints": [lora(rank=2)], "rngs": nnx.Rngs(1)}
+    make_growable(model, "embed", 2, **options)
+    make_growable(model, "unembed", 2, features=11, inputs=6, **options)
+    np.testing.assert_array_equal(model(TOKENS), plain)
+    table = np.asarray(model.embed.embedding[...])
+    growth, evaluate = trial_of(model), nnx.jit(next_token)
+
+    @nnx.jit
+    def step(model: Any, growth: Growth) -> None:
+        grads = nnx.grad(next_token, argnums=growth.argnums)(model)
+        growth.update(model, grads)
+
+    for _ in range(3):
+        growth.tick(model, evaluate)
+    for _ in range(20):
+        step(model, growth)
+    # Worth by hand: the loss with one part's alpha taken out, less the loss.
+    without = nnx.clone(model)
+    without.unembed.bed.probe[...] = jnp.array([-1.0, 0.0])
+    worth = float(evaluate(without) - evaluate(model))
+    report = growth.tick(model, evaluate)
+    signals = report.layers["unembed"].signals
+    np.testing.assert_allclose(signals.worth[0], worth, rtol=1e-4)
+    assert worth > 0.1
+    for _ in range(4):
+        growth.tick(model, evaluate)
+    for name in ("embed", "unembed"):
+        stage = getattr(model, name).bed.seeds.get_value().stage
+        assert stage.tolist() == [Stage.FOSSILIZED] * 2
+    assert model.unembed.table is model.embed.base.embedding
+    np.testing.assert_array_equal(model.unembed.table[...], table)
+    np.testing.assert_allclose(harvest(model)(TOKENS), model(TOKENS), atol=1e-5)
+    assert np.max(np.abs(model(TOKENS) - plain)) > 0.1
+    model.set_attributes(ChunkedLayer, enabled=False)
+    np.testing.assert_array_equal(model(TOKENS), plain)
+
+
+def test_attend_of_a_growable_table_says_how_to_let_it_grow() -> None:
+    model: Any = Tied()
+    make_growable(model, "embed", 2, rngs=nnx.Rngs(1))
+    with pytest.warns(UserWarning, match=r"Embed\.attend .* 'Tied embeddings' in docs"):
+        nnx.eval_shape(lambda m: m.embed.attend(jnp.ones(6)), model)
