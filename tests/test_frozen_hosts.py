@@ -8,7 +8,7 @@ import optax
 import pytest
 from flax import nnx
 
-from esper_jax import ChunkedLayer, Growth, harvest, make_growable
+from esper_jax import ChunkedLayer, Growth, build, harvest, make_growable
 from esper_jax.blueprints import lora
 from esper_jax.lifecycle.stages import Stage
 from esper_jax.policy import TrialConfig, trial, trial_lives
@@ -103,3 +103,67 @@ def test_attend_of_a_growable_table_says_how_to_let_it_grow() -> None:
     make_growable(model, "embed", 2, rngs=nnx.Rngs(1))
     with pytest.warns(UserWarning, match=r"Embed\.attend .* 'Tied embeddings' in docs"):
         nnx.eval_shape(lambda m: m.embed.attend(jnp.ones(6)), model)
+
+
+class Normed(nnx.Module):
+    def __init__(self) -> None:
+        self.a = nnx.Linear(4, 6, rngs=nnx.Rngs(0))
+        self.norm = nnx.BatchNorm(6, rngs=nnx.Rngs(1))
+        self.b = nnx.Linear(6, 2, rngs=nnx.Rngs(2))
+
+    def __call__(self, x: Any) -> Any:
+        return self.b(nnx.relu(self.norm(self.a(x))))
+
+
+X = ROWS.normal(size=(16, 4)).astype(np.float32)
+MOVES = (
+    r"host is frozen .*layer 'norm' is in training .*set_attributes\(nnx\.BatchNorm, "
+    r"use_running_average=True\)"
+)
+
+
+def squares(model: Any) -> Any:
+    return jnp.mean((model(X) - 1) ** 2)
+
+
+def learn(model: Any, growth: Growth) -> None:
+    grads = nnx.grad(squares, argnums=growth.argnums)(model)
+    growth.update(model, grads)
+
+
+def means(model: Any) -> np.ndarray:
+    return np.array(model.norm.mean[...])
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_averages_that_move_in_a_frozen_host_are_told_of_once(compiled: bool) -> None:
+    model: Any = Normed()
+    make_growable(model, "a", 2, rngs=nnx.Rngs(3))
+    growth, step = trial_of(model), nnx.jit(learn) if compiled else learn
+    before = means(model)
+    with pytest.warns(UserWarning, match=MOVES):
+        step(model, growth)
+    step(model, growth)  # warnings are errors here
+    assert np.any(means(model) != before)
+
+
+def test_averages_that_stay_are_not_told_of() -> None:
+    frozen: Any = Normed()
+    make_growable(frozen, "a", 2, rngs=nnx.Rngs(3))
+    frozen.set_attributes(nnx.BatchNorm, use_running_average=True)
+    before = means(frozen)
+    learn(frozen, trial_of(frozen))
+    np.testing.assert_array_equal(means(frozen), before)
+    trained: Any = Normed()
+    make_growable(trained, "a", 2, rngs=nnx.Rngs(3))
+    learn(trained, Growth(trained, optax.adam(1e-2)))
+
+
+def test_build_tells_of_averages_that_move_in_a_frozen_host() -> None:
+    model = Normed()
+    make_growable(model, "a", 2, rngs=nnx.Rngs(3))
+    optimizers = optax.identity(), optax.adam(1e-2)
+    with pytest.warns(UserWarning, match=MOVES):
+        build(model, *optimizers, wrt=None)
+    model.set_attributes(nnx.BatchNorm, use_running_average=True)
+    build(model, *optimizers, wrt=None)

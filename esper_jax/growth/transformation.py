@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 
 from esper_jax.growth.beds import name_of
 from esper_jax.growth.capacity import give_back, is_settled, switch_off, switch_on
+from esper_jax.growth.cautions import warn_of_statistics_once
 from esper_jax.growth.folds import folds_of
 from esper_jax.growth.functions import (
     MEASURE_EVERY,
@@ -84,7 +85,9 @@ class Growth(nnx.Module):
       optimizer: for the blueprints; runs in each slot (`optim.per_slot`). A `PerSlot`
         is taken as it is.
       wrt: which of the host's variables are trained, as for `nnx.Optimizer`; None for a
-        frozen host, for which no gradients are computed then.
+        frozen host, for which no gradients are computed then. The first `update`
+        warns of layers whose averages change all the same (`nnx.BatchNorm` in training
+        mode).
       lifecycle_config: minimum ages, gates and grafting.
       controller_config: numbers of the heuristic.
       policy: a `Policy`, or what makes one, instead of the heuristic.
@@ -166,6 +169,7 @@ class Growth(nnx.Module):
         """
         check_loss(loss)
         values, given = self._values(model), self._gradients(grads)
+        warn_of_statistics_once(self.recipe, model)
         old = self.state.get_value()
         remembered, banks = update(self.recipe, old, values, given, loss)
         self.state.set_value(remembered, old)
