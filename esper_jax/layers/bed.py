@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Float
 
 from esper_jax.blueprints import Blueprint, aiming, aims, bound, init_bank, resolve
+from esper_jax.blueprints.ranks import warn_of_ranks
 from esper_jax.chunks import ChunkLayout
 from esper_jax.kernels.blend import (
     blend,
@@ -75,7 +76,8 @@ class SeedBed(nnx.Module):
         From 1 to ``num_seeds``; by default the smaller of ``num_seeds`` and
         `DEFAULT_CAPACITY`.
       blueprints: what may grow: names, `Dense`, `Custom` or `Adapter`. A seed's
-        blueprint id is an index into this sequence.
+        blueprint id is an index into this sequence. A rank (`lora`, `low_rank`) above
+        the widths that it lies between gives a warning.
       strategy: grafting strategy that each seed starts with.
       incubation: what a seed in TRAINING learns from: ``"task"``, ``"bounded"`` (the
         same with a pull that keeps its correction as small as the activation), or
@@ -143,6 +145,7 @@ class SeedBed(nnx.Module):
             ),
         )
         self.probe = GraftProbe(jnp.zeros(capacity, jnp.float32))
+        warn_of_ranks(self.blueprints, self.layout.width, features)
 
     def __call__(
         self,
