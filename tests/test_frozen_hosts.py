@@ -10,6 +10,7 @@ from flax import nnx
 
 from esper_jax import ChunkedLayer, Growth, build, harvest, make_growable
 from esper_jax.blueprints import lora
+from esper_jax.growth.showing import shown
 from esper_jax.lifecycle.stages import Stage
 from esper_jax.policy import TrialConfig, trial, trial_lives
 
@@ -167,3 +168,20 @@ def test_build_tells_of_averages_that_move_in_a_frozen_host() -> None:
         build(model, *optimizers, wrt=None)
     model.set_attributes(nnx.BatchNorm, use_running_average=True)
     build(model, *optimizers, wrt=None)
+
+
+def test_what_a_trial_kept_is_shown_with_where_its_worth_is() -> None:
+    model: Any = nnx.Sequential(nnx.Linear(4, 2, rngs=nnx.Rngs(0)))
+    options = {"blueprints": [lora(rank=1)], "rngs": nnx.Rngs(3)}
+    make_growable(model, nnx.Linear, 1, **options)
+    growth, evaluate = trial_of(model), nnx.jit(squares)
+    for _ in range(3):
+        growth.tick(model, evaluate)
+    for _ in range(20):
+        learn(model, growth)
+    reports = [growth.tick(model, evaluate).layers["layers/0"] for _ in range(6)]
+    kept = next(r for r in reports if r.stage[0] == Stage.FOSSILIZED)
+    assert kept.signals.mean_worth[0] > 0
+    assert repr(shown(model)).endswith(
+        "worth judged when it was kept: mean_worth in that tick's report"
+    )
