@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -185,3 +186,66 @@ def test_what_a_trial_kept_is_shown_with_where_its_worth_is() -> None:
     assert repr(shown(model)).endswith(
         "worth judged when it was kept: mean_worth in that tick's report"
     )
+
+
+def linear_net() -> Any:
+    return nnx.Sequential(nnx.Linear(4, 2, rngs=nnx.Rngs(0)))
+
+
+@pytest.mark.parametrize(
+    "rngs",
+    [0, 7, None, jax.random.key(0), nnx.Rngs(dropout=0)],
+    ids=["0", "7", "None", "key", "no params"],
+)
+def test_random_streams_of_another_kind_are_refused(rngs: Any) -> None:
+    words = r"rngs must be nnx\.Rngs with a key for params, such as nnx\.Rngs\(0\); got"
+    model = linear_net()
+    with pytest.raises(TypeError, match=words):
+        make_growable(model, "layers/0", 2, rngs=rngs)
+    assert isinstance(model.layers[0], nnx.Linear)
+    with pytest.raises(TypeError, match=words):
+        ChunkedLayer(model.layers[0], 2, rngs=rngs)
+    make_growable(model, "layers/0", 2, rngs=nnx.Rngs(0))
+    if rngs is not None:
+        with pytest.raises(TypeError, match=words):
+            Growth(model, optax.adam(1e-2), rngs=rngs)
+
+
+def test_a_model_or_streams_of_outside_are_refused_inside_jit() -> None:
+    model, rngs = linear_net(), nnx.Rngs(0)
+    optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)
+    before = jax.tree.structure(nnx.state(optimizer))
+    options = {"optimizer": optimizer}
+
+    def outer_model(x: Any) -> Any:
+        make_growable(model, "layers/0", 2, rngs=nnx.Rngs(0), **options)
+        return model(x)
+
+    with pytest.raises(ValueError, match=r"^model is of outside .* between steps"):
+        jax.jit(outer_model)(X)
+    assert jax.tree.structure(nnx.state(optimizer)) == before
+
+    @nnx.jit
+    def outer_rngs(model: Any) -> None:
+        make_growable(model, "layers/0", 2, rngs=rngs)
+
+    with pytest.raises(ValueError, match=r"rngs are of outside .* as well"):
+        outer_rngs(model)
+    assert isinstance(model.layers[0], nnx.Linear)
+
+    @nnx.jit
+    def made() -> Any:
+        model = linear_net()
+        make_growable(model, "layers/0", 2, rngs=nnx.Rngs(0))
+        return model
+
+    assert isinstance(made().layers[0], ChunkedLayer)
+
+
+def test_settled_is_not_asked_while_it_is_traced() -> None:
+    model = linear_net()
+    make_growable(model, "layers/0", 2, rngs=nnx.Rngs(0))
+    growth = trial_of(model)
+    with pytest.raises(ValueError, match="settled must be asked between steps"):
+        nnx.jit(lambda growth: growth.settled)(growth)
+    assert not growth.settled

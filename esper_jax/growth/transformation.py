@@ -43,6 +43,7 @@ from esper_jax.growth.saving import (
 from esper_jax.growth.showing import display
 from esper_jax.growth.state import Arrays, TrainState
 from esper_jax.layers.bed import SeedBed
+from esper_jax.layers.keys import key_of
 from esper_jax.layers.variables import BlueprintParam, GraftProbe, SeedVariable
 from esper_jax.lifecycle.commands import Commands
 from esper_jax.lifecycle.rules import LifecycleConfig
@@ -132,7 +133,7 @@ class Growth(nnx.Module):
         check_trained(parts, self.recipe.policy, parts.strategies(values))
         self.wrt = wrt
         self._off: tuple[str, ...] = ()  # paths of the beds that shrink switched off
-        key = (rngs or nnx.Rngs(0)).params()
+        key = key_of(nnx.Rngs(0) if rngs is None else rngs)
         self.state = HeldTree(start(self.recipe, values, key))
         self._shapes = self._shapes_of(values)
 
@@ -228,7 +229,8 @@ class Growth(nnx.Module):
     def settled(self) -> bool:
         """Whether the policy lets nothing be born any more, so that `shrink` may act.
 
-        It is the reason `policy.Reason.SETTLED` of reports, as after a trial.
+        It is the reason `policy.Reason.SETTLED` of reports, as after a trial. Not to be
+        read while it is being traced.
         """
         return is_settled(self.state.get_value().growth.memory)
 

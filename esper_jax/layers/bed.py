@@ -20,6 +20,7 @@ from esper_jax.kernels.blend import (
     tapped,
 )
 from esper_jax.kernels.blend.static import Slots
+from esper_jax.layers.keys import key_of
 from esper_jax.layers.shown import LayerSeeds, html_of, seeds_in
 from esper_jax.layers.variables import (
     BlueprintParam,
@@ -141,7 +142,7 @@ class SeedBed(nnx.Module):
         self.bank = VariableTree(
             BlueprintParam,
             init_bank(
-                rngs.params(), capacity, self.blueprints, self.layout.width, features
+                key_of(rngs), capacity, self.blueprints, self.layout.width, features
             ),
         )
         self.probe = GraftProbe(jnp.zeros(capacity, jnp.float32))
