@@ -30,7 +30,7 @@ from esper_jax.growth.functions import (
 from esper_jax.growth.held import GrowthVariable, HeldTree
 from esper_jax.growth.outside import Outside
 from esper_jax.growth.parts import put_values, split_model, values_of
-from esper_jax.growth.recipe import check_trained
+from esper_jax.growth.recipe import check_known, check_trained
 from esper_jax.growth.reports import TickReport
 from esper_jax.growth.saving import (
     check_alike,
@@ -95,7 +95,8 @@ class Growth(nnx.Module):
       measure: which of the signals that cost a pass over the host's gradients or
         weights are measured: ``"chunk_gradient"``, ``"gradient_ratio"``,
         ``"grad_norm"``, ``"drift"``. The others are NaN in reports. By default those
-        that the policy and the seeds' grafting strategies read.
+        that the policy and the seeds' grafting strategies read. Of a frozen host the
+        last two are 0, and the first two are refused.
       measure_every: gradients are measured at every so many steps, beginning with the
         first after a tick. Other steps do not read the host's gradients.
       rngs: key ``params`` draws the blueprints and the policy's choices.
@@ -103,7 +104,8 @@ class Growth(nnx.Module):
     Raises:
       TypeError: if ``optimizer`` or ``policy`` is none.
       ValueError: if the model holds nothing that can grow, the policy does not suit
-        it, or reads what ``measure`` leaves out or a frozen host does not have.
+        it, or reads what ``measure`` leaves out or a frozen host does not have, or
+        ``measure`` holds what the host, as far as it trains, does not have.
     """
 
     def __init__(
@@ -131,6 +133,7 @@ class Growth(nnx.Module):
         folds = folds_of(model, parts, recipe.gates)
         self.recipe = dataclasses.replace(recipe, folds=folds)
         check_trained(parts, self.recipe.policy, parts.strategies(values))
+        check_known(parts, measure)
         self.wrt = wrt
         self._off: tuple[str, ...] = ()  # paths of the beds that shrink switched off
         key = key_of(nnx.Rngs(0) if rngs is None else rngs)
