@@ -237,6 +237,7 @@ LIVES = LifecycleConfig(
         ("lora", "bfloat16"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:blueprints. 'lora' has rank 4:UserWarning")
 def test_a_frozen_host_learns_by_what_grows(kind: str, base: str) -> None:
     rngs = nnx.Rngs(0)
     model = nnx.Sequential(
@@ -354,6 +355,7 @@ def test_a_frozen_host_in_evaluation_mode_keeps_its_batch_statistics() -> None:
     same_bits(model(X), before)
 
 
+@pytest.mark.filterwarnings("ignore:blueprints. 'lora' has rank 4:UserWarning")
 def test_a_convolution_read_through_inputs_is_not_folded() -> None:
     rngs = nnx.Rngs(0)
     layer = ChunkedLayer(

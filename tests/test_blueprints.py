@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+from esper_jax import ChunkedLayer
 from esper_jax import blueprints as bp
 from esper_jax.blueprints import registry as names
 from esper_jax.chunks import ChunkLayout
@@ -267,3 +269,29 @@ def test_whole_layer_blueprints_need_the_width_and_known_words() -> None:
         bp.context(activation="nope")
     assert bp.context() == bp.context() != bp.context(expansion=3.0)
     assert hash(bp.context()) == hash(bp.context())
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        (bp.lora(rank=5), "'lora' has rank 5, and maps 6 to 4 features, .*rank 4 is"),
+        (bp.lora(rank=5, start="gradient"), "10 of its 50 parameters"),
+        (bp.low_rank(reduction=0.5), "'low_rank' has rank 4, and maps 2 to 2 features"),
+    ],
+)
+def test_a_rank_that_the_widths_cannot_use_is_told_of(kind, words):
+    linear = nnx.Linear(6, 4, rngs=nnx.Rngs(0))
+    with pytest.warns(UserWarning, match=words):
+        layer = ChunkedLayer(linear, 2, blueprints=[kind], rngs=nnx.Rngs(1))
+    # It is made as it always was, so that old checkpoints restore.
+    bank = layer.bed.bank.get_value()
+    w1 = bank.w1 if kind.name == "low_rank" else bank.custom["lora"]["w1"]
+    assert w1.shape == ((2, 2, 4) if kind.name == "low_rank" else (2, 6, 5))
+    costs = bp.param_counts(layer.bed.blueprints, layer.bed.layout.sizes)
+    assert costs[0, 0] == (16 if kind.name == "low_rank" else 50)
+
+
+def test_ranks_and_hidden_units_that_are_of_use_are_not_told_of():
+    linear = nnx.Linear(6, 4, rngs=nnx.Rngs(0))
+    kinds = [bp.lora(rank=4), "neurons", "group", "residual_mlp", "low_rank", "noop"]
+    ChunkedLayer(linear, 2, blueprints=kinds, rngs=nnx.Rngs(1))

@@ -281,7 +281,8 @@ def test_other_steps_read_nothing_of_the_host() -> None:
 
 def test_a_frozen_host_has_no_gradients_to_measure() -> None:
     model = Net()
-    growth = Growth(model, optax.sgd(0.1), wrt=None, measure=SAMPLED, measure_every=1)
+    both = {"grad_norm", "drift"}
+    growth = Growth(model, optax.sgd(0.1), wrt=None, measure=both, measure_every=1)
     assert split_model(model, wrt=None).host_params() == []
 
     @nnx.jit
@@ -293,3 +294,9 @@ def test_a_frozen_host_has_no_gradients_to_measure() -> None:
     assert np.all(signals.grad_norm == 0)  # there are none, and that is known
     assert np.all(np.isnan(signals.chunk_gradient))
     assert np.all(signals.drift == 0)
+    words = r"measure must not hold chunk_gradient: .*wrt trains none.*Leave it out"
+    for asked in (["chunk_gradient"], ["chunk_gradient", "drift"]):
+        with pytest.raises(ValueError, match=words):
+            Growth(model, optax.sgd(0.1), wrt=None, measure=asked)
+    with pytest.raises(ValueError, match="hold chunk_gradient and gradient_ratio: "):
+        Growth(model, optax.sgd(0.1), wrt=nnx.PathContains("head"), measure=SAMPLED)

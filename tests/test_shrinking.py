@@ -169,6 +169,7 @@ TABLES: dict[str, Any] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:blueprints. 'lora' has rank 4:UserWarning")
 def test_a_run_shrinks_by_itself_and_goes_on_across_it(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -221,6 +222,7 @@ def test_a_run_shrinks_by_itself_and_goes_on_across_it(
         assert again["events"] == ended["events"]
 
 
+@pytest.mark.filterwarnings("ignore:blueprints. 'lora' has rank 4:UserWarning")
 def test_a_trial_s_lifecycle_is_the_default_of_its_config(tmp_path: Any) -> None:
     config = parse_config({"policy": "trial"})
     assert config.lifecycle == trial_lives()

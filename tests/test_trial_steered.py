@@ -202,6 +202,7 @@ TABLES: dict[str, Any] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:blueprints. 'lora' has rank 4:UserWarning")
 def test_without_the_feature_growth_a_run_tries_nothing_until_it_may(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -115,8 +115,17 @@ def is_settled(memory: Any) -> bool:
 
     Args:
       memory: of any policy; one without a ``reason`` never says so.
+
+    Raises:
+      ValueError: if the memory is being traced.
     """
-    return int(getattr(memory, "reason", -1)) == Reason.SETTLED
+    reason = getattr(memory, "reason", -1)
+    if isinstance(reason, jax.core.Tracer):
+        raise ValueError(
+            "whether a policy is settled must be asked between steps, outside of "
+            "jax.jit and nnx.jit, since shapes depend on it; it is being traced"
+        )
+    return int(reason) == Reason.SETTLED
 
 
 def give_back(

@@ -27,6 +27,7 @@ from esper_jax.policy.interface import (
 
 __all__ = [
     "Recipe",
+    "check_known",
     "check_measured",
     "check_trained",
     "policy_for",
@@ -173,8 +174,7 @@ def check_trained(
     Raises:
       ValueError: naming the signals.
     """
-    read = (policy.reads or frozenset()) & {"chunk_gradient", "gradient_ratio"}
-    if read and not any(map(parts.trains_output, parts.beds)):
+    if read := _without_weights(parts, policy.reads or ()):
         raise ValueError(
             f"the policy reads {' and '.join(sorted(read))}, gradients of the weights "
             "that write a growable layer's output, and of these wrt trains none: "
@@ -196,6 +196,35 @@ def check_trained(
             "strategy, or let wrt match what trains"
         )
     return policy
+
+
+def check_known(parts: ModelParts, measured: Collection[str] | None) -> None:
+    """Refuses to measure gradients which no layer that can grow has.
+
+    Args:
+      parts: the model.
+      measured: the signals that were asked for; None for what is read.
+
+    Raises:
+      ValueError: naming the signals.
+    """
+    if unknown := _without_weights(parts, measured or ()):
+        names = " and ".join(sorted(unknown))
+        raise ValueError(
+            f"measure must not hold {names}: gradients of the weights that write a "
+            "growable layer's output, of which wrt trains none, so nothing could be "
+            "measured. Leave it out (grad_norm and drift of a frozen host are 0), or "
+            "let wrt match weights of those layers"
+        )
+
+
+def _without_weights(parts: ModelParts, signals: Collection[str]) -> frozenset[str]:
+    """Those of the signals that nothing can be measured of, as no such weight trains.
+
+    A weight that writes the output of a layer that can grow.
+    """
+    read = frozenset(signals) & {"chunk_gradient", "gradient_ratio"}
+    return frozenset() if any(map(parts.trains_output, parts.beds)) else read
 
 
 def what_is_read(policy: Policy, strategies: Collection[Strategy]) -> frozenset[str]:

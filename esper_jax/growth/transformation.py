@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 
 from esper_jax.growth.beds import name_of
 from esper_jax.growth.capacity import give_back, is_settled, switch_off, switch_on
+from esper_jax.growth.cautions import warn_of_statistics_once
 from esper_jax.growth.folds import folds_of
 from esper_jax.growth.functions import (
     MEASURE_EVERY,
@@ -29,7 +30,7 @@ from esper_jax.growth.functions import (
 from esper_jax.growth.held import GrowthVariable, HeldTree
 from esper_jax.growth.outside import Outside
 from esper_jax.growth.parts import put_values, split_model, values_of
-from esper_jax.growth.recipe import check_trained
+from esper_jax.growth.recipe import check_known, check_trained
 from esper_jax.growth.reports import TickReport
 from esper_jax.growth.saving import (
     check_alike,
@@ -42,6 +43,7 @@ from esper_jax.growth.saving import (
 from esper_jax.growth.showing import display
 from esper_jax.growth.state import Arrays, TrainState
 from esper_jax.layers.bed import SeedBed
+from esper_jax.layers.keys import key_of
 from esper_jax.layers.variables import BlueprintParam, GraftProbe, SeedVariable
 from esper_jax.lifecycle.commands import Commands
 from esper_jax.lifecycle.rules import LifecycleConfig
@@ -84,14 +86,17 @@ class Growth(nnx.Module):
       optimizer: for the blueprints; runs in each slot (`optim.per_slot`). A `PerSlot`
         is taken as it is.
       wrt: which of the host's variables are trained, as for `nnx.Optimizer`; None for a
-        frozen host, for which no gradients are computed then.
+        frozen host, for which no gradients are computed then. The first `update`
+        warns of layers whose averages change all the same (`nnx.BatchNorm` in training
+        mode).
       lifecycle_config: minimum ages, gates and grafting.
       controller_config: numbers of the heuristic.
       policy: a `Policy`, or what makes one, instead of the heuristic.
       measure: which of the signals that cost a pass over the host's gradients or
         weights are measured: ``"chunk_gradient"``, ``"gradient_ratio"``,
         ``"grad_norm"``, ``"drift"``. The others are NaN in reports. By default those
-        that the policy and the seeds' grafting strategies read.
+        that the policy and the seeds' grafting strategies read. Of a frozen host the
+        last two are 0, and the first two are refused.
       measure_every: gradients are measured at every so many steps, beginning with the
         first after a tick. Other steps do not read the host's gradients.
       rngs: key ``params`` draws the blueprints and the policy's choices.
@@ -99,7 +104,8 @@ class Growth(nnx.Module):
     Raises:
       TypeError: if ``optimizer`` or ``policy`` is none.
       ValueError: if the model holds nothing that can grow, the policy does not suit
-        it, or reads what ``measure`` leaves out or a frozen host does not have.
+        it, or reads what ``measure`` leaves out or a frozen host does not have, or
+        ``measure`` holds what the host, as far as it trains, does not have.
     """
 
     def __init__(
@@ -127,9 +133,10 @@ class Growth(nnx.Module):
         folds = folds_of(model, parts, recipe.gates)
         self.recipe = dataclasses.replace(recipe, folds=folds)
         check_trained(parts, self.recipe.policy, parts.strategies(values))
+        check_known(parts, measure)
         self.wrt = wrt
         self._off: tuple[str, ...] = ()  # paths of the beds that shrink switched off
-        key = (rngs or nnx.Rngs(0)).params()
+        key = key_of(nnx.Rngs(0) if rngs is None else rngs)
         self.state = HeldTree(start(self.recipe, values, key))
         self._shapes = self._shapes_of(values)
 
@@ -166,6 +173,7 @@ class Growth(nnx.Module):
         """
         check_loss(loss)
         values, given = self._values(model), self._gradients(grads)
+        warn_of_statistics_once(self.recipe, model)
         old = self.state.get_value()
         remembered, banks = update(self.recipe, old, values, given, loss)
         self.state.set_value(remembered, old)
@@ -224,7 +232,8 @@ class Growth(nnx.Module):
     def settled(self) -> bool:
         """Whether the policy lets nothing be born any more, so that `shrink` may act.
 
-        It is the reason `policy.Reason.SETTLED` of reports, as after a trial.
+        It is the reason `policy.Reason.SETTLED` of reports, as after a trial. Not to be
+        read while it is being traced.
         """
         return is_settled(self.state.get_value().growth.memory)
 

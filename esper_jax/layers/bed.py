@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Float
 
 from esper_jax.blueprints import Blueprint, aiming, aims, bound, init_bank, resolve
+from esper_jax.blueprints.ranks import warn_of_ranks
 from esper_jax.chunks import ChunkLayout
 from esper_jax.kernels.blend import (
     blend,
@@ -19,6 +20,7 @@ from esper_jax.kernels.blend import (
     tapped,
 )
 from esper_jax.kernels.blend.static import Slots
+from esper_jax.layers.keys import key_of
 from esper_jax.layers.shown import LayerSeeds, html_of, seeds_in
 from esper_jax.layers.variables import (
     BlueprintParam,
@@ -75,7 +77,8 @@ class SeedBed(nnx.Module):
         From 1 to ``num_seeds``; by default the smaller of ``num_seeds`` and
         `DEFAULT_CAPACITY`.
       blueprints: what may grow: names, `Dense`, `Custom` or `Adapter`. A seed's
-        blueprint id is an index into this sequence.
+        blueprint id is an index into this sequence. A rank (`lora`, `low_rank`) above
+        the widths that it lies between gives a warning.
       strategy: grafting strategy that each seed starts with.
       incubation: what a seed in TRAINING learns from: ``"task"``, ``"bounded"`` (the
         same with a pull that keeps its correction as small as the activation), or
@@ -139,10 +142,11 @@ class SeedBed(nnx.Module):
         self.bank = VariableTree(
             BlueprintParam,
             init_bank(
-                rngs.params(), capacity, self.blueprints, self.layout.width, features
+                key_of(rngs), capacity, self.blueprints, self.layout.width, features
             ),
         )
         self.probe = GraftProbe(jnp.zeros(capacity, jnp.float32))
+        warn_of_ranks(self.blueprints, self.layout.width, features)
 
     def __call__(
         self,

@@ -35,7 +35,8 @@ class ChunkedLayer(nnx.Module):
     Seeds act on the result of a call only. Other methods of the base (``attend`` of
     `nnx.Embed`, an ``encode``) work through the layer, but return what the base alone
     computes, without the seeds. Reading one warns if a seed counts or may come to
-    count; read it from ``layer.base`` where that is meant.
+    count; read it from ``layer.base`` where that is meant. To let it grow, too, make a
+    module growable whose call computes it ("Tied embeddings" in docs/blueprints.md).
 
     Args:
       base: any callable module whose output has its features on the last axis. You can
@@ -102,7 +103,9 @@ class ChunkedLayer(nnx.Module):
             warnings.warn(
                 f"{type(self.base).__name__}.{name} is a method of the base layer: it "
                 "computes without the seeds, which act on the layer's calls only. Read "
-                f"layer.base.{name} if that is meant",
+                f"layer.base.{name} if that is meant. To let it grow, too, make a "
+                "small module growable that computes it when called, from the same "
+                "variables: 'Tied embeddings' in docs/blueprints.md",
                 stacklevel=2,
             )
         return value

@@ -7,9 +7,11 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from flax.errors import TraceContextError
 
 from esper_jax.layers.bed import SeedBed
 from esper_jax.layers.chunked import ChunkedLayer
+from esper_jax.layers.keys import TRACED
 from esper_jax.layers.moved import Path, Wrapped, check_holders, move_holders
 
 __all__ = ["make_growable"]
@@ -66,8 +68,8 @@ def make_growable(
     Raises:
       TypeError, ValueError: if no layer is found, if a path does not exist, if an
         argument does not fit a layer, whose path the message names, or if ``optimizer``
-        is of another model or chooses what it trains by path. Model and optimizer are
-        then unchanged.
+        is of another model or chooses what it trains by path, or if model or ``rngs``
+        are of outside of what is being traced. Model and optimizer are then unchanged.
     """
     found = _find(model, where)
     if () in found:
@@ -88,17 +90,33 @@ def make_growable(
             raise type(error)(f"layer {path!r}: {error}") from None
         new[id(layer)] = grown
     replacements = _replacements(model, found)
+    try:
+        _place(replacements, {id(layer): layer for layer in found.values()})
+    except TraceContextError as error:
+        raise ValueError(
+            f"model is of outside of what is being traced: {TRACED}"
+        ) from error
     if optimizer is not None:
         beds = {path: new[id(layer)].bed for path, layer in found.items()}
         wrapped = Wrapped(model, beds)
         check_holders(optimizer, wrapped)
         move_holders(optimizer, wrapped)
+    _place(replacements, new)
+    return list(map(_name, found))
+
+
+def _place(
+    replacements: Sequence[tuple[Any, Any, Any]], layers: Mapping[int, Any]
+) -> None:
+    """Puts layers where others are held, by the identity of these.
+
+    Each by itself changes nothing, and shows whether the model can be changed here.
+    """
     for parent, key, child in replacements:
         if isinstance(parent, list | dict) or isinstance(key, int):
-            parent[key] = new[id(child)]
+            parent[key] = layers[id(child)]
         else:
-            setattr(parent, str(key), new[id(child)])
-    return list(map(_name, found))
+            setattr(parent, str(key), layers[id(child)])
 
 
 def _replacements(

@@ -128,7 +128,7 @@ def _living(layer: LayerSeeds) -> list[tuple[int, Stage, str, str, str]]:
 
 def _worth(stage: Stage, worth: float) -> str:
     if stage == Stage.FOSSILIZED and not np.isfinite(worth):
-        return "not measured since it was kept"
+        return "judged when it was kept: mean_worth in that tick's report"
     return number(worth if np.isfinite(worth) else None)
 
 

@@ -19,6 +19,7 @@ from jaxtyping import Array
 from esper_jax import blueprints
 from esper_jax.chunks import ChunkLayout
 from esper_jax.growth.capacity import give_back, grow_capacity
+from esper_jax.growth.cautions import warn_of_statistics
 from esper_jax.growth.folds import Fold, folds_of
 from esper_jax.growth.outside import Outside
 from esper_jax.growth.parts import ModelParts, split_model, values_of
@@ -203,6 +204,8 @@ def build(
     gates = lifecycle_config or LifecycleConfig()
     asked = policy_of(policy, controller_config, decide)
     _warn_if_frozen(model)
+    if wrt is None:
+        warn_of_statistics(model)
     strategies = parts.strategies(values_of(model))
     recipe = TrainRecipe(
         parts=parts,

@@ -1,0 +1,66 @@
+"""What is told once, since it would else go wrong without a word."""
+
+import warnings
+import weakref
+from collections.abc import Sequence
+
+from flax import nnx
+
+from esper_jax.growth.beds import name_of
+from esper_jax.growth.recipe import Recipe
+
+__all__ = ["warn_of_statistics", "warn_of_statistics_once"]
+
+_MOST = 4
+"""How many layers a warning names."""
+
+_LOOKED_AT: weakref.WeakSet[Recipe] = weakref.WeakSet()
+"""Recipes whose models were looked at. No attribute of `Growth`: to set one while a
+step is traced would change what the step was compiled for."""
+
+
+def warn_of_statistics_once(recipe: Recipe, model: nnx.Module) -> None:
+    """`warn_of_statistics` of a frozen host, at the first step of it alone.
+
+    Args:
+      recipe: what the model is grown by.
+      model: as it is in a step.
+    """
+    if not recipe.parts.trained and recipe not in _LOOKED_AT:
+        _LOOKED_AT.add(recipe)
+        warn_of_statistics(model, stacklevel=4)
+
+
+def warn_of_statistics(model: nnx.Module, stacklevel: int = 3) -> None:
+    """Warns of layers of a frozen host whose averages each forward pass changes.
+
+    Args:
+      model: its layers are looked at, `nnx.BatchNorm` and others with its attribute
+        ``use_running_average``.
+      stacklevel: of the warning.
+    """
+    moving = [
+        name_of(path) or type(node).__name__
+        for path, node in nnx.iter_graph(model)
+        if isinstance(node, nnx.Module)
+        and getattr(node, "use_running_average", None) is False
+        and any(isinstance(value, nnx.BatchStat) for value in vars(node).values())
+    ]
+    if moving:
+        warnings.warn(
+            f"the host is frozen (wrt=None), but {_listed(moving)} in training mode: "
+            "each forward pass changes the averages there, so with enabled=False the "
+            "model will not be the one from before. Set use_running_average=True, as "
+            "model.set_attributes(nnx.BatchNorm, use_running_average=True) does, or "
+            "call model.eval(), with which layers that can grow measure nothing",
+            stacklevel=stacklevel,
+        )
+
+
+def _listed(layers: Sequence[str]) -> str:
+    """The first of the layers by name, with the verb."""
+    named = ", ".join(map(repr, layers[:_MOST]))
+    if len(layers) == 1:
+        return f"layer {named} is"
+    more = f" and {len(layers) - _MOST} more" if len(layers) > _MOST else ""
+    return f"layers {named}{more} are"
