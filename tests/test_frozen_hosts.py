@@ -249,3 +249,48 @@ def test_settled_is_not_asked_while_it_is_traced() -> None:
     with pytest.raises(ValueError, match="settled must be asked between steps"):
         nnx.jit(lambda growth: growth.settled)(growth)
     assert not growth.settled
+
+
+def pair() -> Any:
+    model = nnx.Sequential(
+        nnx.Linear(4, 4, rngs=nnx.Rngs(0)), nnx.Linear(4, 2, rngs=nnx.Rngs(1))
+    )
+    make_growable(model, nnx.Linear, 1, rngs=nnx.Rngs(2))
+    return model
+
+
+def test_a_trial_over_layers_that_are_switched_off_is_refused() -> None:
+    model = pair()
+    model.set_attributes(ChunkedLayer, enabled=False)
+    growth, evaluate = trial_of(model), nnx.jit(squares)
+    words = "^tick changed nothing: layers 'layers/0', 'layers/1' are switched off"
+    with pytest.raises(ValueError, match=words):
+        growth.tick(model, evaluate)
+    assert not model.layers[0].bed.seeds.get_value().stage.any()
+    # Nor is a trial judged while they are off; then it goes on as if nothing had been.
+    model.set_attributes(ChunkedLayer, enabled=True)
+    for _ in range(3):
+        report = growth.tick(model, evaluate)
+    assert report.tick == 3
+    model.set_attributes(ChunkedLayer, enabled=False)
+    with pytest.raises(ValueError, match=r"enabled=True\) does"):
+        growth.tick(model, evaluate)
+    assert model.layers[0].bed.seeds.get_value().stage[0] == Stage.GRAFTING
+
+
+def test_a_trial_over_some_layers_that_are_switched_off_is_told_of_once() -> None:
+    model = pair()
+    model.layers[1].enabled = False
+    growth, evaluate = trial_of(model), nnx.jit(squares)
+    with pytest.warns(UserWarning, match=r"^layer 'layers/1' is switched off"):
+        growth.tick(model, evaluate)
+    assert growth.tick(model, evaluate).tick == 2
+
+
+def test_layers_that_were_switched_off_by_shrink_are_no_oversight() -> None:
+    model = pair()
+    growth, evaluate = trial_of(model), nnx.jit(lambda model: 1.0)
+    while not growth.settled:  # nothing is worth anything
+        growth.tick(model, evaluate)
+    assert growth.shrink(model) == {"layers/0": (1, 0), "layers/1": (1, 0)}
+    assert growth.tick(model, evaluate).layers["layers/0"].stage[0] == Stage.DORMANT

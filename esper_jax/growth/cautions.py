@@ -1,15 +1,19 @@
-"""What is told once, since it would else go wrong without a word."""
+"""What is told, or refused, since it would else go wrong without a word."""
 
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
+import numpy as np
 from flax import nnx
 
 from esper_jax.growth.beds import name_of
 from esper_jax.growth.recipe import Recipe
+from esper_jax.growth.reports import LayerReport, TickReport
+from esper_jax.layers.chunked import ChunkedLayer
+from esper_jax.lifecycle.stages import Stage
 
-__all__ = ["warn_of_statistics", "warn_of_statistics_once"]
+__all__ = ["check_enabled", "warn_of_statistics", "warn_of_statistics_once"]
 
 _MOST = 4
 """How many layers a warning names."""
@@ -17,6 +21,58 @@ _MOST = 4
 _LOOKED_AT: weakref.WeakSet[Recipe] = weakref.WeakSet()
 """Recipes whose models were looked at. No attribute of `Growth`: to set one while a
 step is traced would change what the step was compiled for."""
+
+
+_SWITCHED_OFF: weakref.WeakSet[Recipe] = weakref.WeakSet()
+"""Recipes of which it was told that something grows where it does not count."""
+
+
+def check_enabled(
+    recipe: Recipe, model: nnx.Module, report: TickReport, off: Collection[str]
+) -> None:
+    """Refuses a tick that decides about seeds in layers which are all switched off.
+
+    They count for nothing there, and would be judged by that. If some layers are on,
+    a warning names those that are not, once.
+
+    Args:
+      recipe: what the model is grown by.
+      model: before the tick's changes.
+      report: of the tick.
+      off: paths of the beds of layers that `switch_off` switched off, which are
+        switched on again as soon as something lives in them.
+
+    Raises:
+      ValueError: naming the layers.
+    """
+    plain = {
+        name_of((*path, "bed"))
+        for path, node in nnx.iter_graph(model)
+        if isinstance(node, ChunkedLayer) and not node.enabled
+    }
+    beds = {n: b.path for n, b in recipe.parts.beds.items() if b.path not in off}
+    wrong = [n for n, p in beds.items() if p in plain and _moved(report.layers[n])]
+    if not wrong:
+        return
+    words = (
+        f"{_listed(wrong)} switched off (enabled=False): what grows there does not "
+        "count, and is judged as worth nothing. Switch on what is to grow, as "
+        "model.set_attributes(ChunkedLayer, enabled=True) does"
+    )
+    if plain.issuperset(beds.values()):
+        raise ValueError(f"tick changed nothing: {words}")
+    if recipe not in _SWITCHED_OFF:
+        _SWITCHED_OFF.add(recipe)
+        warnings.warn(words, stacklevel=3)
+
+
+def _moved(layer: LayerReport) -> bool:
+    """Whether a seed of a layer was born, went on or was removed."""
+    lives = [
+        (stage >= Stage.GERMINATED) & (stage <= Stage.FOSSILIZED)
+        for stage in map(np.asarray, (layer.source, layer.stage))
+    ]
+    return bool(np.any((layer.source != layer.stage) & (lives[0] | lives[1])))
 
 
 def warn_of_statistics_once(recipe: Recipe, model: nnx.Module) -> None:
