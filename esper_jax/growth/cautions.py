@@ -1,4 +1,4 @@
-"""What is told, or refused, since it would else go wrong without a word."""
+"""What is told once, since it would else go wrong without a word."""
 
 import warnings
 import weakref
@@ -13,7 +13,7 @@ from esper_jax.growth.reports import LayerReport, TickReport
 from esper_jax.layers.chunked import ChunkedLayer
 from esper_jax.lifecycle.stages import Stage
 
-__all__ = ["check_enabled", "warn_of_statistics", "warn_of_statistics_once"]
+__all__ = ["warn_of_statistics", "warn_of_statistics_once", "warn_of_switched_off"]
 
 _MOST = 4
 """How many layers a warning names."""
@@ -27,13 +27,12 @@ _SWITCHED_OFF: weakref.WeakSet[Recipe] = weakref.WeakSet()
 """Recipes of which it was told that something grows where it does not count."""
 
 
-def check_enabled(
+def warn_of_switched_off(
     recipe: Recipe, model: nnx.Module, report: TickReport, off: Collection[str]
 ) -> None:
-    """Refuses a tick that decides about seeds in layers which are all switched off.
+    """Warns, once, of a tick that decides about seeds in layers that are switched off.
 
-    They count for nothing there, and would be judged by that. If some layers are on,
-    a warning names those that are not, once.
+    They count for nothing there, and are judged by that.
 
     Args:
       recipe: what the model is grown by.
@@ -41,29 +40,26 @@ def check_enabled(
       report: of the tick.
       off: paths of the beds of layers that `switch_off` switched off, which are
         switched on again as soon as something lives in them.
-
-    Raises:
-      ValueError: naming the layers.
     """
+    beds = {n: b.path for n, b in recipe.parts.beds.items() if b.path not in off}
+    moved = [name for name in beds if _moved(report.layers[name])]
+    if recipe in _SWITCHED_OFF or not moved:
+        return
     plain = {
         name_of((*path, "bed"))
         for path, node in nnx.iter_graph(model)
         if isinstance(node, ChunkedLayer) and not node.enabled
     }
-    beds = {n: b.path for n, b in recipe.parts.beds.items() if b.path not in off}
-    wrong = [n for n, p in beds.items() if p in plain and _moved(report.layers[n])]
+    wrong = [name for name in moved if beds[name] in plain]
     if not wrong:
         return
-    words = (
+    _SWITCHED_OFF.add(recipe)
+    warnings.warn(
         f"{_listed(wrong)} switched off (enabled=False): what grows there does not "
-        "count, and is judged as worth nothing. Switch on what is to grow, as "
-        "model.set_attributes(ChunkedLayer, enabled=True) does"
+        "count, and is judged as worth nothing. Call tick where it counts: switch the "
+        "layers on, as model.set_attributes(ChunkedLayer, enabled=True) does",
+        stacklevel=3,
     )
-    if plain.issuperset(beds.values()):
-        raise ValueError(f"tick changed nothing: {words}")
-    if recipe not in _SWITCHED_OFF:
-        _SWITCHED_OFF.add(recipe)
-        warnings.warn(words, stacklevel=3)
 
 
 def _moved(layer: LayerReport) -> bool:

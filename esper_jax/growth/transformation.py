@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from esper_jax.growth.beds import name_of
 from esper_jax.growth.capacity import give_back, is_settled, switch_off, switch_on
-from esper_jax.growth.cautions import check_enabled, warn_of_statistics_once
+from esper_jax.growth.cautions import warn_of_statistics_once, warn_of_switched_off
 from esper_jax.growth.folds import folds_of
 from esper_jax.growth.functions import (
     MEASURE_EVERY,
@@ -207,8 +207,7 @@ class Growth(nnx.Module):
         Raises:
           TypeError, ValueError: if ``evaluate`` does not return one or two single
             numbers, the commands do not fit the layers, the model is another than
-            growth was made for, something is decided about layers that are all switched
-            off (``enabled=False``), or this is being traced.
+            growth was made for, or this is being traced.
         """
         if not callable(evaluate):
             raise TypeError(
@@ -224,7 +223,7 @@ class Growth(nnx.Module):
             functools.partial(_measured, evaluate, model),
             commands,
         )
-        check_enabled(self.recipe, model, report, self._off)
+        warn_of_switched_off(self.recipe, model, report, self._off)
         self.state.set_value(remembered)
         put_values(model, new)
         switch_on(model, self._off)
