@@ -2,6 +2,7 @@
 
     PYTHONPATH=. python3 benchmarks/blend.py --out DIR          # all tables, 5 minutes
     PYTHONPATH=. python3 benchmarks/blend.py --errors           # errors, and no times
+    PYTHONPATH=. python3 benchmarks/blend.py --adapters         # whole-layer blueprints
     PYTHONPATH=. python3 benchmarks/blend.py --tune --out DIR   # block sizes
     PYTHONPATH=. python3 benchmarks/blend.py --specs width_8 --grouped  # one question
     PYTHONPATH=. python3 benchmarks/blend.py --smoke            # tiny, on a CPU
@@ -10,8 +11,8 @@ Every time is a median over rounds of calls whose inputs rotate among sets that 
 are larger than the cache. Every variant is first compared with the plain JAX reference
 in float32 at full precision. All ratios are of one run.
 
-``blend_times.py`` measures times and memory, ``blend_errors.py`` errors, and
-``blend_tune.py`` finds block sizes.
+``blend_times.py`` measures times and memory, ``blend_errors.py`` errors,
+``blend_adapters.py`` adapters, and ``blend_tune.py`` finds block sizes.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import pathlib
 from typing import Any
 
 import jax
+from blend_adapters import adapters_table
 from blend_calls import SETS, Run
 from blend_errors import errors_table
 from blend_times import both_ways_table, forward_table, memory_table, small_table
@@ -58,6 +60,9 @@ def options_of() -> argparse.ArgumentParser:
     parser.add_argument("--tune", action="store_true", help="sweep block sizes")
     parser.add_argument(
         "--errors", action="store_true", help="errors of every shape, and no times"
+    )
+    parser.add_argument(
+        "--adapters", action="store_true", help="blueprints that write a whole layer"
     )
     parser.add_argument(
         "--specs",
@@ -106,6 +111,8 @@ def main() -> None:
         names = options.specs or [f"width_{w}" for w in (64, 16, 128)]
         names = names[:1] if run.smoke else names
         tune(run, [specs[name] for name in names], options.budget)
+    elif options.adapters:
+        adapters_table(run)
     elif options.errors:
         errors_table(run, list(specs.values()))
     elif options.specs:
